@@ -1,0 +1,1 @@
+"""What the stages are fed: pictures, captions and conversations, each a pure function of (seed, split, index)."""

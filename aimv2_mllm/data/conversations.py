@@ -1,0 +1,79 @@
+"""Conversations about sheets as token batches: what is asked, what is answered, and which tokens are supervised.
+
+Templates are the tokenizer's own; supervised is what the assistant says, with its end token, and nothing else.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from aimv2_mllm.data import scenes
+from aimv2_mllm.objective import ConversationBatch
+
+IGNORED = -100  # a label that is not scored
+IMAGE_TOKEN = "<image>"
+DESCRIBE = ("Describe the sheet.", "What is on the sheet?", "Say what you see.")
+
+Message = dict[str, Any]  # role: "user" | "assistant"; content: list of {"type": "text" | "image", ...}
+
+
+def turn(question: str, answer: str, *, image: bool = False) -> list[Message]:
+    """One question and its answer as two messages; the question is about a picture when `image`."""
+    picture = [{"type": "image"}] if image else []
+    return [
+        {"role": "user", "content": [*picture, {"type": "text", "text": question}]},
+        {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+    ]
+
+
+def conversation(
+    scene: scenes.Scene, random: np.random.Generator, *, tasks: dict[str, float], turns: int, seen: bool
+) -> list[Message]:
+    """A conversation of `turns` questions about `scene`, of kinds drawn by the weights in `tasks`.
+
+    `seen`: the sheet comes as a picture; otherwise the first question opens with the sheet described in words,
+    its digits in any order, which is how a language model without eyes learns to look things up.
+    """
+    phrases = [scenes.phrase(digit) for digit in scene.digits]
+    if not seen:
+        phrases = [phrases[i] for i in random.permutation(len(phrases))]
+    kinds = random.choice(list(tasks), size=turns, p=np.array(list(tasks.values())) / sum(tasks.values()))
+    messages: list[Message] = []
+    for kind in kinds:
+        if kind == "describe":
+            asked, answer = str(random.choice(DESCRIBE)), scenes.in_words(phrases)
+        else:
+            _, asked, answer = scenes.question(scene, random)
+        if not messages and not seen:
+            asked = f"On the sheet: {scenes.in_words(phrases)}. {asked}"
+        messages += turn(asked, answer, image=seen and not messages)
+    return messages
+
+
+def tokenize(tokenizer: Any, conversations: list[list[Message]], *, num_image_tokens: int = 0) -> ConversationBatch:
+    """Conversations as one right-padded batch: input_ids, attention_mask and labels, each (B, L) int64.
+
+    Each image mark becomes `num_image_tokens` tokens. Labels are the assistant's tokens; all others are IGNORED.
+    """
+    encoded = tokenizer.apply_chat_template(
+        conversations, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    rows = []
+    for ids, mask in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True):
+        repeats = np.where(np.array(ids) == image_id, num_image_tokens, 1)
+        rows.append((np.repeat(ids, repeats), np.repeat(mask, repeats)))
+    length = max(len(ids) for ids, _ in rows)
+    input_ids = np.full((len(rows), length), tokenizer.pad_token_id)
+    labels = np.full((len(rows), length), IGNORED)
+    attention_mask = np.zeros((len(rows), length), dtype=np.int64)
+    for row, (ids, mask) in enumerate(rows):
+        input_ids[row, : len(ids)] = ids
+        attention_mask[row, : len(ids)] = 1
+        labels[row, : len(ids)] = np.where(mask, ids, IGNORED)
+    return ConversationBatch(
+        input_ids=torch.from_numpy(input_ids),
+        attention_mask=torch.from_numpy(attention_mask),
+        labels=torch.from_numpy(labels),
+    )

@@ -1,0 +1,194 @@
+"""What a run writes down about itself: `metrics.jsonl` and the progress on standard error.
+
+Owns the sums between two logged lines and their way through a checkpoint; refuses to know what a
+loss part means.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from aimv2_mllm.engine.checkpoint import replace_file
+from aimv2_mllm.errors import RunFailed
+
+# The fields that differ between two runs of the same recipe; all others are equal bit for bit.
+TIMED_FIELDS = frozenset({"samples_per_s", "targets_per_s", "memory_gib", "seconds"})
+SECONDS_BETWEEN_PLAIN_LINES = 10.0
+
+
+@dataclass
+class _Window:
+    """Sums over the steps since the last logged line."""
+
+    steps: int = 0
+    samples: int = 0
+    targets: int = 0
+    seconds: float = 0.0
+    sums: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Progress:
+    """How far a run is: counts from its first step on, seconds of all sessions, the last line."""
+
+    step: int = 0
+    samples: int = 0
+    seconds: float = 0.0
+    targets: dict[str, int] = field(default_factory=dict)
+    last: dict[str, Any] = field(default_factory=dict)
+    window: _Window = field(default_factory=_Window)
+
+    def add(
+        self, values: dict[str, float], targets: dict[str, int], *, samples: int, seconds: float
+    ) -> None:
+        """Count one finished step: its loss parts and gradient norm, its targets, its time."""
+        self.step += 1
+        self.samples += samples
+        self.seconds += seconds
+        self.window.steps += 1
+        self.window.samples += samples
+        self.window.targets += sum(targets.values())
+        self.window.seconds += seconds
+        _add_to(self.targets, targets)
+        _add_to(self.window.sums, values)
+
+    def close_line(self, rates: dict[str, float]) -> dict[str, Any]:
+        """The line to log now; loss parts and gradient norm are means since the line before."""
+        window, self.window = self.window, _Window()
+        self.last = {
+            "step": self.step,
+            "samples": self.samples,
+            "tokens": sum(self.targets.values()),
+            **{f"targets_{kind}": count for kind, count in self.targets.items()},
+            **{name: total / window.steps for name, total in window.sums.items()},
+            **{f"lr_{part}": rate for part, rate in rates.items()},
+            "samples_per_s": round(window.samples / window.seconds, 3),
+            "targets_per_s": round(window.targets / window.seconds, 3),
+            "memory_gib": round(peak_memory_gib(), 3),
+            "seconds": round(self.seconds, 3),
+        }
+        return self.last
+
+    def summary(self) -> dict[str, Any]:
+        """What a caller tells of the run: steps, samples, seconds, and the last logged line."""
+        return {
+            "steps": self.step,
+            "samples": self.samples,
+            "seconds": self.seconds,
+            "last": self.last,
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as plain JSON; floats come back from it bit for bit."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, stored: dict[str, Any]) -> Progress:
+        """What `to_json` gave."""
+        return cls(**{**stored, "window": _Window(**stored["window"])})
+
+
+def _add_to(totals: dict[str, Any], values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        totals[name] = totals.get(name, 0) + value
+
+
+def peak_memory_gib() -> float:
+    """The largest resident memory this process has had, in GiB; not an accelerator's."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def append_line(path: Path, line: dict[str, Any]) -> None:
+    """Add `line` to the JSON-lines file `path`; `RunFailed` when the disk does not take it."""
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, allow_nan=False) + "\n")
+    except OSError as error:
+        raise RunFailed(
+            f"{path} could not be written: {error.strerror}; the checkpoints are as they were: "
+            "free some space there and run the same command"
+        ) from error
+
+
+def sync(path: Path) -> None:
+    """Bring `path`, if it is there, onto the disk: no checkpoint shall be ahead of its lines."""
+    if path.exists():
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def cut_back(path: Path, step: int) -> None:
+    """Drop the lines after `step` and a half-written last one from `path`, atomically.
+
+    Raises `RunFailed` when the disk does not take it.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = path.read_bytes() if path.exists() else b""
+        # What follows the last line end is empty or half-written.
+        lines = content.split(b"\n")[:-1]
+        kept = b"".join(
+            line + b"\n" for line in lines if _is_whole(line) and json.loads(line)["step"] <= step
+        )
+        if kept != content:
+            replace_file(path, kept)
+    except OSError as error:
+        raise RunFailed(f"{path} could not be cut back to step {step}: {error.strerror}") from error
+
+
+def _is_whole(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line)["step"], int)
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+class ProgressBar:
+    """A bar on a terminal; elsewhere a line at the first and last step and every ten seconds."""
+
+    def __init__(self, progress: Progress, steps: int, stream: TextIO | None = None) -> None:
+        self._progress, self._steps = progress, steps
+        self._stream = stream or sys.stderr
+        self._first_step, self._first_samples = progress.step, progress.samples
+        self._started = self._shown = time.monotonic()
+        self._bar = (
+            tqdm(total=steps, initial=progress.step, unit="step", file=self._stream)
+            if self._stream.isatty()
+            else None
+        )
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def show(self, *, loss: float, lr: float) -> None:
+        """Say that a step is done, this session's samples per second and the time left."""
+        now, step = time.monotonic(), self._progress.step
+        elapsed = max(now - self._started, 1e-9)
+        samples_per_s = (self._progress.samples - self._first_samples) / elapsed
+        text = f"loss {loss:.4f}, lr {lr:.2e}, {samples_per_s:.1f} samples/s"
+        at_an_end = step in (self._first_step + 1, self._steps)
+        if self._bar is not None:
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update()
+        elif at_an_end or now - self._shown >= SECONDS_BETWEEN_PLAIN_LINES:
+            self._shown = now
+            seconds_left = (self._steps - step) * elapsed / (step - self._first_step)
+            left = tqdm.format_interval(seconds_left)
+            print(f"step {step}/{self._steps}: {text}, {left} left", file=self._stream, flush=True)

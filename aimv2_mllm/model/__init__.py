@@ -1,0 +1,1 @@
+"""The networks: encoder, weights on disk, pre-training model, connectors, assembled MLLM."""

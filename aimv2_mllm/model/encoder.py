@@ -1,0 +1,329 @@
+"""The AIMv2 vision encoder: a plain Vision Transformer without a class token.
+
+Paper: arXiv 2411.14402. Needs torch (2.1 or newer) and nothing else, so that it can live inside any
+host. Parameters bear the words of the original release. Refuses what would silently give other
+features: images of another size than the learned positions'.
+
+Letters in shapes: B samples, H, W pixels, N patches, D width, h heads.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Every number of an encoder, under the key names of the published `config.json`.
+
+    `native` replaces the learned positions, which fit one image size, by a sine-cosine table
+    computed for any grid; `image_size` (pixels) is then only the size that the encoder is meant
+    for. Raises ValueError on impossible numbers.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_channels: int = 3
+    image_size: int = 224
+    patch_size: int = 14
+    rms_norm_eps: float = 1e-5
+    native: bool = False
+
+    def __post_init__(self) -> None:
+        for name in (
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_channels",
+            "image_size",
+            "patch_size",
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+        if not self.rms_norm_eps > 0:
+            raise ValueError(f"rms_norm_eps must be above 0, not {self.rms_norm_eps!r}")
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
+            )
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not divisible by "
+                f"num_attention_heads {self.num_attention_heads}"
+            )
+        if self.native and self.hidden_size % 4:
+            raise ValueError(
+                f"native positions need a hidden_size divisible by 4, not {self.hidden_size}"
+            )
+
+    @property
+    def num_patches(self) -> int:
+        """The number of patches of an image of `image_size` x `image_size` pixels."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+def prefix_mask(prefix_length: Tensor, num_patches: int) -> Tensor:
+    """Which key each query may look at in prefix attention: bool (B, 1, N, N).
+
+    Rows are queries, True is "may look". Query q sees key k if it does not come later (k <= q) or
+    lies in the sample's prefix (k < M), for `prefix_length` M of shape (B,) (paper, section 3.1).
+    The axis of one stands for the heads.
+    """
+    positions = torch.arange(num_patches, device=prefix_length.device)
+    not_later = positions[None, :] <= positions[:, None]  # (N, N)
+    in_prefix = positions[None, :] < prefix_length[:, None]  # (B, N)
+    return not_later[None, None] | in_prefix[:, None, None, :]
+
+
+@lru_cache(maxsize=64)
+def sincos_positions(
+    rows: int, columns: int, width: int, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """The fixed positions (rows * columns, width) of the native encoder, in raster order.
+
+    Base 10000. The half for the column comes first, then the half for the row; each half is [sin |
+    cos]. Do not write to the result: it is shared by all callers with the same grid.
+    """
+    with torch.inference_mode(
+        False
+    ):  # a table first asked for in inference must serve training too
+        exponents = torch.arange(width // 4, dtype=torch.float64, device="cpu") / (width // 4)
+        frequencies = 10000.0**-exponents
+        row = torch.arange(rows, dtype=torch.float64, device="cpu").repeat_interleave(columns)
+        column = torch.arange(columns, dtype=torch.float64, device="cpu").repeat(rows)
+        angles = (column[:, None] * frequencies, row[:, None] * frequencies)  # 2 of (N, D / 4)
+        table = torch.cat([part for a in angles for part in (a.sin(), a.cos())], dim=1)
+        return table.to(device=device, dtype=dtype)
+
+
+class RMSNorm(nn.Module):
+    """`x / rms(x) * weight` over the last axis, with the root mean square taken in float32."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        # x * x, not x.pow(2) and not F.rms_norm: measured the fastest on CPU, and in any torch.
+        full = x.float()
+        scaled = full * torch.rsqrt((full * full).mean(-1, keepdim=True) + self.eps)
+        return self.weight * scaled.to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one fused query-key-value product and without biases."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.proj = nn.Linear(width, width, bias=False)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        batch, length, width = x.shape
+        qkv = self.qkv(x).view(batch, length, 3, self.num_heads, width // self.num_heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # 3 of (B, h, N, D / h), views
+        mixed = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=is_causal
+        )
+        return self.proj(mixed.transpose(1, 2).reshape(batch, length, width))
+
+
+class SwiGLU(nn.Module):
+    """`fc2(silu(fc1(x)) * fc3(x))` without biases: fc1 is the gate, fc3 goes up, fc2 comes down."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden, bias=False)
+        self.fc2 = nn.Linear(hidden, width, bias=False)
+        self.fc3 = nn.Linear(width, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.silu(self.fc1(x)) * self.fc3(x))
+
+
+class Block(nn.Module):
+    """A pre-norm block, (B, N, D) to (B, N, D): the encoder's and the pre-training decoder's."""
+
+    def __init__(self, width: int, hidden: int, num_heads: int, eps: float) -> None:
+        super().__init__()
+        self.norm_1 = RMSNorm(width, eps)
+        self.attn = Attention(width, num_heads)
+        self.norm_2 = RMSNorm(width, eps)
+        self.mlp = SwiGLU(width, hidden)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        x = x + self.attn(self.norm_1(x), mask, is_causal)
+        return x + self.mlp(self.norm_2(x))
+
+
+class Patchifier(nn.Module):
+    """Pixels (B, C, H, W) to normalised patch tokens (B, N, D) in raster order."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        size = config.patch_size
+        self.proj = nn.Conv2d(config.num_channels, config.hidden_size, size, stride=size)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.norm(self.proj(pixel_values).flatten(2).transpose(1, 2))
+
+
+class Preprocessor(nn.Module):
+    """Patch tokens (B, N, D) with positions added: learned ones, or computed ones if native."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.patchifier = Patchifier(config)
+        self.pos_embed: nn.Parameter | None = None
+        if not config.native:
+            table = torch.empty(1, config.num_patches, config.hidden_size)
+            self.pos_embed = nn.Parameter(table)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        tokens = self.patchifier(pixel_values)  # (B, N, D)
+        if self.pos_embed is not None:
+            return tokens + self.pos_embed
+        size = self.patchifier.proj.stride[0]
+        rows, columns = pixel_values.shape[-2] // size, pixel_values.shape[-1] // size
+        return tokens + sincos_positions(
+            rows, columns, tokens.shape[-1], tokens.device, tokens.dtype
+        )
+
+
+class Trunk(nn.Module):
+    """The blocks and the final norm, (B, N, D) to (B, N, D)."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            Block(
+                config.hidden_size,
+                config.intermediate_size,
+                config.num_attention_heads,
+                config.rms_norm_eps,
+            )
+            for _ in range(config.num_hidden_layers)
+        )
+        self.post_trunk_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        for block in self.blocks:
+            tokens = block(tokens, mask)
+        return self.post_trunk_norm(tokens)
+
+
+@torch.no_grad()
+def initialise_linears(module: nn.Module) -> None:
+    """Draw every linear and convolution below `module` anew: Xavier-uniform weights, zero biases.
+
+    As the authors trained it; a convolution counts as the linear layer over its flattened patch,
+    and the fused query-key-value product as one layer.
+    """
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            nn.init.xavier_uniform_(layer.weight.view(layer.weight.shape[0], -1))
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+class AIMv2Encoder(nn.Module):
+    """The AIMv2 encoder, freshly drawn; `config` is kept as the attribute of that name."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.preprocessor = Preprocessor(config)
+        self.trunk = Trunk(config)
+        initialise_linears(self)
+        if self.preprocessor.pos_embed is not None:
+            nn.init.normal_(self.preprocessor.pos_embed, std=0.02)
+
+    def forward(self, pixel_values: Tensor, prefix_length: Tensor | None = None) -> Tensor:
+        """The features (B, N, D) of all patches in raster order, after the final norm.
+
+        `pixel_values` (B, C, H, W) is normalised already. With `prefix_length` (B,) attention is
+        the pre-training's (see `prefix_mask`); without it every patch sees every patch. Raises
+        ValueError on a size it cannot take.
+        """
+        self._check(pixel_values)
+        tokens = self.preprocessor(pixel_values)  # (B, N, D)
+        mask = None if prefix_length is None else prefix_mask(prefix_length, tokens.shape[1])
+        return self.trunk(tokens, mask)
+
+    def _check(self, pixel_values: Tensor) -> None:
+        config, shape = self.config, tuple(pixel_values.shape)
+        if len(shape) != 4 or shape[1] != config.num_channels:
+            raise ValueError(
+                f"pixel_values must be (batch, {config.num_channels}, height, width), not {shape}"
+            )
+        size = config.patch_size
+        if config.native and (shape[2] % size or shape[3] % size or 0 in shape[2:]):
+            raise ValueError(
+                f"an image of {shape[2]} x {shape[3]} pixels does not divide into patches of "
+                f"{size} x {size}: resize height and width to multiples of {size}"
+            )
+        if not config.native and shape[2:] != (config.image_size, config.image_size):
+            raise ValueError(
+                f"this encoder has learned positions for {config.image_size} x {config.image_size} "
+                f"pixels, and the image has {shape[2]} x {shape[3]}: resize the image, or use an "
+                "encoder with native=True"
+            )
+
+
+# Paper, table 1 (nano: the project's own, for quickstarts on a CPU). Heads are 128 wide, nano's 64.
+SIZES: dict[str, dict[str, int]] = {
+    name: {
+        "hidden_size": width,
+        "intermediate_size": hidden,
+        "num_hidden_layers": depth,
+        "num_attention_heads": heads,
+    }
+    for name, width, hidden, depth, heads in (
+        ("aimv2_nano", 192, 512, 6, 3),
+        ("aimv2_base", 768, 2048, 12, 6),
+        ("aimv2_large", 1024, 2816, 24, 8),
+        ("aimv2_huge", 1536, 4096, 24, 12),
+        ("aimv2_1b", 2048, 5632, 24, 16),
+        ("aimv2_3b", 3072, 8192, 24, 24),
+    )
+}
+
+
+def aimv2_nano(image_size: int = 224, native: bool = False) -> AIMv2Encoder:
+    """A new encoder of the project's own small size, for runs on a CPU: 2.8 M parameters."""
+    return AIMv2Encoder(EncoderConfig(**SIZES["aimv2_nano"], image_size=image_size, native=native))
+
+
+def aimv2_base(image_size: int = 224, native: bool = False) -> AIMv2Encoder:
+    """A new encoder of size B: 86 M parameters."""
+    return AIMv2Encoder(EncoderConfig(**SIZES["aimv2_base"], image_size=image_size, native=native))
+
+
+def aimv2_large(image_size: int = 224, native: bool = False) -> AIMv2Encoder:
+    """A new encoder of size L: 309 M parameters."""
+    return AIMv2Encoder(EncoderConfig(**SIZES["aimv2_large"], image_size=image_size, native=native))
+
+
+def aimv2_huge(image_size: int = 224, native: bool = False) -> AIMv2Encoder:
+    """A new encoder of size H: 681 M parameters."""
+    return AIMv2Encoder(EncoderConfig(**SIZES["aimv2_huge"], image_size=image_size, native=native))
+
+
+def aimv2_1b(image_size: int = 224, native: bool = False) -> AIMv2Encoder:
+    """A new encoder of size 1B: 1.2 G parameters."""
+    return AIMv2Encoder(EncoderConfig(**SIZES["aimv2_1b"], image_size=image_size, native=native))
+
+
+def aimv2_3b(image_size: int = 224, native: bool = False) -> AIMv2Encoder:
+    """A new encoder of size 3B: 2.7 G parameters."""
+    return AIMv2Encoder(EncoderConfig(**SIZES["aimv2_3b"], image_size=image_size, native=native))

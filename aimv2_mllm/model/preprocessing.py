@@ -1,0 +1,71 @@
+"""How pixels become an encoder's input, and the `preprocessor_config.json` that says so beside its weights."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from aimv2_mllm.errors import UsageError
+
+PREPROCESSOR_FILE = "preprocessor_config.json"
+BICUBIC = 3  # Pillow's number of that filter
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How pixels become an encoder's input: the side in pixels, and mean and deviation of each channel.
+
+    The defaults are ImageNet's, with which AIMv2 was pre-trained (its published processors use CLIP's).
+    """
+
+    image_size: int
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    def normalise(self, pictures: np.ndarray) -> Tensor:
+        """Pictures (B, H, W, 3) uint8 as pixel_values (B, 3, H, W) float32."""
+        scale = 1 / (255 * np.array(self.std, dtype=np.float32))
+        shift = np.array(self.mean, dtype=np.float32) / np.array(self.std, dtype=np.float32)
+        values = pictures * scale.astype(np.float32) - shift.astype(np.float32)
+        return torch.from_numpy(np.ascontiguousarray(values.transpose(0, 3, 1, 2)))
+
+    def restore(self, pixel_values: Tensor) -> np.ndarray:
+        """What `normalise` made, as pictures (B, H, W, 3) uint8 again; values outside 0..255 are cut."""
+        values = pixel_values.float().numpy().transpose(0, 2, 3, 1)
+        pictures = (values * np.array(self.std) + np.array(self.mean)) * 255
+        return np.asarray((pictures + 0.5).clip(0, 255).astype(np.uint8))
+
+    def save(self, folder: Path) -> None:
+        """Write `preprocessor_config.json` as transformers' CLIP processor reads it."""
+        size = self.image_size
+        config = {
+            "image_processor_type": "CLIPImageProcessor",
+            "do_convert_rgb": True,
+            "do_resize": True,
+            "size": {"shortest_edge": size},
+            "resample": BICUBIC,
+            "do_center_crop": True,
+            "crop_size": {"height": size, "width": size},
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
+        }
+        (folder / PREPROCESSOR_FILE).write_text(json.dumps(config, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> "Preprocessing":
+        """What the `preprocessor_config.json` in `folder` says; UsageError if there is none or it says too little."""
+        path = folder / PREPROCESSOR_FILE
+        try:
+            config = json.loads(path.read_text())
+            mean, std = config["image_mean"], config["image_std"]
+            return cls(int(config["crop_size"]["height"]), tuple(mean), tuple(std))
+        except FileNotFoundError:
+            raise UsageError(f"{folder}: has no {PREPROCESSOR_FILE}, so nobody knows its image size") from None
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise UsageError(f"{path}: is not an image processor's configuration ({error!r})") from None

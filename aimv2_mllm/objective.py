@@ -1,0 +1,137 @@
+"""The losses: tensors in, named parts out. They stand between a model and the training loop.
+
+Owns what is scored and how: the next-patch and caption loss of pre-training, the answer loss of the
+language-model stages. Knows nothing of models but how they are called. A loss is this micro-batch's
+*sum* over the *step's* number of targets, so that adding up micro-batches (or ranks) gives the loss
+and the gradient of the whole batch.
+
+Letters in shapes: B samples, I patches, T caption tokens, L conversation tokens, V words.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, NotRequired, TypedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+UNSUPERVISED = -100  # the label of a token that is not to be learned, as in transformers
+
+
+class PreTrainingBatch(TypedDict):
+    """Images with captions; `caption_ids` is padded with anything, `prefix_length` in 1..I-1."""
+
+    pixel_values: Tensor  # (B, 3, H, W)
+    prefix_length: Tensor  # (B,) int64
+    caption_ids: Tensor  # (B, T) int64
+    caption_length: Tensor  # (B,) int64
+
+
+class ConversationBatch(TypedDict):
+    """Tokenised conversations; `labels` are `input_ids` where supervised, -100 elsewhere."""
+
+    input_ids: Tensor  # (B, L) int64
+    attention_mask: Tensor  # (B, L) int64
+    labels: Tensor  # (B, L) int64
+    pixel_values: NotRequired[Tensor]  # as the tower wants them
+
+
+class Loss(NamedTuple):
+    """The parts of the pre-training loss, scalars; `total` is what is differentiated."""
+
+    total: Tensor
+    image: Tensor
+    text: Tensor
+
+
+class AnswerLoss(NamedTuple):
+    """The answer loss, scalars; both are the same number, under the names that get logged."""
+
+    total: Tensor
+    text: Tensor
+
+
+def patchify(pixel_values: Tensor, patch_size: int) -> Tensor:
+    """The patches of `pixel_values` (B, C, H, W) in raster order: (B, I, values of a patch).
+
+    Within a patch the values go by row, then column, then channel: 588 = 14 * 14 * 3.
+    """
+    batch, channels, height, width = pixel_values.shape
+    rows, columns = height // patch_size, width // patch_size
+    grid = pixel_values.reshape(batch, channels, rows, patch_size, columns, patch_size)
+    return grid.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+
+def standardise(patches: Tensor) -> Tensor:
+    """Each patch less its own mean, over the root of its unbiased variance + 1e-6: (..., 588)."""
+    centred = patches - patches.mean(-1, keepdim=True)
+    # Not torch.var, which warns of a batch without a scored patch.
+    variance = centred.square().sum(-1, keepdim=True) / (patches.shape[-1] - 1)
+    return centred * torch.rsqrt(variance + 1e-6)
+
+
+@dataclass(frozen=True)
+class PreTrainingObjective:
+    """Next-patch regression and caption cross-entropy: total = text + alpha * image.
+
+    `alpha` is 0.4 in the paper, flat between 0.2 and 0.6.
+    """
+
+    patch_size: int
+    end_token_id: int
+    alpha: float = 0.4
+
+    def targets(self, batch: PreTrainingBatch) -> dict[str, int]:
+        """What this batch scores: how many patches outside prefixes, caption and end tokens."""
+        height, width = batch["pixel_values"].shape[-2:]
+        num_patches = (height // self.patch_size) * (width // self.patch_size)
+        return {
+            "image": int((num_patches - batch["prefix_length"]).clamp(min=0).sum()),
+            "text": int((batch["caption_length"] + 1).sum()),
+        }
+
+    def __call__(self, model: nn.Module, batch: PreTrainingBatch, totals: dict[str, int]) -> Loss:
+        """This micro-batch's share of the loss; `totals` are the whole step's `targets`, added."""
+        patches, words = model(**batch, scored_only=True)
+        image_targets = self._patch_targets(batch)  # (P, 588)
+        errors = F.mse_loss(patches.float(), image_targets, reduction="sum")
+        image = errors / (image_targets.shape[-1] * max(totals["image"], 1))
+        # [start] w1 … wT predicts w1 … wT [end].
+        text = F.cross_entropy(words.float(), self._word_targets(batch), reduction="sum")
+        text = text / max(totals["text"], 1)
+        return Loss(text + self.alpha * image, image, text)
+
+    def _patch_targets(self, batch: PreTrainingBatch) -> Tensor:
+        """The standardised patches j >= M in (sample, patch) order: (P, 588)."""
+        patches = patchify(batch["pixel_values"].float(), self.patch_size)  # (B, I, 588)
+        positions = torch.arange(patches.shape[1], device=patches.device)
+        return standardise(patches[positions >= batch["prefix_length"][:, None]])
+
+    def _word_targets(self, batch: PreTrainingBatch) -> Tensor:
+        """w1 … wT [end] of each sample, one after the other: (Q,)."""
+        ids, length = batch["caption_ids"], batch["caption_length"][:, None]
+        # By length, never by padding id: a tokenizer may pad with its end token.
+        targets = F.pad(ids, (0, 1)).scatter(1, length, self.end_token_id)  # (B, T + 1)
+        return targets[torch.arange(targets.shape[1], device=ids.device) <= length]
+
+
+class AnswerObjective:
+    """Next-token cross-entropy on the supervised tokens of conversations (the answers)."""
+
+    def targets(self, batch: ConversationBatch) -> dict[str, int]:
+        """What this batch scores: its supervised tokens (the first of a row is not predicted)."""
+        return {"text": int((batch["labels"][:, 1:] != UNSUPERVISED).sum())}
+
+    def __call__(
+        self, model: nn.Module, batch: ConversationBatch, totals: dict[str, int]
+    ) -> AnswerLoss:
+        """This micro-batch's share of the loss; `totals` are the whole step's `targets`, added."""
+        inputs: dict[str, Any] = {k: v for k, v in batch.items() if k != "labels"}
+        logits = model(**inputs, use_cache=False).logits  # (B, L, V): row t predicts token t + 1
+        # The labels are shifted, not the logits: a slice of those would be a copy of all of them.
+        labels = F.pad(batch["labels"][:, 1:], (0, 1), value=UNSUPERVISED).flatten()  # (B * L,)
+        rows = (labels != UNSUPERVISED).nonzero().squeeze(1)
+        supervised = logits.flatten(0, 1).index_select(0, rows).float()
+        text = F.cross_entropy(supervised, labels[rows], reduction="sum")
+        text = text / max(totals["text"], 1)
+        return AnswerLoss(text, text)

@@ -1,0 +1,184 @@
+"""A recipe's stages, one after the other, in a run folder that can be left and taken up again at any moment.
+
+Owns the run folder: its lock, its recipe, which stages are finished. Refuses a folder that another recipe began.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError
+
+from aimv2_mllm.engine.loop import train
+from aimv2_mllm.errors import RunFailed, UsageError
+from aimv2_mllm.recipe import Recipe, Stage, changed_keys, dump_recipe
+from aimv2_mllm.stages import STAGE_FILE, STAGES, Job, Place
+
+Narrate = Callable[[str], None]
+LICENCE = "Apache-2.0"
+
+
+def run(recipe: Recipe, narrate: Narrate) -> Path:
+    """Run what of `recipe` is not done yet, then judge and report it; the run folder.
+
+    Raises UsageError for a folder of another recipe or in use, RunFailed when a stage cannot go on.
+    """
+    place = Place(recipe, recipe.output)
+    with _locked(place.folder):
+        _claim(place, narrate)
+        for name, stage in recipe.stages.items():
+            run_stage(name, stage, place, narrate)
+        if recipe.evaluation is not None:
+            from aimv2_mllm.report import write_report
+
+            write_report(place, narrate)
+    return place.folder
+
+
+def run_stage(name: str, stage: Stage, place: Place, narrate: Narrate) -> None:
+    """Build, train and save one stage, unless it is finished."""
+    result = place.result(name)
+    if (result / STAGE_FILE).is_file():
+        narrate(f"stage {name}: finished, see {result}")
+        return
+    narrate(f"stage {name}: training {STAGES[stage.kind].trains}")
+    torch.manual_seed(_number(place.recipe.seed, name))
+    job = STAGES[stage.kind].build(stage, place)
+    narrate(_as_text(job.table()))
+    fingerprint = _fingerprint(name, place)
+    outcome = train(
+        job.model,
+        job.parts,
+        job.objective,
+        job.batches,
+        config=stage.train,
+        seed=place.recipe.seed,
+        folder=result.parent,
+        fingerprint=fingerprint,
+        narrate=narrate,
+    )
+    record = {
+        "stage": name,
+        "kind": stage.kind,
+        "seed": place.recipe.seed,
+        "recipe": stage.model_dump(mode="json"),
+        "fingerprint": fingerprint,
+        "parts": [list(row) for row in job.table()],
+        "seconds": round(outcome["seconds"], 1),
+        "last": outcome["last"],
+        "versions": {name: version(name) for name in ("torch", "transformers", "aimv2-mllm")}
+        | {"python": platform.python_version()},
+        "licence": LICENCE,
+    }
+    _save(job, result, record)
+    narrate(f"stage {name}: done in {outcome['seconds']:.0f} s, saved to {result}")
+
+
+def _save(job: Job, result: Path, record: dict[str, Any]) -> None:
+    """Write the result under another name and rename it when it is whole, so that no half of one is ever found."""
+    unfinished = result.with_name(f"{result.name}.tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        unfinished.mkdir(parents=True)
+        job.save(unfinished)
+        files = sorted(path for path in unfinished.rglob("*") if path.is_file())
+        record["files"] = {str(f.relative_to(unfinished)): _sha256(f) for f in files}
+        (unfinished / STAGE_FILE).write_text(json.dumps(record, indent=2) + "\n")
+        for file in [*files, unfinished / STAGE_FILE, unfinished]:
+            _sync(file)
+        unfinished.rename(result)
+        _sync(result.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise RunFailed(
+            f"the result could not be written to {result} ({error}); the last checkpoint beside it is whole: "
+            "make room and run the same command again"
+        ) from None
+
+
+def finished_stages(folder: Path) -> dict[str, Path]:
+    """The result folders of the stages that a run folder holds, by name, in the recipe's order."""
+    try:
+        recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+        names = list(recipe["stages"])
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        raise UsageError(f"{folder}: is no run folder (it has no readable recipe.yaml)") from None
+    results = {name: folder / name / "model" for name in names}
+    return {name: path for name, path in results.items() if (path / STAGE_FILE).is_file()}
+
+
+def _claim(place: Place, narrate: Narrate) -> None:
+    path = place.folder / "recipe.yaml"
+    if path.exists():
+        try:
+            changes = changed_keys(yaml.safe_load(path.read_text()), place.recipe)
+        except (yaml.YAMLError, UnicodeDecodeError):
+            raise UsageError(f"{path}: cannot be read; give another output=FOLDER") from None
+        if changes:
+            lines = "\n".join(f"  {line}" for line in changes)
+            raise UsageError(
+                f"{place.folder} was begun with another recipe:\n{lines}\n"
+                "Give another folder (output=FOLDER), or remove this one."
+            )
+        return
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(dump_recipe(place.recipe))
+    temporary.rename(path)
+    narrate(f"run folder {place.folder}")
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the run folder, made if need be, against a second process."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise UsageError(f"{folder}: cannot be the run folder ({error.strerror}); give output=FOLDER") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UsageError(f"{folder}: another process is running there; wait for it or give output=FOLDER") from None
+        yield
+
+
+def _fingerprint(name: str, place: Place) -> str:
+    """What decides a stage's numbers: its own part of the recipe, the seed, and the results it starts from."""
+    earlier = list(place.recipe.stages)[: list(place.recipe.stages).index(name)]
+    parents = [_sha256(place.result(other) / STAGE_FILE) for other in earlier]
+    stage = place.recipe.stages[name].model_dump(mode="json")
+    text = json.dumps([name, place.recipe.seed, stage, parents], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _number(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7])
+
+
+def _as_text(table: list[tuple[str, int, bool]]) -> str:
+    rows = [f"  {part:<12}{count:>13,}  {'trained' if trained else 'frozen'}" for part, count, trained in table]
+    return "\n".join(rows)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

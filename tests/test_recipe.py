@@ -1,0 +1,340 @@
+"""A recipe says what it means, and every mistake in it is told at once, with its place."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from aimv2_mllm.errors import UsageError
+from aimv2_mllm.recipe import (
+    MAX_BYTES,
+    STAGES,
+    DecoderChoice,
+    EvaluationConfig,
+    Recipe,
+    TrainConfig,
+    changed_keys,
+    dump_recipe,
+    load_recipe,
+)
+
+TEXT = """\
+name: tiny
+stages:
+  words:
+    kind: language
+    model: {hidden_size: 64, intermediate_size: 96, num_hidden_layers: 2, num_attention_heads: 4,
+            num_key_value_heads: 2, max_position_embeddings: 128}
+    vocab_size: 300
+    train: {steps: 10, batch_size: 4, lr: 1e-3}
+  see:
+    kind: pretrain
+    encoder: {size: aimv2_nano, image_size: 56}
+    tokenizer: tiny_llm
+    train: {steps: 10, batch_size: 4, lr: 1e-3}
+  join:
+    kind: align
+    tower: see
+    llm: words
+    train: {steps: 10, batch_size: 4, lr: 1}
+  tune:
+    kind: tune
+    start: join
+    train: {steps: 10, batch_size: 4, lr: 0.001}
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TEXT)
+    return path
+
+
+def mistakes(file: Path, *overrides: str) -> list[str]:
+    with pytest.raises(UsageError) as caught:
+        load_recipe(file, overrides)
+    return str(caught.value).split("\n")
+
+
+def mistake(file: Path, *overrides: str) -> str:
+    lines = mistakes(file, *overrides)
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def test_a_recipe_fills_its_defaults_and_keeps_the_order_of_stages(file: Path) -> None:
+    recipe = load_recipe(file)
+    assert list(recipe.stages) == ["words", "see", "join", "tune"]
+    assert recipe.output == Path("runs/tiny")
+    assert recipe.stages["see"].decoder.num_attention_heads == 8
+    assert recipe.stages["tune"].train.betas == (0.9, 0.95)
+    assert recipe.evaluation is None
+
+
+def test_a_dumped_recipe_loads_back_equal(file: Path, tmp_path: Path) -> None:
+    words = ["name=no", "stages.see.tokenizer=1e-3", "stages.see.train.eps=1e-300"]
+    words += ["stages.tune.lora.targets=['1.5e3', '010', 'null', '<<', '=', '1:30', '2020-01-01']"]
+    recipe = load_recipe(
+        file, [*words, "evaluation={}", "stages.join.train.part_lr.connector=3e-4"]
+    )
+    again = tmp_path / "again.yaml"
+    again.write_text(dump_recipe(recipe))
+    assert load_recipe(again) == recipe
+    assert yaml.safe_load(dump_recipe(recipe))["stages"]["tune"]["lora"]["r"] == 8
+    assert changed_keys(recipe, load_recipe(again)) == []
+
+
+@pytest.mark.parametrize("text", ["1e-3", "1E-3", ".1e-2", "1.e-3", "0.001"])
+def test_numbers_with_an_exponent_are_numbers(file: Path, text: str) -> None:
+    assert load_recipe(file, [f"stages.tune.train.lr={text}"]).stages["tune"].train.lr == 0.001
+
+
+def test_text_that_looks_like_a_number_or_a_switch_stays_text(file: Path) -> None:
+    for text in ("1e3", "on", "no", "007", "2020-01-01"):
+        assert load_recipe(file, [f"name={text}"]).name == text
+
+
+def test_on_and_off_are_switches_where_a_switch_is_wanted(file: Path) -> None:
+    key = "stages.see.encoder.native"
+    assert load_recipe(file, [f"{key}=on"]).stages["see"].encoder.native is True
+    assert load_recipe(file, [f"{key}=No"]).stages["see"].encoder.native is False
+    assert "must be true or false" in mistake(file, f"{key}=1")
+
+
+@pytest.mark.parametrize(
+    ("word", "rule"),
+    [
+        ("train.steps=3.5", "is 3.5, must be a whole number"),
+        ("train.steps=1e3", "must be a whole number"),
+        ("train.steps=010", 'is "010", must be a whole number'),
+        ("train.steps=true", "is true, must be a whole number"),
+        ("train.steps=0", "is 0, must be greater than 0"),
+        ("train.lr=true", "is true, must be a number"),
+        ("train.lr=yes", 'is "yes", must be a number'),
+        ("train.lr=1:30", "must be a number"),
+        ("train.lr=.nan", "must be a finite number"),
+        ("train.lr=1e999", "must be a finite number"),
+        ("train.lr=0", "must be greater than 0"),
+        ("train.betas=[0.9, 1]", "must be less than 1"),
+        ("train.part_lr.llm=-1", "is -1, must be greater than 0"),
+        ("train.warmup_steps=10", "is 10, must be less than steps, which is 10"),
+        ("train.micro_batch_size=5", "is 5, must be at most batch_size, which is 4"),
+        ("train.precision=bf61", "must be one of fp32, bf16; did you mean bf16?"),
+        ("train.step=3", "unknown key; the keys here are steps, .* did you mean steps?"),
+        ("lora.dropout=1", "must be less than 1"),
+        ("lora.targets=[]", "must not be empty"),
+        ("data.turns=9", "must be less than or equal to 8"),
+        ("data.tasks={quest: 1}", "must be one of describe, question, copy; did you mean question"),
+        ("data.source=hand", "must be one of handwriting"),
+        ("train=3", "is 3, must be a mapping"),
+        ("kind=tuna", 'is "tuna", must be one of .*; did you mean tune?'),
+    ],
+)
+def test_a_wrong_value_is_told_with_its_place_and_rule(file: Path, word: str, rule: str) -> None:
+    line = mistake(file, f"stages.tune.{word}")
+    assert line.startswith(f'{file}, override "stages.tune.{word}": stages.tune.')
+    assert re.search(rule, line), line
+
+
+@pytest.mark.parametrize(
+    ("word", "rule"),
+    [
+        (
+            "stages.see.decoder.hidden_size=100",
+            "num_attention_heads: is 8, must divide hidden_size",
+        ),
+        ("stages.words.model.num_key_value_heads=3", "must divide num_attention_heads, which is 4"),
+        ("stages.see.encoder.image_size=57", "multiple of 14"),
+        ("stages.see.encoder.image_size=14", "greater than or equal to 28"),
+        ("stages.see.encoder.size=aimv2_nan", "did you mean aimv2_nano"),
+        ("name=a/b", "must be a name"),
+        ("name=..", "must be a name"),
+        ("name=2024", "must be text: put it in quotes"),
+        ("seed=-1", "greater than or equal to 0"),
+        ("output=3", "output: is 3, must be text"),
+        ("stages={}", "stages: is {}, must not be empty"),
+        ("evaluation.question=3", "did you mean questions"),
+        ("sed=3", "sed: unknown key; .*did you mean seed"),
+    ],
+)
+def test_a_wrong_choice_is_told_with_its_rule(file: Path, word: str, rule: str) -> None:
+    assert re.search(rule, mistake(file, word))
+
+
+def test_all_mistakes_are_told_at_once_with_file_and_line(file: Path) -> None:
+    text = TEXT.replace("aimv2_nano", "aimv2_nana").replace("tower: see", "tower: sea")
+    text = text.replace("    start: join\n", "").replace("lr: 1}", "lr: 1, lr: 2, stps: 3}")
+    file.write_text(text + "1: x\n")
+    lines = mistakes(file, "nonsense", "stages.see.alpha=-1")
+    expected = [
+        ("tiny.yaml:18: stages.join.train.lr: ", "is written twice, at lines 18 and 18"),
+        ("tiny.yaml:22: 1: ", "the key is not text"),
+        ('tiny.yaml, override "nonsense": ', "key=value, for example"),
+        ("tiny.yaml:11: stages.see.encoder.size: ", "did you mean aimv2_nano?"),
+        ('override "stages.see.alpha=-1": stages.see.alpha: ', "is -1"),
+        ("tiny.yaml:18: stages.join.train.stps: ", "did you mean steps?"),
+        ("tiny.yaml:19: stages.tune.start: ", "missing (an earlier align stage"),
+        ("tiny.yaml:16: stages.join.tower: ", "must be an earlier pretrain stage: there are see;"),
+    ]
+    assert len(lines) == len(expected), lines
+    for line, (place, text) in zip(lines, expected, strict=True):
+        assert place in line and text in line, line
+
+
+@pytest.mark.parametrize(
+    ("word", "rule"),
+    [
+        ("stages.tune.start=see", "must be an earlier align stage: there are join$"),
+        ("stages.tune.start=tune", "must be an earlier align stage: there are join$"),
+        ("stages.tune.start=./join", "must be an earlier align stage"),
+        ("stages.join.tower=words", "must be an earlier pretrain stage: there are see; a folder"),
+        ("stages.join.llm=tune", "must be an earlier language stage: there are words"),
+    ],
+)
+def test_a_reference_names_an_earlier_stage_of_the_right_kind(
+    file: Path, word: str, rule: str
+) -> None:
+    assert re.search(rule, mistake(file, word))
+
+
+def test_a_tower_or_llm_may_come_from_outside(file: Path) -> None:
+    recipe = load_recipe(file, ["stages.join.tower=./towers/see", "stages.join.llm=gpt2"])
+    assert recipe.stages["join"].tower == "./towers/see"
+
+
+def test_a_stage_may_not_refer_to_a_later_one() -> None:
+    plain = yaml.safe_load(TEXT.replace("1e-3", "0.001"))
+    plain["stages"] = dict(reversed(plain["stages"].items()))
+    with pytest.raises(ValidationError, match="must be an earlier align stage: there is none"):
+        Recipe.model_validate(plain)
+
+
+@pytest.mark.parametrize(
+    ("word", "rule"),
+    [
+        ("stages.tun.train.lr=1", "the stages are words, see, join, tune; did you mean tune?"),
+        ("name.x=3", 'name: is "tiny", it has no keys'),
+        ("a..b=3", "is not an override"),
+        ("seed=[1", "seed: its value:1:3: expected"),
+        ("seed=*x", "aliases"),
+    ],
+)
+def test_an_override_that_leads_nowhere_is_told(file: Path, word: str, rule: str) -> None:
+    assert rule in mistake(file, word)
+
+
+def test_overrides_come_before_the_judgement_and_the_last_one_counts(file: Path) -> None:
+    file.write_text(TEXT.replace("vocab_size: 300", "vocab_size: many"))
+    words = ["stages.words.vocab_size=1", "stages.words.vocab_size=2", "evaluation.sheets=3"]
+    recipe = load_recipe(file, words)
+    assert recipe.stages["words"].vocab_size == 2
+    assert recipe.evaluation == EvaluationConfig(sheets=3)
+
+
+@pytest.mark.parametrize(
+    ("content", "rule"),
+    [
+        (b"", ": is empty"),
+        (b"# nothing\n", ": is empty"),
+        (b"[1, 2]", r": is \[1, 2\], a recipe is a mapping"),
+        (b"\x89PNG\xff", "is not UTF-8 text"),
+        (b"a: \x00", "not a text file that YAML allows"),
+        (b"a: b\nc: : d\n", r':2:4: mapping values are not allowed here: "c: : d"'),
+        (b"a:\n\tb: 1", r":2:1: found character"),
+        (b"a: &x [1]\nb: *x", ":2:4: aliases .* are not allowed"),
+        (b"a: !!python/name:os.system x", ":1:4: tags .* are not allowed"),
+        (b"[" * 5000, "nested deeper than"),
+        (b"a: 1\n---\nb: 1", "another document"),
+        (b"a: " + b"x" * MAX_BYTES, "is larger than 256 KiB"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused_in_one_line(
+    file: Path, content: bytes, rule: str
+) -> None:
+    file.write_bytes(content)
+    line = mistake(file)
+    assert line.startswith(str(file)) and re.search(rule, line), line
+
+
+def test_a_missing_recipe_lists_those_beside_it(file: Path) -> None:
+    line = mistake(file.with_name("tinny.yaml"))
+    assert f"the recipes in {file.parent} are tiny.yaml; did you mean tiny.yaml?" in line
+    assert "is a folder; the recipes in" in mistake(file.parent)
+    assert "there is no folder" in mistake(file.parent / "nowhere" / "tiny.yaml")
+
+
+def test_a_number_of_many_digits_is_refused_not_crashed_on(file: Path) -> None:
+    assert "must be a whole number" in mistake(file, "seed=" + "9" * 5000)
+    assert "must be less than" in mistake(file, "seed=" + "9" * 30)
+
+
+def test_changed_keys_tell_old_and_new_values(file: Path) -> None:
+    old = load_recipe(file, ["stages.tune.train.part_lr.llm=1"])
+    new = load_recipe(
+        file, ["stages.tune.train.lr=2e-3", "evaluation={}", "stages.see.train.part_lr.head=1e-4"]
+    )
+    assert changed_keys(old, new) == [
+        "stages.see.train.part_lr.head: added 0.0001",
+        "stages.tune.train.lr: 0.001 -> 0.002",
+        "evaluation.questions: added 1200",
+        "evaluation.sheets: added 8",
+        "evaluation.seed: added 0",
+        "stages.tune.train.part_lr.llm: removed 1.0",
+    ]
+
+
+def test_changed_keys_read_a_saved_mapping_with_its_defaults(file: Path) -> None:
+    new = load_recipe(file)
+    plain: dict[str, Any] = yaml.safe_load(TEXT.replace("1e-3", "0.001"))
+    assert changed_keys(plain, new) == []
+    assert changed_keys(yaml.safe_load(dump_recipe(new)), new) == []
+    assert "stages.tune.train.steps: 9 -> 10" in changed_keys(
+        {"unknown": 1, "stages": {"tune": {"train": {"steps": 9}}}}, new
+    )
+
+
+def test_changed_keys_tell_a_new_order_of_stages(file: Path) -> None:
+    old = load_recipe(file)
+    stages = {name: old.stages[name] for name in ("see", "words", "join", "tune")}
+    new = Recipe(name="tiny", stages=stages)
+    assert changed_keys(old, new) == [
+        "stages: order words, see, join, tune -> see, words, join, tune"
+    ]
+
+
+def test_a_recipe_is_frozen() -> None:
+    train = TrainConfig(steps=1, batch_size=1, lr=1.0)
+    with pytest.raises(ValidationError, match="frozen"):
+        train.lr = 2.0  # type: ignore[misc]
+
+
+def test_every_key_of_the_schema_is_described() -> None:
+    todo: list[type[BaseModel]] = [Recipe, EvaluationConfig, DecoderChoice, *STAGES.values()]
+    for stage in STAGES.values():
+        kinds = [field.annotation for field in stage.model_fields.values()]
+        todo += [k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)]
+    for section in todo:
+        for name, field in section.model_fields.items():
+            assert field.description, f"{section.__name__}.{name}"
+
+
+def test_a_mistake_stays_on_one_line_whatever_its_key(file: Path) -> None:
+    file.write_text(TEXT + '"a\\nb": 3\n')
+    assert f"{file}:23: a\\nb: unknown key" in mistake(file)
+
+
+def test_an_unsafe_stage_name_is_told_at_its_own_place(file: Path) -> None:
+    file.write_text(TEXT.replace("  tune:", "  ../tune:"))
+    assert f'{file}:19: stages.../tune: is "../tune", must be a name' in mistake(file)
+
+
+def test_a_mistake_inside_an_overriding_mapping_is_told_of_the_override(file: Path) -> None:
+    line = mistake(file, "stages.words.model.hidden_size=64", "stages.tune.lora={r: 0}")
+    assert line.startswith(f'{file}, override "stages.tune.lora={{r: 0}}": stages.tune.lora.r: ')
+    file.write_text(TEXT.replace("start: join", "start: join\n    lora: {r: 1}"))
+    line = mistake(file, "stages.tune.lora={r: 0}")
+    assert line.startswith(f'{file}, override "stages.tune.lora={{r: 0}}": stages.tune.lora.r: ')
