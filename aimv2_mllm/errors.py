@@ -1,8 +1,8 @@
-"""The two ways in which a command ends badly; `__main__` turns them into one line and an exit code."""
+"""The two ways in which a command ends badly; `__main__` makes them one line and an exit code."""
 
 
 class UsageError(ValueError):
-    """What was asked cannot be done (exit code 2): the message says what, where, and what to do instead."""
+    """What was asked cannot be done (exit code 2): the message says what, where, what to do."""
 
 
 class RunFailed(RuntimeError):

@@ -1,6 +1,8 @@
-"""A recipe's stages, one after the other, in a run folder that can be left and taken up again at any moment.
+"""A recipe's stages, one after the other, in a run folder that can be left and taken up again at
+any moment.
 
-Owns the run folder: its lock, its recipe, which stages are finished. Refuses a folder that another recipe began.
+Owns the run folder: its lock, its recipe, which stages are finished. Refuses a folder that another
+recipe began.
 """
 
 import fcntl
@@ -21,8 +23,9 @@ from safetensors import SafetensorError
 
 from aimv2_mllm.engine.loop import train
 from aimv2_mllm.errors import RunFailed, UsageError
+from aimv2_mllm.folders import RECIPE_FILE, STAGE_FILE
 from aimv2_mllm.recipe import Recipe, Stage, changed_keys, dump_recipe
-from aimv2_mllm.stages import STAGE_FILE, STAGES, Job, Place
+from aimv2_mllm.stages import STAGES, Job, Place
 
 Narrate = Callable[[str], None]
 LICENCE = "Apache-2.0"
@@ -85,7 +88,8 @@ def run_stage(name: str, stage: Stage, place: Place, narrate: Narrate) -> None:
 
 
 def _save(job: Job, result: Path, record: dict[str, Any]) -> None:
-    """Write the result under another name and rename it when it is whole, so that no half of one is ever found."""
+    """Write the result under another name and rename it when it is whole, so that no half of one is
+    ever found."""
     unfinished = result.with_name(f"{result.name}.tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
@@ -101,24 +105,13 @@ def _save(job: Job, result: Path, record: dict[str, Any]) -> None:
     except (OSError, SafetensorError) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise RunFailed(
-            f"the result could not be written to {result} ({error}); the last checkpoint beside it is whole: "
-            "make room and run the same command again"
+            f"the result could not be written to {result} ({error}); the last checkpoint beside "
+            "it is whole: make room and run the same command again"
         ) from None
 
 
-def finished_stages(folder: Path) -> dict[str, Path]:
-    """The result folders of the stages that a run folder holds, by name, in the recipe's order."""
-    try:
-        recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
-        names = list(recipe["stages"])
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
-        raise UsageError(f"{folder}: is no run folder (it has no readable recipe.yaml)") from None
-    results = {name: folder / name / "model" for name in names}
-    return {name: path for name, path in results.items() if (path / STAGE_FILE).is_file()}
-
-
 def _claim(place: Place, narrate: Narrate) -> None:
-    path = place.folder / "recipe.yaml"
+    path = place.folder / RECIPE_FILE
     if path.exists():
         try:
             changes = changed_keys(yaml.safe_load(path.read_text()), place.recipe)
@@ -144,17 +137,22 @@ def _locked(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("w")
     except OSError as error:
-        raise UsageError(f"{folder}: cannot be the run folder ({error.strerror}); give output=FOLDER") from None
+        raise UsageError(
+            f"{folder}: cannot be the run folder ({error.strerror}); give output=FOLDER"
+        ) from None
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UsageError(f"{folder}: another process is running there; wait for it or give output=FOLDER") from None
+            raise UsageError(
+                f"{folder}: another process is running there; wait for it or give output=FOLDER"
+            ) from None
         yield
 
 
 def _fingerprint(name: str, place: Place) -> str:
-    """What decides a stage's numbers: its own part of the recipe, the seed, and the results it starts from."""
+    """What decides a stage's numbers: its own part of the recipe, the seed, and the results it
+    starts from."""
     earlier = list(place.recipe.stages)[: list(place.recipe.stages).index(name)]
     parents = [_sha256(place.result(other) / STAGE_FILE) for other in earlier]
     stage = place.recipe.stages[name].model_dump(mode="json")
@@ -167,7 +165,10 @@ def _number(seed: int, name: str) -> int:
 
 
 def _as_text(table: list[tuple[str, int, bool]]) -> str:
-    rows = [f"  {part:<12}{count:>13,}  {'trained' if trained else 'frozen'}" for part, count, trained in table]
+    rows = [
+        f"  {part:<12}{count:>13,}  {'trained' if trained else 'frozen'}"
+        for part, count, trained in table
+    ]
     return "\n".join(rows)
 
 

@@ -28,13 +28,13 @@ from aimv2_mllm.objective import AnswerObjective, PreTrainingObjective
 from aimv2_mllm.recipe import AlignStage, LanguageStage, PretrainStage, Recipe, TuneStage
 
 DECODER_FILE = "decoder.safetensors"
-STAGE_FILE = "stage.json"
 TOKENIZER_TEXTS = 3000  # conversations from which a tokenizer is learned
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a stage stands: the whole recipe and the run folder with the results of the stages before it."""
+    """Where a stage stands: the whole recipe and the run folder with the results of the stages
+    before it."""
 
     recipe: Recipe
     folder: Path
@@ -46,7 +46,8 @@ class Place:
 
 @dataclass
 class Job:
-    """A stage ready to be trained: a model, its trainable parts by name, what is minimised, on which batches.
+    """A stage ready to be trained: a model, its trainable parts by name, what is minimised, on
+    which batches.
 
     `save` writes the result into a folder; it may change the model, for nothing comes after it.
     """
@@ -69,7 +70,12 @@ class Job:
 
 
 def _frozen_part(name: str) -> str:
-    parts = {"vision_tower": "tower", "multi_modal_projector": "connector", "language_model": "LLM", "lm_head": "LLM"}
+    parts = {
+        "vision_tower": "tower",
+        "multi_modal_projector": "connector",
+        "language_model": "LLM",
+        "lm_head": "LLM",
+    }
     return next((part for word, part in parts.items() if word in name.split(".")), "model")
 
 
@@ -90,14 +96,18 @@ def build_pretrain(stage: PretrainStage, place: Place) -> Job:
         save_encoder(model.encoder, folder)
         preprocessing.save(folder)
         tokenizer.save_pretrained(folder)
-        rest = {k: v.detach() for k, v in model.state_dict().items() if not k.startswith("encoder.")}
+        rest = {
+            k: v.detach() for k, v in model.state_dict().items() if not k.startswith("encoder.")
+        }
         save_file(rest, folder / DECODER_FILE, metadata={"decoder": json.dumps(asdict(decoder))})
 
     return Job(
         model,
         {
             "encoder": _part(model, "encoder."),
-            "decoder": [(n, p) for n, p in model.named_parameters() if not n.startswith("encoder.")],
+            "decoder": [
+                (n, p) for n, p in model.named_parameters() if not n.startswith("encoder.")
+            ],
         },
         PreTrainingObjective(config.patch_size, tokenizer.eos_token_id, stage.alpha),
         caption_batches(
@@ -121,13 +131,16 @@ def build_align(stage: AlignStage, place: Place) -> Job:
     model = mllm.assemble(load_encoder(tower), mllm.load_llm(llm), tokenizer)
     model.requires_grad_(False)
     model.model.multi_modal_projector.requires_grad_(True)
-    processor = mllm.build_processor(tokenizer, Preprocessing.load(tower), model.config.vision_config.patch_size)
+    processor = mllm.build_processor(
+        tokenizer, Preprocessing.load(tower), model.config.vision_config.patch_size
+    )
     parts = {"connector": _part(model, "model.multi_modal_projector.")}
     return _conversation_job(model, parts, stage, place, processor, lambda: model)
 
 
 def build_tune(stage: TuneStage, place: Place) -> Job:
-    """The aligned Llava with low-rank adapters on the LLM; adapters and connector are trained, the rest frozen.
+    """The aligned Llava with low-rank adapters on the LLM; adapters and connector are trained, the
+    rest frozen.
 
     The result has the adapters merged in: it is as stock a folder as the aligned one.
     """
@@ -142,7 +155,8 @@ def build_tune(stage: TuneStage, place: Place) -> Job:
         r=stage.lora.r,
         lora_alpha=stage.lora.alpha,  # type: ignore[arg-type]
         lora_dropout=stage.lora.dropout,
-        target_modules=rf".*\.language_model\..*\.({targets})",  # never a leaf name: the tower may have it too
+        # Whole names: the tower may have the same leaf names.
+        target_modules=rf".*\.language_model\..*\.({targets})",
     )
     try:
         model = get_peft_model(base, config)
@@ -185,14 +199,19 @@ def _conversation_job(
 
 
 def build_language(stage: LanguageStage, place: Place) -> Job:
-    """A Llama and its tokenizer from nothing, trained on conversations about sheets that are described in words."""
+    """A Llama and its tokenizer from nothing, trained on conversations about sheets that are
+    described in words."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     seed = world_seed(place.recipe.seed, stage.data)
     tasks = {str(task): weight for task, weight in stage.data.tasks.items()}
     talks = (
         conversation(
-            scenes.scene(seed, "train", i), scenes.generator(seed, "words", i), tasks=tasks, turns=4, seen=False
+            scenes.scene(seed, "train", i),
+            scenes.generator(seed, "words", i),
+            tasks=tasks,
+            turns=4,
+            seen=False,
         )
         for i in range(TOKENIZER_TEXTS)
     )
@@ -202,6 +221,7 @@ def build_language(stage: LanguageStage, place: Place) -> Job:
         **stage.model.model_dump(),
         vocab_size=len(tokenizer),
         tie_word_embeddings=True,
+        initializer_range=stage.model.hidden_size**-0.5,  # the default, 0.02, is for large widths
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

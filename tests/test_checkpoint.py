@@ -1,7 +1,9 @@
 """Checkpoints on disk: whole or not there, whatever happens while they are written."""
 
+import json
 import os
 import re
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +18,12 @@ from aimv2_mllm.engine import checkpoint
 from aimv2_mllm.errors import RunFailed, UsageError
 
 STATE = {"fingerprint": "f", "note": 0.1}
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A kill loses nothing of what was written, only a power cut would.
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 def tensors(value: float) -> dict[str, Tensor]:
@@ -42,7 +50,8 @@ def load(folder: Path) -> tuple[int | None, list[str]]:
         return None, said
     step, read, state = found
     wanted = tensors(float(step))
-    assert read.keys() == wanted.keys() and all(torch.equal(read[k], wanted[k]) for k in wanted)
+    assert read.keys() == wanted.keys()
+    assert all(torch.equal(read[k], wanted[k]) for k in wanted)
     assert (state["note"], state["step"]) == (0.1, step)
     return step, said
 
@@ -58,6 +67,7 @@ def test_every_type_and_shape_comes_back_bit_for_bit_also_through_the_library(
         "count": torch.tensor(7),
         "none": torch.empty(0, 4),
         "double": torch.randn(2, 2, dtype=torch.float64),
+        "strided": torch.randn(6)[::2],
         "turned": torch.randn(4, 3).T,
         "weight": torch.nn.Parameter(torch.randn(2, 3)),
     }
@@ -74,9 +84,20 @@ def test_every_type_and_shape_comes_back_bit_for_bit_also_through_the_library(
             assert torch.equal(*bits), name
 
 
+def test_every_tensor_lies_on_a_multiple_of_its_width(tmp_path: Path) -> None:
+    mixed = {"flag": torch.tensor([True] * 3), "wide": torch.ones(2), "half": torch.ones(3).half()}
+    checkpoint.save(tmp_path, 1, mixed, STATE, keep=1)
+    content = (tmp_path / "step-000001" / "tensors.safetensors").read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + length])
+    assert length % 8 == 0
+    for name, tensor in mixed.items():
+        assert header[name]["data_offsets"][0] % tensor.element_size() == 0, name
+
+
 def test_the_newest_is_loaded_and_only_the_newest_are_kept(tmp_path: Path) -> None:
-    saved(tmp_path, 998, 999, 1_000_000, keep=2)
-    assert names(tmp_path) == ["latest", "step-000999", "step-1000000"]
+    saved(tmp_path, 999_998, 999_999, 1_000_000, keep=2)
+    assert names(tmp_path) == ["latest", "step-1000000", "step-999999"]
     assert latest(tmp_path) == "step-1000000"
     assert load(tmp_path) == (1_000_000, [])
 
@@ -148,7 +169,9 @@ def test_a_checkpoint_of_another_run_is_refused_and_nothing_is_removed(tmp_path:
     saved(tmp_path, 1, 2)
     (tmp_path / "step-000002" / "state.json").write_text("{")
     before = names(tmp_path)
-    with pytest.raises(UsageError, match="step-000001 belongs to another run .fingerprint f, this"):
+    with pytest.raises(
+        UsageError, match=r"step-000001 belongs to another run .fingerprint f, this"
+    ):
         checkpoint.load_newest(tmp_path, "g", print)
     assert names(tmp_path) == before
 
@@ -203,13 +226,29 @@ def test_killed_at_any_call_latest_names_a_whole_checkpoint(
         except Killed:
             pass
         else:
-            assert calls <= moment
+            assert moment >= calls > 0
+    for folder in tmp_path.glob("step-??????"):
+        assert names(folder) == ["state.json", "tensors.safetensors"], folder
     named = latest(tmp_path)
+    assert named in names(tmp_path)
     step, said = load(tmp_path)
-    assert not said and step in (2, 3)
+    assert not said
+    assert step in (2, 3)
     assert int(named.removeprefix("step-")) <= step
     assert latest(tmp_path) == f"step-00000{step}"
     assert not [name for name in names(tmp_path) if "tmp" in name]
+
+
+def test_what_is_renamed_was_synced_before_and_its_folder_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    for name in ("fsync", "rename", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, n=name, r=real: (calls.append(n), r(*a))[1])
+    saved(tmp_path, 1)
+    # Tensors, state, their folder; the folder around it. Then the same for `latest`.
+    assert calls == ["fsync"] * 3 + ["rename", "fsync", "fsync", "replace", "fsync"]
 
 
 FULL_DISK = """
@@ -236,7 +275,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_whole_checkpoint(tmp_path:
         capture_output=True,
         text=True,
         check=True,
-        timeout=60,
+        timeout=300,
     )
     assert done.stdout.startswith("OSError checkpoint step-000002 (0.2 MiB) could not be written")
     for words in (
@@ -252,5 +291,5 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_whole_checkpoint(tmp_path:
 
 def test_a_folder_that_cannot_be_made_is_a_failed_run_and_not_a_traceback(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunFailed, match="Not a directory.*no checkpoint yet.*folder writable"):
+    with pytest.raises(RunFailed, match=r"Not a directory.*no checkpoint yet.*folder writable"):
         saved(tmp_path / "file" / "checkpoints", 1)

@@ -87,6 +87,13 @@ def test_each_named_size_is_built_from_its_own_row() -> None:
         assert config == expected
 
 
+def test_the_heads_of_every_published_size_are_128_wide() -> None:
+    """The number of parameters does not tell how many heads share them."""
+    for name, size in SIZES.items():
+        width = size["hidden_size"] // size["num_attention_heads"]
+        assert width == (64 if name == "aimv2_nano" else 128), name
+
+
 def test_parameters_bear_the_original_names() -> None:
     names = {name.replace("blocks.0.", "blocks.N.") for name in tiny_encoder().state_dict()}
     assert {name for name in names if "blocks.1" not in name and "blocks.2" not in name} == {

@@ -197,7 +197,9 @@ def test_a_batch_without_a_scored_patch_still_learns_its_words() -> None:
     model, objective = tiny_model(), PreTrainingObjective(14, END)
     batch = one_sample([3, 4], 2, prefix_length=9)
     loss = objective(model, batch, objective.targets(batch))
-    assert loss.image == 0 and loss.total == loss.text and torch.isfinite(loss.total)
+    assert loss.image == 0
+    assert loss.total == loss.text
+    assert torch.isfinite(loss.total)
 
 
 class TinyLanguageModel(nn.Module):

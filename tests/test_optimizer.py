@@ -56,6 +56,7 @@ def take_steps(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range)
 def test_weights_and_words_are_decayed_and_vectors_positions_and_start_are_not() -> None:
     decayed = {name for name, p in Tower().named_parameters() if is_decayed(name, p)}
     assert decayed == {"words.weight", "proj.weight", "unused.weight"}
+    assert not is_decayed("decoder.text_positions", nn.Parameter(torch.zeros(3, 2)))
 
 
 def test_each_part_has_a_decayed_and_an_undecayed_group_that_cover_it_once() -> None:

@@ -182,7 +182,8 @@ def test_all_mistakes_are_told_at_once_with_file_and_line(file: Path) -> None:
     ]
     assert len(lines) == len(expected), lines
     for line, (place, text) in zip(lines, expected, strict=True):
-        assert place in line and text in line, line
+        assert place in line, line
+        assert text in line, line
 
 
 @pytest.mark.parametrize(
@@ -257,7 +258,8 @@ def test_a_file_that_is_no_recipe_is_refused_in_one_line(
 ) -> None:
     file.write_bytes(content)
     line = mistake(file)
-    assert line.startswith(str(file)) and re.search(rule, line), line
+    assert line.startswith(str(file)), line
+    assert re.search(rule, line), line
 
 
 def test_a_missing_recipe_lists_those_beside_it(file: Path) -> None:

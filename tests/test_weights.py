@@ -79,6 +79,17 @@ def test_a_loaded_encoder_can_be_trained_and_saved_where_it_came_from(folder: Pa
     assert_same(load_encoder(folder).state_dict(), kept)
 
 
+def test_a_loaded_encoder_survives_that_another_is_saved_over_its_file(folder: Path) -> None:
+    """Loading maps the file into memory: writing into it would change the loaded weights."""
+    encoder = load_encoder(folder)
+    other = tiny_encoder()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    save_encoder(other, folder)
+    assert_same(encoder.state_dict(), tiny_encoder().state_dict())
+
+
 def test_the_config_written_has_the_keys_of_the_first_release(tmp_path: Path) -> None:
     save_encoder(tiny_encoder(), tmp_path / "fixed")
     save_encoder(tiny_encoder(native=True), tmp_path / "native")

@@ -1,1 +1,2 @@
-"""What the stages are fed: pictures, captions and conversations, each a pure function of (seed, split, index)."""
+"""What the stages are fed: pictures, captions and conversations, each a pure function of (seed,
+split, index)."""

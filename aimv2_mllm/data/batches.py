@@ -1,7 +1,7 @@
 """The batches of a stage as a pure function of the step: which sheets, which words, which prefixes.
 
-Sample j of step s is the world's sample s * batch_size + j, whatever the number of micro-batches; so the whole state of the
-data is the step.
+Sample j of step s is the world's sample s * batch_size + j, whatever the number of micro-batches;
+so the whole state of the data is the step.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,8 +18,11 @@ from aimv2_mllm.objective import ConversationBatch, PreTrainingBatch
 from aimv2_mllm.recipe import CaptionData, ConversationData, TrainConfig
 
 
-def micro_batches(config: TrainConfig, collate: Callable[[Sequence[int]], Any]) -> Callable[[int], list[Any]]:
-    """A function from the step to its micro-batches, each collated from the indices of its samples."""
+def micro_batches(
+    config: TrainConfig, collate: Callable[[Sequence[int]], Any]
+) -> Callable[[int], list[Any]]:
+    """A function from the step to its micro-batches, each collated from the indices of its
+    samples."""
     size = config.micro_batch_size or config.batch_size
 
     def at(step: int) -> list[Any]:
@@ -45,14 +48,19 @@ def caption_batches(
     num_patches: int,
     max_text_tokens: int,
 ) -> Callable[[int], list[PreTrainingBatch]]:
-    """The pre-training batches by step: sheets, captions, and a prefix length of 1..num_patches-1 for each sheet."""
+    """The pre-training batches by step: sheets, captions, and a prefix length of 1..num_patches-1
+    for each sheet."""
     world = world_seed(seed, data)
 
     def collate(indices: Sequence[int]) -> PreTrainingBatch:
         sheets = [scenes.scene(world, "train", index) for index in indices]
-        lengths = [int(scenes.generator(world, "prefix", i).integers(1, num_patches)) for i in indices]
+        lengths = [
+            int(scenes.generator(world, "prefix", i).integers(1, num_patches)) for i in indices
+        ]
         return PreTrainingBatch(
-            **encode_captions([scenes.caption(sheet) for sheet in sheets], tokenizer, max_text_tokens),
+            **encode_captions(
+                [scenes.caption(sheet) for sheet in sheets], tokenizer, max_text_tokens
+            ),
             pixel_values=picture_batch(sheets, preprocessing),
             prefix_length=torch.tensor(lengths),
         )
@@ -60,8 +68,11 @@ def caption_batches(
     return micro_batches(train, collate)
 
 
-def encode_captions(captions: list[str], tokenizer: Any, max_text_tokens: int) -> dict[str, torch.Tensor]:
-    """`caption_ids` (B, T) and `caption_length` (B,): captions cut at `max_text_tokens`, padded with zeros."""
+def encode_captions(
+    captions: list[str], tokenizer: Any, max_text_tokens: int
+) -> dict[str, torch.Tensor]:
+    """`caption_ids` (B, T) and `caption_length` (B,): captions cut at `max_text_tokens`, padded
+    with zeros."""
     # The leading space makes a first word the token that it is elsewhere.
     rows = [ids[:max_text_tokens] for ids in tokenizer([f" {text}" for text in captions]).input_ids]
     padded = np.zeros((len(rows), max(map(len, rows))), dtype=np.int64)
@@ -82,7 +93,8 @@ def conversation_batches(
     preprocessing: Preprocessing | None,
     num_image_tokens: int = 0,
 ) -> Callable[[int], list[ConversationBatch]]:
-    """The conversation batches by step: about pictures, or, without `preprocessing`, about sheets described in words."""
+    """The conversation batches by step: about pictures, or, without `preprocessing`, about sheets
+    described in words."""
     world, seen = world_seed(seed, data), preprocessing is not None
 
     def collate(indices: Sequence[int]) -> ConversationBatch:
@@ -101,7 +113,9 @@ def conversation_batches(
         if preprocessing is not None:
             batch["pixel_values"] = picture_batch(sheets, preprocessing)
         if not (batch["labels"] >= 0).any():
-            raise UsageError("no token is supervised: the tokenizer's chat template marks no assistant text")
+            raise UsageError(
+                "no token is supervised: the tokenizer's chat template marks no assistant text"
+            )
         return batch
 
     return micro_batches(train, collate)

@@ -1,6 +1,8 @@
-"""Conversations about sheets as token batches: what is asked, what is answered, and which tokens are supervised.
+"""Conversations about sheets as token batches: what is asked, what is answered, and which tokens
+are supervised.
 
-Templates are the tokenizer's own; supervised is what the assistant says, with its end token, and nothing else.
+Templates are the tokenizer's own; supervised is what the assistant says, with its end token, and
+nothing else.
 """
 
 from typing import Any
@@ -13,9 +15,12 @@ from aimv2_mllm.objective import ConversationBatch
 
 IGNORED = -100  # a label that is not scored
 IMAGE_TOKEN = "<image>"
+COPY = "Repeat what is on the sheet."
 DESCRIBE = ("Describe the sheet.", "What is on the sheet?", "Say what you see.")
 
-Message = dict[str, Any]  # role: "user" | "assistant"; content: list of {"type": "text" | "image", ...}
+Message = dict[
+    str, Any
+]  # role: "user" | "assistant"; content: list of {"type": "text" | "image", ...}
 
 
 def turn(question: str, answer: str, *, image: bool = False) -> list[Message]:
@@ -28,33 +33,46 @@ def turn(question: str, answer: str, *, image: bool = False) -> list[Message]:
 
 
 def conversation(
-    scene: scenes.Scene, random: np.random.Generator, *, tasks: dict[str, float], turns: int, seen: bool
+    scene: scenes.Scene,
+    random: np.random.Generator,
+    *,
+    tasks: dict[str, float],
+    turns: int,
+    seen: bool,
 ) -> list[Message]:
     """A conversation of `turns` questions about `scene`, of kinds drawn by the weights in `tasks`.
 
-    `seen`: the sheet comes as a picture; otherwise the first question opens with the sheet described in words,
-    its digits in any order, which is how a language model without eyes learns to look things up.
+    `seen`: the sheet comes as a picture; otherwise the first question opens with the sheet
+    described in words, its digits in any order, and "describe" asks for the reading order: that is
+    how a language model without eyes learns to look things up.
     """
     phrases = [scenes.phrase(digit) for digit in scene.digits]
-    if not seen:
-        phrases = [phrases[i] for i in random.permutation(len(phrases))]
-    kinds = random.choice(list(tasks), size=turns, p=np.array(list(tasks.values())) / sum(tasks.values()))
+    told = scenes.in_words([phrases[i] for i in random.permutation(len(phrases))])
+    kinds = random.choice(
+        list(tasks), size=turns, p=np.array(list(tasks.values())) / sum(tasks.values())
+    )
     messages: list[Message] = []
     for kind in kinds:
         if kind == "describe":
             asked, answer = str(random.choice(DESCRIBE)), scenes.in_words(phrases)
+        elif kind == "copy" and not seen:
+            asked, answer = COPY, told
         else:
             _, asked, answer = scenes.question(scene, random)
         if not messages and not seen:
-            asked = f"On the sheet: {scenes.in_words(phrases)}. {asked}"
+            asked = f"On the sheet: {told}. {asked}"
         messages += turn(asked, answer, image=seen and not messages)
     return messages
 
 
-def tokenize(tokenizer: Any, conversations: list[list[Message]], *, num_image_tokens: int = 0) -> ConversationBatch:
-    """Conversations as one right-padded batch: input_ids, attention_mask and labels, each (B, L) int64.
+def tokenize(
+    tokenizer: Any, conversations: list[list[Message]], *, num_image_tokens: int = 0
+) -> ConversationBatch:
+    """Conversations as one right-padded batch: input_ids, attention_mask and labels, each (B, L)
+    int64.
 
-    Each image mark becomes `num_image_tokens` tokens. Labels are the assistant's tokens; all others are IGNORED.
+    Each image mark becomes `num_image_tokens` tokens. Labels are the assistant's tokens; all others
+    are IGNORED.
     """
     encoded = tokenizer.apply_chat_template(
         conversations, tokenize=True, return_dict=True, return_assistant_tokens_mask=True

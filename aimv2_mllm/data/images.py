@@ -3,6 +3,7 @@
 Refuses what is no picture, what is cut off, and what would not fit into memory, before decoding it.
 """
 
+import os
 import warnings
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from aimv2_mllm.errors import UsageError
 
 MAX_PIXELS = 64_000_000  # what is decoded at most: 192 MB as RGB
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP")  # Pillow starts a program for some others
+MAX_SQUARE_SIDE = 8000  # pixels; a long strip is scaled down to it, for its square would be huge
 
 
 def open_image(path: str | Path) -> Image.Image:
@@ -20,23 +23,28 @@ def open_image(path: str | Path) -> Image.Image:
     Raises UsageError on anything that is not a whole picture of at most `MAX_PIXELS` pixels.
     """
     file = Path(path)
-    if file.is_dir():
+    if os.path.isdir(file):
         raise UsageError(f"{file}: is a folder; give a picture file such as PNG or JPEG")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is below it
-            picture = Image.open(file)
+            warnings.simplefilter(
+                "ignore", Image.DecompressionBombWarning
+            )  # our own limit is below it
+            picture = Image.open(file, formats=FORMATS)
             width, height = picture.size
             if width * height > MAX_PIXELS:
                 raise UsageError(
-                    f"{file}: has {width:,} x {height:,} pixels, and {MAX_PIXELS:,} are the most; scale it down first"
+                    f"{file}: has {width:,} x {height:,} pixels, and {MAX_PIXELS:,} are the most; "
+                    "scale it down first"
                 )
             picture.load()
             return _as_rgb(ImageOps.exif_transpose(picture))
     except FileNotFoundError:
         raise UsageError(f"{file}: there is no such picture") from None
     except UnidentifiedImageError:
-        raise UsageError(f"{file}: is not a picture; give a PNG, JPEG, WebP, GIF or TIFF file") from None
+        raise UsageError(
+            f"{file}: is not a picture; give a PNG, JPEG, WebP, GIF or TIFF file"
+        ) from None
     except Image.DecompressionBombError:
         raise UsageError(
             f"{file}: has more than {MAX_PIXELS:,} pixels, which is the most; scale it down first"
@@ -44,31 +52,39 @@ def open_image(path: str | Path) -> Image.Image:
     except (OSError, SyntaxError, ValueError) as error:
         if isinstance(error, UsageError):
             raise
+        if isinstance(error, OSError) and error.errno:
+            raise UsageError(f"{file}: cannot be read ({error.strerror})") from None
         raise UsageError(f"{file}: the picture is damaged or cut off ({error})") from None
 
 
 def _as_rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode.startswith(("I", "F")):  # 16- and 32-bit grey: Pillow's own conversion would clip it
+    if picture.mode.startswith(
+        ("I", "F")
+    ):  # 16- and 32-bit grey: Pillow's own conversion would clip it
         values = np.asarray(picture, dtype=np.float64)
-        top = 65535 if values.max() > 255 else 255
+        top = 65535 if picture.mode.startswith("I;16") or values.max() > 255 else 255
         picture = Image.fromarray((values.clip(0, top) * (255 / top)).astype(np.uint8))
     if "A" in picture.mode or "transparency" in picture.info:
         picture = picture.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert(
+            "RGB"
+        )
     return picture.convert("RGB")
 
 
 def square(picture: Image.Image) -> Image.Image:
-    """`picture` in the middle of the smallest square that holds it, so that a centre crop cuts nothing off.
+    """`picture` in the middle of the smallest square that holds it, so that a centre crop cuts
+    nothing off.
 
     The rim has the colour that fills most of the picture's own edge (its median).
     """
     if picture.width == picture.height:
         return picture
+    if max(picture.size) > MAX_SQUARE_SIDE:
+        picture = picture.copy()
+        picture.thumbnail((MAX_SQUARE_SIDE, MAX_SQUARE_SIDE))  # no side becomes 0, as in contain
     pixels = np.asarray(picture)
     edge = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     red, green, blue = (int(value) for value in np.median(edge, axis=0))
     side = max(picture.size)
     return ImageOps.pad(picture, (side, side), color=(red, green, blue))
-
-

@@ -1,8 +1,10 @@
-"""The embedded world: sheets of real handwritten digits in coloured ink, with captions and questions.
+"""The embedded world: sheets of real handwritten digits in coloured ink, with captions and
+questions.
 
-The scans are the UCI "optical recognition of handwritten digits" set as scikit-learn carries it (1,797 scans of 8 x 8 pixels
-in 17 grey levels; E. Alpaydin, C. Kaynak, 1998, CC BY 4.0). A scene is a pure function of (seed, split, index), so nothing is
-stored and every run sees the same sheets. Each scan belongs to one split for ever: no held-out sheet shows ink of a training scan.
+The scans are the UCI "optical recognition of handwritten digits" set as scikit-learn carries it
+(1,797 scans of 8 x 8 pixels in 17 grey levels; E. Alpaydin, C. Kaynak, 1998, CC BY 4.0). A scene is
+a pure function of (seed, split, index), so nothing is stored and every run sees the same sheets.
+Each scan belongs to one split for ever: no held-out sheet shows ink of a training scan.
 """
 
 from dataclasses import dataclass
@@ -24,7 +26,7 @@ INKS: dict[str, tuple[int, int, int]] = {
 }
 PLACES = ("top left", "top right", "bottom left", "bottom right")  # in reading order
 HELDOUT_SHARE = 0.2
-SMALLEST, LARGEST = 0.27, 0.45  # side of a digit's box as a share of the sheet's side
+SMALLEST, LARGEST = 0.36, 0.49  # side of a digit's box as a share of the sheet's side
 _PAPER_LOW, _PAPER_HIGH = 236, 256  # grey levels between which a sheet's paper colour lies
 
 
@@ -42,7 +44,8 @@ class Digit(NamedTuple):
 
 @dataclass(frozen=True)
 class Scene:
-    """A sheet: its paper colour and one to four digits in reading order, no value and no ink twice."""
+    """A sheet: its paper colour and one to four digits in reading order, no value and no ink
+    twice."""
 
     paper: tuple[int, int, int]
     digits: tuple[Digit, ...]
@@ -60,7 +63,8 @@ class Question(NamedTuple):
 def scans() -> tuple[np.ndarray, np.ndarray]:
     """All scans, (1797, 8, 8) float32 ink between 0 and 1, and their values, (1797,) int64.
 
-    Source: `sklearn.datasets.load_digits`. Raises ImportError with the install line when scikit-learn is absent.
+    Source: `sklearn.datasets.load_digits`. Raises ImportError with the install line when
+    scikit-learn is absent.
     """
     try:
         from sklearn.datasets import load_digits
@@ -74,7 +78,8 @@ def scans() -> tuple[np.ndarray, np.ndarray]:
 
 @lru_cache(maxsize=2)
 def split_scans(split: Split) -> np.ndarray:
-    """Indices of the scans that belong to `split`: a fixed fifth of each value is held out, whatever the recipe's seed."""
+    """Indices of the scans that belong to `split`: a fixed fifth of each value is held out,
+    whatever the recipe's seed."""
     _, values = scans()
     order = np.random.default_rng(20_241_121).permutation(len(values))
     heldout = [
@@ -99,7 +104,8 @@ def generator(*key: int | str) -> np.random.Generator:
 
 
 def scene(seed: int, split: Split, index: int) -> Scene:
-    """The scene number `index` of a split: one to four digits, no value and no ink twice, each in its own quarter."""
+    """The scene number `index` of a split: one to four digits, no value and no ink twice, each in
+    its own quarter."""
     random = generator(seed, split, index)
     count = int(random.integers(1, len(PLACES) + 1))
     values = random.permutation(10)[:count]
@@ -122,7 +128,8 @@ def scene(seed: int, split: Split, index: int) -> Scene:
 
 
 def single_digit(scan: int, seed: int) -> Scene:
-    """A sheet with one scan alone, in an ink and place drawn from (seed, scan): what the kNN probe looks at."""
+    """A sheet with one scan alone, in an ink and place drawn from (seed, scan): what the kNN probe
+    looks at."""
     random = generator(seed, "single", scan)
     value = int(scans()[1][scan])
     ink = list(INKS)[int(random.integers(len(INKS)))]
@@ -134,7 +141,8 @@ def single_digit(scan: int, seed: int) -> Scene:
 
 
 def render(scene: Scene, size: int) -> np.ndarray:
-    """The sheet as (size, size, 3) uint8: each scan enlarged bicubically and laid on the paper as ink."""
+    """The sheet as (size, size, 3) uint8: each scan enlarged bicubically and laid on the paper as
+    ink."""
     sheet = np.empty((size, size, 3), dtype=np.float32)
     sheet[:] = scene.paper
     for digit in scene.digits:
@@ -149,7 +157,8 @@ def render(scene: Scene, size: int) -> np.ndarray:
 
 
 def caption(scene: Scene) -> str:
-    """The sheet in words, in reading order: "a red 7 at the top left and a blue 3 at the bottom right"."""
+    """The sheet in words, in reading order: "a red 7 at the top left and a blue 3 at the bottom
+    right"."""
     return in_words([phrase(digit) for digit in scene.digits])
 
 
@@ -177,11 +186,14 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
 
 
 def question(scene: Scene, random: np.random.Generator, kind: str | None = None) -> Question:
-    """A question about `scene` with its answer, drawn with `random`; `kind` is a key of `QUESTIONS` or None for any."""
+    """A question about `scene` with its answer, drawn with `random`; `kind` is a key of `QUESTIONS`
+    or None for any."""
     kind = kind or list(QUESTIONS)[int(random.integers(len(QUESTIONS)))]
     digit = scene.digits[int(random.integers(len(scene.digits)))]
     ink, value = digit.ink, digit.value
-    if kind == "exists" and random.random() < 0.5:  # change the ink or the value, so that it is not there
+    if (
+        kind == "exists" and random.random() < 0.5
+    ):  # change the ink or the value, so that it is not there
         if random.random() < 0.5:
             ink = str(random.choice([name for name in INKS if name != digit.ink]))
         else:
@@ -196,5 +208,7 @@ def question(scene: Scene, random: np.random.Generator, kind: str | None = None)
         "largest": str(max(d.value for d in scene.digits)),
     }[kind]
     wording = QUESTIONS[kind][int(random.integers(len(QUESTIONS[kind])))]
-    text = wording.format(ink=ink, value=value, place=digit.place).replace(" a orange", " an orange")
+    text = wording.format(ink=ink, value=value, place=digit.place).replace(
+        " a orange", " an orange"
+    )
     return Question(kind, text, answer)

@@ -1,7 +1,7 @@
-"""A small byte-level BPE tokenizer with a chat template, for a language model trained here from nothing."""
+"""A small byte-level BPE tokenizer with a chat template, for a language model trained here from
+nothing."""
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -12,17 +12,21 @@ EXTRA_TOKENS = ("<image>", "<|user|>", "<|assistant|>")
 # Text follows its role mark after a space, so that " 7" is one token wherever it stands.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
-    "{% set parts = [{'type': 'text', 'text': message.content}] if message.content is string else message.content %}"
+    "{% set parts = message.content %}"
+    "{% if parts is string %}{% set parts = [{'type': 'text', 'text': parts}] %}{% endif %}"
     "{% if message.role == 'assistant' %}<|assistant|>"
     "{% generation %}{% for part in parts %} {{ part.text }}{% endfor %}<|end|>{% endgeneration %}"
     "{% else %}<|user|>"
-    "{% for part in parts %}{% if part.type == 'image' %}<image>{% else %} {{ part.text }}{% endif %}{% endfor %}<|end|>"
-    "{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    "{% for part in parts %}"
+    "{% if part.type == 'image' %}<image>{% else %} {{ part.text }}{% endif %}"
+    "{% endfor %}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerFast":
-    """A tokenizer of at most `vocab_size` tokens learned from `texts`; it can write any text (all 256 bytes are in it)."""
+    """A tokenizer of at most `vocab_size` tokens learned from `texts`; it can write any text (all
+    256 bytes are in it)."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

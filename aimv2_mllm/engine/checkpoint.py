@@ -42,7 +42,7 @@ DTYPES = {
 }
 
 
-class _Damaged(Exception):
+class _DamagedError(Exception):
     """Why one checkpoint cannot be used."""
 
 
@@ -59,7 +59,8 @@ def save(
     `state` is JSON and holds at least `fingerprint`. Raises `RunFailed` when the disk does not take
     it; then the checkpoints from before are as they were and nothing half-written is left.
     """
-    assert keep >= 1 and "fingerprint" in state, (keep, sorted(state))
+    assert keep >= 1, keep
+    assert "fingerprint" in state, sorted(state)
     final = folder / step_name(step)
     assert not final.exists(), f"{final} is there already"
     unfinished = folder / f"{final.name}.tmp-{os.getpid()}"
@@ -96,7 +97,7 @@ def load_newest(
         try:
             found = _read(path, fingerprint)
             break
-        except _Damaged as reason:
+        except _DamagedError as reason:
             damaged.append((path, str(reason)))
     onwards = f"going on from {step_name(found[0])}" if found else "starting from the beginning"
     for path, why in damaged:
@@ -167,26 +168,26 @@ def _read(path: Path, fingerprint: str) -> tuple[int, dict[str, Tensor], dict[st
                 " to start over"
             )
         if step_name(step) != path.name:
-            raise _Damaged(f"{STATE} is of step {step}")
+            raise _DamagedError(f"{STATE} is of step {step}")
         size = (path / TENSORS).stat().st_size
         if size != facts["bytes"]:
-            raise _Damaged(f"{TENSORS} has {size} bytes instead of {facts['bytes']}")
+            raise _DamagedError(f"{TENSORS} has {size} bytes instead of {facts['bytes']}")
         with (path / TENSORS).open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != facts["sha256"]:
-                raise _Damaged(f"{TENSORS} has another sha256")
+                raise _DamagedError(f"{TENSORS} has another sha256")
         return step, load_file(path / TENSORS), state
     except UsageError:
         raise
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise _Damaged(f"{Path(error.filename).name} is missing") from error
+        raise _DamagedError(f"{Path(error.filename).name} is missing") from error
     except OSError as error:
         raise UsageError(
             f"{path} cannot be read: {error.strerror}; make it readable or remove it"
         ) from error
     except (ValueError, KeyError, TypeError) as error:
-        raise _Damaged(f"{STATE} is no whole JSON: {error}") from error
+        raise _DamagedError(f"{STATE} is no whole JSON: {error}") from error
     except SafetensorError as error:
-        raise _Damaged(f"{TENSORS}: {error}") from error
+        raise _DamagedError(f"{TENSORS}: {error}") from error
 
 
 def _tidy(folder: Path, damaged: list[Path], step: int | None) -> None:

@@ -176,7 +176,7 @@ class _Run:
             on_device = {name: _moved(value, device) for name, value in batch.items()}
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 loss = objective(self.model, on_device, totals)
-            loss.total.backward()
+            torch.autograd.backward(loss.total)
             for name, value in loss._asdict().items():
                 sums[name] = sums.get(name, 0) + value.detach().float()
         trained = [parameter for named in self.parts.values() for _, parameter in named]
@@ -215,7 +215,7 @@ class _StopRequest:
             os.write(
                 2, b"\nstopping after this step and a checkpoint; Ctrl-C again stops at once\n"
             )
-        self._signal = self._signal or number
+        self._signal = number
 
     def __exit__(
         self,

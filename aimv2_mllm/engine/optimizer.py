@@ -77,8 +77,9 @@ def _check_names(parts: Parts, part_lr: dict[str, float]) -> None:
         raise UsageError(
             f"part_lr names {', '.join(unknown)}; the parts of this stage: {', '.join(parts)}"
         )
+    assert parts, "no parts to train"
     empty = [part for part, named in parts.items() if not named]
-    assert parts and not empty, f"parts without parameters: {empty or 'all'}"
+    assert not empty, f"parts without parameters: {empty}"
     owners: dict[int, str] = {}
     for part, named in parts.items():
         for name, parameter in named:

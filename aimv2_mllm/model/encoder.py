@@ -88,12 +88,11 @@ def sincos_positions(
 ) -> Tensor:
     """The fixed positions (rows * columns, width) of the native encoder, in raster order.
 
-    Base 10000. The half for the column comes first, then the half for the row; each half is [sin |
-    cos]. Do not write to the result: it is shared by all callers with the same grid.
+    Base 10000. The half for the column comes first, then the half for the row; each half is
+    [sin | cos]. Do not write to the result: it is shared by all callers with the same grid.
     """
-    with torch.inference_mode(
-        False
-    ):  # a table first asked for in inference must serve training too
+    # A table first asked for in inference must serve training too.
+    with torch.inference_mode(False):
         exponents = torch.arange(width // 4, dtype=torch.float64, device="cpu") / (width // 4)
         frequencies = 10000.0**-exponents
         row = torch.arange(rows, dtype=torch.float64, device="cpu").repeat_interleave(columns)
@@ -134,7 +133,8 @@ class Attention(nn.Module):
         mixed = F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=is_causal
         )
-        return self.proj(mixed.transpose(1, 2).reshape(batch, length, width))
+        merged: Tensor = self.proj(mixed.transpose(1, 2).reshape(batch, length, width))
+        return merged
 
 
 class SwiGLU(nn.Module):
@@ -147,7 +147,8 @@ class SwiGLU(nn.Module):
         self.fc3 = nn.Linear(width, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.silu(self.fc1(x)) * self.fc3(x))
+        down: Tensor = self.fc2(F.silu(self.fc1(x)) * self.fc3(x))
+        return down
 
 
 class Block(nn.Module):
@@ -162,7 +163,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         x = x + self.attn(self.norm_1(x), mask, is_causal)
-        return x + self.mlp(self.norm_2(x))
+        refined: Tensor = self.mlp(self.norm_2(x))
+        return x + refined
 
 
 class Patchifier(nn.Module):
@@ -175,7 +177,8 @@ class Patchifier(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        return self.norm(self.proj(pixel_values).flatten(2).transpose(1, 2))
+        tokens: Tensor = self.norm(self.proj(pixel_values).flatten(2).transpose(1, 2))
+        return tokens
 
 
 class Preprocessor(nn.Module):
@@ -190,7 +193,7 @@ class Preprocessor(nn.Module):
             self.pos_embed = nn.Parameter(table)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        tokens = self.patchifier(pixel_values)  # (B, N, D)
+        tokens: Tensor = self.patchifier(pixel_values)  # (B, N, D)
         if self.pos_embed is not None:
             return tokens + self.pos_embed
         size = self.patchifier.proj.stride[0]
@@ -219,7 +222,8 @@ class Trunk(nn.Module):
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         for block in self.blocks:
             tokens = block(tokens, mask)
-        return self.post_trunk_norm(tokens)
+        features: Tensor = self.post_trunk_norm(tokens)
+        return features
 
 
 @torch.no_grad()
@@ -258,7 +262,8 @@ class AIMv2Encoder(nn.Module):
         self._check(pixel_values)
         tokens = self.preprocessor(pixel_values)  # (B, N, D)
         mask = None if prefix_length is None else prefix_mask(prefix_length, tokens.shape[1])
-        return self.trunk(tokens, mask)
+        features: Tensor = self.trunk(tokens, mask)
+        return features
 
     def _check(self, pixel_values: Tensor) -> None:
         config, shape = self.config, tuple(pixel_values.shape)
@@ -280,7 +285,7 @@ class AIMv2Encoder(nn.Module):
             )
 
 
-# Paper, table 1 (nano: the project's own, for quickstarts on a CPU). Heads are 128 wide, nano's 64.
+# The released encoders (paper, table 1, and the hub), whose heads are 128 wide; nano is ours.
 SIZES: dict[str, dict[str, int]] = {
     name: {
         "hidden_size": width,
@@ -289,7 +294,7 @@ SIZES: dict[str, dict[str, int]] = {
         "num_attention_heads": heads,
     }
     for name, width, hidden, depth, heads in (
-        ("aimv2_nano", 192, 512, 6, 3),
+        ("aimv2_nano", 128, 320, 6, 2),
         ("aimv2_base", 768, 2048, 12, 6),
         ("aimv2_large", 1024, 2816, 24, 8),
         ("aimv2_huge", 1536, 4096, 24, 12),
@@ -300,7 +305,7 @@ SIZES: dict[str, dict[str, int]] = {
 
 
 def aimv2_nano(image_size: int = 224, native: bool = False) -> AIMv2Encoder:
-    """A new encoder of the project's own small size, for runs on a CPU: 2.8 M parameters."""
+    """A new encoder of the project's own small size, for runs on a CPU: 1.2 M parameters."""
     return AIMv2Encoder(EncoderConfig(**SIZES["aimv2_nano"], image_size=image_size, native=native))
 
 

@@ -1,7 +1,8 @@
-"""The assembled multimodal LLM: transformers' Llava with an AIMv2 tower and the two-layer MLP connector.
+"""The assembled multimodal LLM: transformers' Llava with an AIMv2 tower and the two-layer MLP
+connector.
 
-What is saved is a stock Llava folder, which other tools load without us. The connector reads the features after AIMv2's final
-norm and all of its patches: there is no class token to drop.
+What is saved is a stock Llava folder, which other tools load without us. The connector reads the
+features after AIMv2's final norm and all of its patches: there is no class token to drop.
 """
 
 from pathlib import Path
@@ -27,15 +28,20 @@ def llm_source(name: str) -> str:
 
 
 def load_tokenizer(name: str) -> Any:
-    """The tokenizer of the LLM `name`, with an image token and a chat template; UsageError if it cannot serve."""
+    """The tokenizer of the LLM `name`, with an image token and a chat template; UsageError if it
+    cannot serve."""
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(llm_source(name), trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise UsageError(f"{name}: no tokenizer can be loaded from there ({_first_line(error)})") from None
+        raise UsageError(
+            f"{name}: no tokenizer can be loaded from there ({_first_line(error)})"
+        ) from None
     if tokenizer.chat_template is None:
-        raise UsageError(f"{name}: its tokenizer has no chat template, so nobody knows how to talk to it")
+        raise UsageError(
+            f"{name}: its tokenizer has no chat template, so nobody knows how to talk to it"
+        )
     if IMAGE_TOKEN not in tokenizer.get_vocab():
         tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
     if tokenizer.pad_token_id is None:
@@ -52,7 +58,9 @@ def load_llm(name: str) -> "PreTrainedModel":
             llm_source(name), dtype=torch.float32, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
-        raise UsageError(f"{name}: no causal LLM can be loaded from there ({_first_line(error)})") from None
+        raise UsageError(
+            f"{name}: no causal LLM can be loaded from there ({_first_line(error)})"
+        ) from None
 
 
 def assemble(
@@ -60,7 +68,8 @@ def assemble(
 ) -> "LlavaForConditionalGeneration":
     """A Llava of this tower and this LLM, their weights copied, with a freshly drawn connector.
 
-    `tokenizer` is `load_tokenizer`'s; where it has more tokens than the LLM, the LLM's embeddings grow.
+    `tokenizer` is `load_tokenizer`'s; where it has more tokens than the LLM, the LLM's embeddings
+    grow.
     """
     from transformers import Aimv2VisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -84,17 +93,19 @@ def assemble(
     return model
 
 
-def build_processor(tokenizer: Any, preprocessing: Preprocessing, patch_size: int) -> "LlavaProcessor":
-    """The processor that belongs to an assembled model: pictures by Pillow alone, text by the LLM's tokenizer."""
-    from transformers import CLIPImageProcessor, LlavaProcessor
+def build_processor(
+    tokenizer: Any, preprocessing: Preprocessing, patch_size: int
+) -> "LlavaProcessor":
+    """The processor that belongs to an assembled model: pictures by Pillow alone, text by the LLM's
+    tokenizer."""
+    from transformers import CLIPImageProcessorPil, LlavaProcessor
 
     size = preprocessing.image_size
-    pictures = CLIPImageProcessor(
+    pictures = CLIPImageProcessorPil(
         size={"shortest_edge": size},
         crop_size={"height": size, "width": size},
         image_mean=list(preprocessing.mean),
         image_std=list(preprocessing.std),
-        backend="pil",
     )
     return LlavaProcessor(
         image_processor=pictures,

@@ -1,4 +1,5 @@
-"""How pixels become an encoder's input, and the `preprocessor_config.json` that says so beside its weights."""
+"""How pixels become an encoder's input, and the `preprocessor_config.json` that says so beside its
+weights."""
 
 import json
 from dataclasses import dataclass
@@ -16,9 +17,11 @@ BICUBIC = 3  # Pillow's number of that filter
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How pixels become an encoder's input: the side in pixels, and mean and deviation of each channel.
+    """How pixels become an encoder's input: the side in pixels, and mean and deviation of each
+    channel.
 
-    The defaults are ImageNet's, with which AIMv2 was pre-trained (its published processors use CLIP's).
+    The defaults are ImageNet's, with which AIMv2 was pre-trained (its published processors use
+    CLIP's).
     """
 
     image_size: int
@@ -33,7 +36,8 @@ class Preprocessing:
         return torch.from_numpy(np.ascontiguousarray(values.transpose(0, 3, 1, 2)))
 
     def restore(self, pixel_values: Tensor) -> np.ndarray:
-        """What `normalise` made, as pictures (B, H, W, 3) uint8 again; values outside 0..255 are cut."""
+        """What `normalise` made, as pictures (B, H, W, 3) uint8 again; values outside 0..255 are
+        cut."""
         values = pixel_values.float().numpy().transpose(0, 2, 3, 1)
         pictures = (values * np.array(self.std) + np.array(self.mean)) * 255
         return np.asarray((pictures + 0.5).clip(0, 255).astype(np.uint8))
@@ -59,13 +63,18 @@ class Preprocessing:
 
     @classmethod
     def load(cls, folder: Path) -> "Preprocessing":
-        """What the `preprocessor_config.json` in `folder` says; UsageError if there is none or it says too little."""
+        """What the `preprocessor_config.json` in `folder` says; UsageError if there is none or it
+        says too little."""
         path = folder / PREPROCESSOR_FILE
         try:
             config = json.loads(path.read_text())
             mean, std = config["image_mean"], config["image_std"]
             return cls(int(config["crop_size"]["height"]), tuple(mean), tuple(std))
         except FileNotFoundError:
-            raise UsageError(f"{folder}: has no {PREPROCESSOR_FILE}, so nobody knows its image size") from None
+            raise UsageError(
+                f"{folder}: has no {PREPROCESSOR_FILE}, so nobody knows its image size"
+            ) from None
         except (ValueError, KeyError, TypeError, OSError) as error:
-            raise UsageError(f"{path}: is not an image processor's configuration ({error!r})") from None
+            raise UsageError(
+                f"{path}: is not an image processor's configuration ({error!r})"
+            ) from None

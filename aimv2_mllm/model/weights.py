@@ -67,9 +67,8 @@ def to_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
         elif name in OUTER_NAMES:
             renamed[OUTER_NAMES[name]] = tensor
         elif name.startswith(BLOCK) and inner == QKV:
-            # Copies, since safetensors refuses tensors that share memory.
-            parts = [part.clone() for part in tensor.chunk(3)]
-            renamed |= {f"{LAYER}{number}.{n}": p for n, p in zip(SPLIT_QKV, parts, strict=True)}
+            parts = zip(SPLIT_QKV, tensor.chunk(3), strict=True)
+            renamed |= {f"{LAYER}{number}.{inner}": part for inner, part in parts}
         elif name.startswith(BLOCK) and inner in BLOCK_NAMES:
             renamed[f"{LAYER}{number}.{BLOCK_NAMES[inner]}"] = tensor
         else:
@@ -93,7 +92,7 @@ def from_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
         elif name in outer:
             renamed[outer[name]] = tensor
         elif name.startswith(LAYER) and inner in SPLIT_QKV:
-            parts = [f"{LAYER}{number}.{n}" for n in SPLIT_QKV]
+            parts = [f"{LAYER}{number}.{part}" for part in SPLIT_QKV]
             absent = [part for part in parts if part not in state]
             if absent:
                 raise UsageError(f"{name} is there, and {', '.join(absent)} is missing")
@@ -197,10 +196,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UsageError(f"{folder} has no {CONFIG_FILE}: give the folder of an AIMv2 encoder")
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UsageError(f"{path} is not JSON ({error}): download it again") from error
-    kind = raw.get("model_type") if isinstance(raw, dict) else None
+    raw: dict[str, Any] = content if isinstance(content, dict) else {}
+    kind = raw.get("model_type")
     if kind not in NAMINGS:
         raise UsageError(
             f"{path} is not an AIMv2 encoder's: its model_type is {kind!r}, "
@@ -260,7 +260,8 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
             f"{path.parent} has no {path.name}: the weights must be one file of that name"
         )
     try:
-        return load_file(path)
+        state: dict[str, Tensor] = load_file(path)
+        return state
     except (SafetensorError, OSError) as error:
         raise UsageError(
             f"{path} is cut off or not a safetensors file ({error}): download it again"

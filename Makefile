@@ -1,0 +1,30 @@
+# Two commands for a newcomer; both make their own virtual environment in .venv and leave the system's Python alone.
+#   make quickstart   set up, and run the quickstart from nothing to a report and a chat
+#   make test         set up, and run every check that CI runs
+# With a CUDA machine or a torch of your own: make quickstart TORCH="torch==2.11.0 --index-url https://…"
+
+PYTHON ?= python3
+VENV ?= .venv
+# Not in constraints.txt: whoever brings a torch of his own keeps it.
+TORCH ?= torch==2.13.0
+
+BIN := $(VENV)/bin
+
+.PHONY: quickstart test setup
+
+quickstart: setup
+	$(BIN)/aimv2-mllm run recipes/quickstart.yaml
+
+test: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+setup: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install $(TORCH)
+	$(BIN)/python -m pip install -c constraints.txt -e ".[dev]"
+	touch $@

@@ -1,0 +1,257 @@
+"""The command line: parse, call, exit code.
+
+0 done; 1 a run could not go on; 2 what was asked cannot be done; 130 interrupted; 141 nobody reads
+the output any more. Nothing heavy is imported before a verb needs it: `--help` answers at once.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from aimv2_mllm.errors import RunFailed, UsageError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+# Modules that `pip install aimv2-mllm` alone does not bring.
+OPTIONAL = {
+    "accelerate", "jinja2", "matplotlib", "peft", "pydantic", "sklearn", "tokenizers", "tqdm",
+    "transformers", "yaml",
+}  # fmt: skip
+INSTALL = "pip install 'aimv2-mllm[train]'"
+# Their progress bars, warnings and reports of use are not what was asked for.
+QUIET = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+SMALLEST_SHEET, LARGEST_SHEET = 28, 4096  # pixels, the sides of images that a recipe allows
+MOST_NEW_TOKENS, MOST_SEED = 100_000, 2**63 - 1
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run a recipe and print where its report is and what can be done with the result."""
+    import shlex
+
+    from aimv2_mllm.recipe import load_recipe
+
+    recipe = load_recipe(args.recipe, args.overrides)
+    # After the recipe is known to be right: it takes seconds.
+    from aimv2_mllm.folders import TALKING
+    from aimv2_mllm.run import run as run_stages
+
+    folder = run_stages(recipe, _note)
+    report = folder / "report.md"
+    print(f"report: {report}" if report.is_file() else f"result: {folder}")
+    if any(stage.kind in TALKING for stage in recipe.stages.values()):
+        model, sheet = shlex.quote(str(folder)), shlex.quote(str(folder / "sheet.png"))
+        print(f"next:   aimv2-mllm sample {model} {sheet}")
+        print(f"        aimv2-mllm chat {model} --image {sheet}")
+
+
+def chat(args: argparse.Namespace) -> None:
+    """Answer one question about a picture, or as many as are asked."""
+    from aimv2_mllm.data.images import open_image
+    from aimv2_mllm.folders import talking_folder
+
+    if args.image is None:
+        raise UsageError(
+            "chat needs --image FILE; to make a picture that the model can know: "
+            f"aimv2-mllm sample {args.model} sheet.png"
+        )
+    if args.prompt is not None and not args.prompt.strip():
+        raise UsageError("--prompt is empty: ask something, or leave it out to ask by keyboard")
+    picture = open_image(args.image)
+    talking_folder(Path(args.model))  # seconds before torch is there to load it
+    from aimv2_mllm.chat import answer, load_model
+    from aimv2_mllm.data.conversations import turn
+    from aimv2_mllm.terminal import talk
+
+    bot = load_model(args.model)
+    if args.prompt is None:
+        talk(bot, picture, args.max_new_tokens)
+    else:
+        question = turn(args.prompt, "", image=True)[:1]
+        print(answer(bot, question, [picture], max_new_tokens=args.max_new_tokens))
+
+
+def sample(args: argparse.Namespace) -> None:
+    """Write a held-out sheet of the world in which a model was trained; print its path."""
+    import secrets
+
+    from aimv2_mllm.folders import stages_of
+
+    sources = [
+        stage.get("data", {}).get("source") for stage in stages_of(Path(args.model)).values()
+    ]
+    if not sources or set(sources) != {"handwriting"}:
+        known = f"were trained on {', '.join(map(str, sources))}" if sources else "are not known"
+        raise UsageError(
+            f"{args.model}: its stages {known}; sheets are for models trained on handwriting: "
+            "show this one a picture of your own"
+        )
+    seed = secrets.randbelow(2**31) if args.seed is None else args.seed
+    from PIL import Image
+
+    from aimv2_mllm.data import scenes
+
+    scene = scenes.scene(seed, "heldout", 0)
+    _write_picture(Path(args.out), lambda: Image.fromarray(scenes.render(scene, args.size)))
+    _note(f"what is on it: {scenes.caption(scene)} (--seed {seed})")
+    print(args.out)
+
+
+def _write_picture(path: Path, make: "Callable[[], Image.Image]") -> None:
+    """Write what `make` returns to `path`, whole or not at all; UsageError where that cannot be."""
+    from PIL import Image
+
+    formats = Image.registered_extensions()
+    suffixes = {name for name, kind in formats.items() if kind in Image.SAVE and kind in Image.OPEN}
+    if os.path.isdir(path):
+        raise UsageError(f"{path}: is a folder; give a file, such as {path / 'sheet.png'}")
+    if path.suffix.lower() not in suffixes:
+        raise UsageError(f"{path}: its ending is no picture's; give .png, .jpg, .webp or .tiff")
+    if not os.path.isdir(path.parent):
+        raise UsageError(f"{path}: there is no folder {path.parent}; make it first")
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        make().save(unfinished, format=formats[path.suffix.lower()])
+        unfinished.replace(path)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be written ({error.strerror or error})") from None
+    finally:
+        if os.path.exists(unfinished):
+            unfinished.unlink()
+
+
+VERBS = {"run": run, "chat": chat, "sample": sample}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see {self.prog} --help")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with every verb; parsing raises UsageError in place of argparse's own exit."""
+    parser = _Parser(
+        prog="aimv2-mllm",
+        description="Train an AIMv2 encoder and a multimodal LLM on it, and talk.",
+    )
+    parser.add_argument("--version", action="store_true", help="show the version and exit")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=_Parser)
+
+    words = verbs.add_parser("run", help="run a recipe, or go on with it where it stopped")
+    words.add_argument("recipe", metavar="RECIPE", help="a YAML file, see recipes/")
+    words.add_argument(
+        "overrides",
+        metavar="key.sub=value",
+        nargs="*",
+        help="replaces a value, as in stages.tune.train.steps=100 or output=FOLDER",
+    )
+
+    words = verbs.add_parser("chat", help="ask a trained model about a picture")
+    words.add_argument("model", metavar="MODEL", help="a run folder, or a folder with a Llava")
+    words.add_argument("--image", metavar="FILE", help="the picture to talk about")
+    words.add_argument("--prompt", metavar="TEXT", help="ask only this, print the answer and exit")
+    words.add_argument(
+        "--max-new-tokens",
+        metavar="N",
+        type=_whole(1, MOST_NEW_TOKENS),
+        default=64,
+        help="longest answer, tokens (64)",
+    )
+
+    words = verbs.add_parser("sample", help="write a picture that a model has never seen")
+    words.add_argument("model", metavar="MODEL", help="a run folder, or a folder with a model")
+    words.add_argument("out", metavar="OUT", help="the file to write, such as sheet.png")
+    words.add_argument(
+        "--seed", metavar="N", type=_whole(0, MOST_SEED), help="which sheet (another each time)"
+    )
+    words.add_argument(
+        "--size",
+        metavar="PIXELS",
+        type=_whole(SMALLEST_SHEET, LARGEST_SHEET),
+        default=336,
+        help="its side (336)",
+    )
+    for parsed in (parser, *verbs.choices.values()):
+        parsed.allow_abbrev = False
+    return parser
+
+
+def _whole(low: int, high: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        # Not int(text), which takes digits of other scripts, and underscores.
+        if text.isascii() and text.isdecimal() and len(text) < 20 and low <= int(text) <= high:
+            return int(text)
+        raise argparse.ArgumentTypeError(f"is {text}, must be a whole number, {low} to {high}")
+
+    return parse
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _complain(text: str) -> None:
+    _note("\n".join(f"aimv2-mllm: {line}" for line in text.splitlines()))
+
+
+def _call(argv: Sequence[str]) -> None:
+    verb = next((word for word in argv if not word.startswith("-")), None)
+    if verb is not None and verb not in VERBS:
+        import difflib
+
+        close = difflib.get_close_matches(verb, VERBS, n=1)
+        nearest = f"; did you mean {close[0]}?" if close else ""
+        raise UsageError(f"there is no verb {verb}; there is {', '.join(VERBS)}{nearest}")
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.version:
+        from importlib.metadata import version
+
+        print(version("aimv2-mllm"))
+    elif args.verb is None:
+        parser.error(f"a verb is missing: {', '.join(VERBS)}")
+    else:
+        VERBS[args.verb](args)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Do what the words say (`sys.argv`'s by default); the exit code, see the module's docstring.
+
+    What is wrong is said on stderr. SystemExit passes: 0 after --help, 143 after a SIGTERM.
+    """
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    try:
+        _call(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+    except UsageError as error:
+        _complain(str(error))
+        return 2
+    except RunFailed as error:
+        _complain(str(error))
+        return 1
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] in OPTIONAL or INSTALL in str(error):
+            _complain(f"{error}: {INSTALL}" if INSTALL not in str(error) else str(error))
+            return 2
+        raise
+    except KeyboardInterrupt:
+        _complain("interrupted")
+        return 130
+    except BrokenPipeError:
+        # The interpreter flushes once more on its way out, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

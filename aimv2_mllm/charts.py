@@ -1,0 +1,185 @@
+"""The report's pictures as PNG files in memory: loss curves, bars of accuracy, the grid of sheets.
+
+Figures are objects of their own (never pyplot's), so that nothing is left behind in a process.
+"""
+
+import base64
+import io
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+
+from aimv2_mllm.evaluation.answers import is_exact_caption
+from aimv2_mllm.evaluation.summary import Painting
+
+DOTS_PER_INCH = 160
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A PNG with its file name and what it shows; `dark` is the same on dark ground."""
+
+    name: str
+    alt: str
+    png: bytes
+    dark: bytes = b""
+
+    @property
+    def uri(self) -> str:
+        """The picture itself as an address, so that a page needs no file beside it."""
+        return _uri(self.png)
+
+    @property
+    def dark_uri(self) -> str:
+        """The same on dark ground."""
+        return _uri(self.dark or self.png)
+
+
+class Palette(NamedTuple):
+    """The colours of a picture on light or dark ground; `series` go from the model to controls."""
+
+    ground: str
+    ink: str
+    faint: str
+    grid: str
+    series: tuple[str, ...]
+
+
+LIGHT = Palette("#ffffff", "#1f2733", "#697586", "#e7eaee", ("#2f6fb0", "#9db0c4", "#d5dce3"))
+DARK = Palette("#161b22", "#e3e8ee", "#93a0b0", "#2a323d", ("#6ea8e6", "#5d6f85", "#353f4d"))
+
+# A loss part -> its name and unit; the text part is a caption's in pre-training, else an answer's.
+PARTS = {"image": ("pixel loss", "squared error"), "text": ("answer loss", "nats per token")}
+CAPTION_PART = ("caption loss", "nats per token")
+
+
+def loss_curves(lines: Sequence[Mapping[str, Any]], palette: Palette) -> bytes:
+    """The training loss against samples, one panel for each part of it, as PNG.
+
+    `lines` are a stage's `metrics.jsonl`.
+    """
+    parts = [part for part in PARTS if part in lines[0]]
+    names = PARTS | ({"text": CAPTION_PART} if "image" in parts else {})
+    figure = _figure(3.9 * len(parts), 2.5, palette)
+    for column, part in enumerate(parts):
+        axes = figure.add_subplot(1, len(parts), column + 1)
+        _calm(axes, palette)
+        samples = [line["samples"] for line in lines]
+        axes.plot(
+            samples, [line[part] for line in lines], color=palette.series[0], linewidth=1.6,
+            marker="o" if len(lines) < 12 else "", markersize=3,
+        )  # fmt: skip
+        name, unit = names[part]
+        axes.set_title(name, loc="left", fontsize=10, color=palette.ink)
+        axes.set_xlabel("training samples", fontsize=8)
+        axes.set_ylabel(unit, fontsize=8)
+        axes.set_xlim(0, samples[-1])
+        axes.set_ylim(0, 1.06 * max(line[part] for line in lines))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axes.locator_params(axis="x", nbins=5)
+    return _png(figure)
+
+
+def accuracy_bars(series: Mapping[str, Mapping[str, float]], palette: Palette) -> bytes:
+    """Horizontal bars of accuracy, 0 to 100 %, as PNG: a group for each kind of question.
+
+    `series` are the model and its controls: name -> kind -> share of right answers.
+    """
+    kinds = list(next(iter(series.values())))
+    figure = _figure(7.4, 0.7 + 0.56 * len(kinds), palette)
+    axes = figure.add_subplot()
+    _calm(axes, palette)
+    height = 0.8 / len(series)
+    for row, ((name, shares), colour) in enumerate(zip(series.items(), palette.series)):  # noqa: B905
+        places = np.arange(len(kinds)) + (row - (len(series) - 1) / 2) * height
+        values = [100 * shares[kind] for kind in kinds]
+        bars = axes.barh(places, values, height * 0.88, color=colour, label=name)
+        is_model = row == 0
+        axes.bar_label(
+            bars, fmt="%.0f", padding=3, fontsize=8 if is_model else 6.5,
+            color=palette.ink if is_model else palette.faint,
+        )  # fmt: skip
+    axes.set_yticks(range(len(kinds)), [kind.replace("_", " ") for kind in kinds])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 106)
+    axes.set_xlabel("right answers, % of questions", fontsize=8)
+    axes.grid(visible=False, axis="y")
+    axes.legend(
+        loc="lower left", bbox_to_anchor=(0, 1), ncols=len(series), frameon=False, fontsize=8,
+        labelcolor=palette.ink, borderaxespad=0.2, handlelength=1.1, columnspacing=1.4,
+    )  # fmt: skip
+    return _png(figure)
+
+
+def sheet_grid(paintings: Sequence[Painting], palette: Palette = LIGHT) -> bytes:
+    """The paintings side by side as PNG: original, prefix, painted, and the caption below."""
+    rows = ("original", "prefix", "painted")
+    figure = _figure(1.5 * len(paintings) + 0.7, 6.0, palette)
+    grid = figure.add_gridspec(
+        3, len(paintings), left=0.7 / (1.5 * len(paintings) + 0.7), right=0.995, top=0.99,
+        bottom=0.235, wspace=0.07, hspace=0.05,
+    )  # fmt: skip
+    for column, painting in enumerate(paintings):
+        pictures = (painting.original, painting.shown, painting.painted)
+        for row, picture in enumerate(pictures):
+            axes = figure.add_subplot(grid[row, column])
+            axes.imshow(picture, interpolation="nearest")
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_color(palette.grid)
+            if column == 0:
+                axes.set_ylabel(rows[row], fontsize=10, color=palette.faint, labelpad=6)
+        right = is_exact_caption(painting.caption, painting.sheet)
+        caption = "".join(c if c.isprintable() and c != "\ufffd" else "·" for c in painting.caption)
+        words = "\n".join(textwrap.wrap(caption, 24)[:7])
+        axes.text(
+            0, -0.07, f"{'✓' if right else '✗'} {words}", transform=axes.transAxes, va="top",
+            fontsize=7.8, linespacing=1.35, color=palette.ink if right else "#b3362b",
+            parse_math=False,
+        )  # fmt: skip
+    return _png(figure, tight=False)
+
+
+def picture(pixels: np.ndarray, least_side: int = 168) -> bytes:
+    """An (H, W, 3) uint8 picture as PNG, its pixels enlarged until it has the side."""
+    times = max(1, -(-least_side // pixels.shape[0]))
+    large = pixels.repeat(times, axis=0).repeat(times, axis=1)
+    stream = io.BytesIO()
+    Image.fromarray(large).save(stream, "PNG", optimize=True)
+    return stream.getvalue()
+
+
+def _figure(width: float, height: float, palette: Palette) -> Figure:
+    figure = Figure((width, height), dpi=DOTS_PER_INCH, facecolor=palette.ground)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _calm(axes: Axes, palette: Palette) -> None:
+    axes.set_facecolor(palette.ground)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(palette.grid)
+    axes.grid(visible=True, axis="both", color=palette.grid, linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0, labelsize=8, colors=palette.faint, labelcolor=palette.faint)
+    axes.xaxis.label.set_color(palette.faint)
+    axes.yaxis.label.set_color(palette.faint)
+
+
+def _png(figure: Figure, *, tight: bool = True) -> bytes:
+    if tight:
+        figure.tight_layout(pad=0.6, w_pad=2)
+    stream = io.BytesIO()
+    # Without the mark of the software, equal numbers give equal files.
+    figure.savefig(stream, format="png", metadata={"Software": None})
+    return stream.getvalue()
+
+
+def _uri(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"

@@ -1,0 +1,258 @@
+"""Questions about held-out sheets, a model's greedy answers to them, and how these are scored.
+
+Owns what is asked and what counts as right. Prompts are the tokenizer's own chat template with the
+image mark repeated, as in training. Refuses to look at a training sheet.
+
+Letters in shapes: B prompts, S sheets, M image tokens, L prompt tokens, E the LLM's width.
+"""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from aimv2_mllm.data import scenes
+from aimv2_mllm.data.batches import picture_batch
+from aimv2_mllm.data.conversations import IMAGE_TOKEN, turn
+from aimv2_mllm.model import mllm
+from aimv2_mllm.model.preprocessing import Preprocessing
+
+BATCH_SIZE = 100
+ANSWER_TOKENS = 16  # the longest right answer, "bottom right", has at most 13 (single bytes)
+CAPTION_TOKENS = 160  # four digits in words are about 130 characters
+Z_95 = 1.959963984540054  # the normal quantile of a two-sided interval of 95 %
+
+
+class Asked(NamedTuple):
+    """A question: the index of its held-out sheet, its kind, its words, its one right answer."""
+
+    sheet: int
+    kind: str
+    text: str
+    truth: str
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """A model that answers, with what its prompts need; without `preprocessing` it has no eyes."""
+
+    model: Any
+    tokenizer: Any
+    preprocessing: Preprocessing | None = None
+    num_image_tokens: int = 0
+
+
+def load_mllm(folder: Path) -> Speaker:
+    """The Llava in `folder` in float32, on the CPU, with its processor's tokenizer and pictures."""
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    pictures = processor.image_processor
+    preprocessing = Preprocessing(
+        pictures.crop_size["height"], tuple(pictures.image_mean), tuple(pictures.image_std)
+    )
+    side = preprocessing.image_size // processor.patch_size
+    return Speaker(model, processor.tokenizer, preprocessing, side**2)
+
+
+def load_language_model(folder: Path) -> Speaker:
+    """The LLM in `folder` in float32, on the CPU, with its tokenizer."""
+    return Speaker(mllm.load_llm(str(folder)).eval(), mllm.load_tokenizer(str(folder)))
+
+
+def held_out_questions(seed: int, count: int) -> list[Asked]:
+    """`count` questions, one of each kind about each held-out sheet; the last sheet may get fewer.
+
+    So there are equally many of each kind, give or take one.
+    """
+    kinds = list(scenes.QUESTIONS)
+    asked = []
+    for number in range(count):
+        sheet, kind = number // len(kinds), kinds[number % len(kinds)]
+        random = scenes.generator(seed, "asked", number)
+        question = scenes.question(held_out_sheet(seed, sheet), random, kind)
+        asked.append(Asked(sheet, *question))
+    return asked
+
+
+def held_out_sheet(seed: int, index: int) -> scenes.Scene:
+    """The held-out sheet number `index`: its scans are in no training sheet."""
+    return scenes.scene(seed, "heldout", index)
+
+
+def other_sheet(sheet: int, num_sheets: int) -> int:
+    """The sheet whose picture the blind control sees: the next one, and the first after the last.
+
+    Never the same sheet, for which there must be two at least.
+    """
+    assert num_sheets >= 2, num_sheets
+    return (sheet + 1) % num_sheets
+
+
+def in_words(seed: int, asked: Asked) -> str:
+    """The question with its sheet described before it, the digits in any order, as in training."""
+    phrases = [scenes.phrase(digit) for digit in held_out_sheet(seed, asked.sheet).digits]
+    order = scenes.generator(seed, "told", asked.sheet).permutation(len(phrases))
+    return f"On the sheet: {scenes.in_words([phrases[i] for i in order])}. {asked.text}"
+
+
+@torch.inference_mode()
+def look(speaker: Speaker, sheets: Sequence[scenes.Scene]) -> Tensor:
+    """What the LLM gets to see of each sheet, the connector's image tokens: (S, M, E)."""
+    assert speaker.preprocessing is not None, "a language model has no eyes"
+    tokens = []
+    for first in range(0, len(sheets), BATCH_SIZE):
+        pictures = picture_batch(sheets[first : first + BATCH_SIZE], speaker.preprocessing)
+        seen = speaker.model.get_image_features(pixel_values=pictures.to(speaker.model.device))
+        tokens.append(torch.stack(tuple(seen.pooler_output)))
+    return torch.cat(tokens)
+
+
+@torch.inference_mode()
+def answer(
+    speaker: Speaker,
+    questions: Sequence[str],
+    *,
+    seen: Tensor | None = None,
+    about: Sequence[int] = (),
+    max_new_tokens: int = ANSWER_TOKENS,
+    batch_size: int = BATCH_SIZE,
+) -> list[str]:
+    """The greedy answers, each to a conversation of its own, whatever `batch_size` is.
+
+    `seen` (S, M, E) is `look`'s and `about` the row of it that each question is about; without them
+    no prompt has a picture.
+    """
+    answers: list[str] = []
+    for first in tqdm(range(0, len(questions), batch_size), unit="batch", disable=None):
+        here = slice(first, first + batch_size)
+        prompts = _prompts(speaker, questions[here], pictures=seen is not None)
+        pictures = None if seen is None else seen[list(about[here])]
+        answers += _generate(speaker, prompts, pictures, max_new_tokens)
+    return answers
+
+
+def _prompts(speaker: Speaker, questions: Sequence[str], *, pictures: bool) -> list[np.ndarray]:
+    """The tokens of each question up to where the answer begins, each image mark M times."""
+    talks = [turn(question, "", image=pictures)[:1] for question in questions]
+    rows = speaker.tokenizer.apply_chat_template(
+        talks, tokenize=True, return_dict=True, add_generation_prompt=True
+    )["input_ids"]
+    image_id = speaker.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    repeats = [np.where(np.array(row) == image_id, speaker.num_image_tokens, 1) for row in rows]
+    return [np.repeat(row, times) for row, times in zip(rows, repeats, strict=True)]
+
+
+def _generate(
+    speaker: Speaker, prompts: list[np.ndarray], pictures: Tensor | None, max_new_tokens: int
+) -> list[str]:
+    model, tokenizer = speaker.model, speaker.tokenizer
+    length = max(map(len, prompts))
+    ids = np.full((len(prompts), length), tokenizer.pad_token_id)
+    mask = np.zeros((len(prompts), length), dtype=np.int64)
+    for row, prompt in enumerate(prompts):  # padded on the left: all answers begin at one column
+        ids[row, length - len(prompt) :] = prompt
+        mask[row, length - len(prompt) :] = 1
+    tokens, attended = (torch.from_numpy(part).to(model.device) for part in (ids, mask))
+    embedded = model.get_input_embeddings()(tokens)  # (B, L, E)
+    if pictures is not None:
+        image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        marks = (tokens == image_id) & attended.bool()  # (B, L), M of each row
+        embedded[marks] = pictures.flatten(0, 1).to(embedded.dtype)
+    written = model.generate(
+        inputs_embeds=embedded,
+        attention_mask=attended,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return [text.strip() for text in tokenizer.batch_decode(written, skip_special_tokens=True)]
+
+
+def is_right(answer: str, truth: str) -> bool:
+    """Whether an answer is the right one, but for surrounding space and the case of letters."""
+    return answer.strip().lower() == truth.strip().lower()
+
+
+def accuracy(asked: Sequence[Asked], answers: Sequence[str]) -> float:
+    """The share of right answers, 0 to 1."""
+    return sum(is_right(a, q.truth) for q, a in zip(asked, answers, strict=True)) / len(asked)
+
+
+def by_kind(asked: Sequence[Asked], answers: Sequence[str]) -> dict[str, float]:
+    """The share of right answers for each kind of question that was asked, in the world's order."""
+    groups: dict[str, list[bool]] = {kind: [] for kind in scenes.QUESTIONS}
+    for question, text in zip(asked, answers, strict=True):
+        groups[question.kind].append(is_right(text, question.truth))
+    return {kind: sum(marks) / len(marks) for kind, marks in groups.items() if marks}
+
+
+def majority_answers(asked: Sequence[Asked]) -> list[str]:
+    """To each question the most frequent right answer of its kind: a control without any model."""
+    truths: dict[str, Counter[str]] = defaultdict(Counter)
+    for question in asked:
+        truths[question.kind][question.truth] += 1
+    return [truths[question.kind].most_common(1)[0][0] for question in asked]
+
+
+def wilson_interval(right: int, count: int) -> tuple[float, float]:
+    """The 95 % confidence interval of a share of `right` in `count` (Wilson, 1927)."""
+    share, z2 = right / count, Z_95**2
+    middle = (share + z2 / (2 * count)) / (1 + z2 / count)
+    spread = Z_95 / (1 + z2 / count) * (share * (1 - share) / count + z2 / (4 * count**2)) ** 0.5
+    return max(0.0, middle - spread), min(1.0, middle + spread)
+
+
+def is_exact_caption(text: str, sheet: scenes.Scene) -> bool:
+    """Whether `text` names each digit with its ink and place once and no other, in any order."""
+    named = [_named(piece) for piece in _pieces(text)]
+    right = [(digit.ink, str(digit.value), digit.place) for digit in sheet.digits]
+    return None not in named and sorted(map(str, named)) == sorted(map(str, right))
+
+
+def marked_caption(text: str, sheet: scenes.Scene) -> list[tuple[str, bool]]:
+    """The words of a caption in order, each with whether it is right.
+
+    Each phrase is held against the digit with which it has most words in common.
+    """
+    marked: list[tuple[str, bool]] = []
+    for part in re.split(r"(?<=,) | (?=and )|(?<= and) ", text.strip()):
+        words = part.split()
+        joint = [(word, True) for word in words[:1] if word == "and"]
+        marked += joint + _marked_phrase(words[len(joint) :], sheet)
+    return marked
+
+
+def missing_phrases(text: str, sheet: scenes.Scene) -> list[str]:
+    """The digits of `sheet`, in words, that a caption does not name rightly."""
+    named = [_named(piece) for piece in _pieces(text)]
+    return [scenes.phrase(d) for d in sheet.digits if (d.ink, str(d.value), d.place) not in named]
+
+
+def _marked_phrase(words: list[str], sheet: scenes.Scene) -> list[tuple[str, bool]]:
+    bare = [word.rstrip(",") for word in words]
+    truths = [scenes.phrase(digit).split() for digit in sheet.digits]
+    truth = max(truths, key=lambda one: sum(a == b for a, b in zip(bare, one, strict=False)))
+    padded = [*truth, *[""] * len(words)]
+    return [(w, b == right) for w, b, right in zip(words, bare, padded, strict=False)]
+
+
+def _pieces(text: str) -> list[str]:
+    return re.split(r", | and ", text.strip())
+
+
+def _named(piece: str) -> tuple[str, str, str] | None:
+    found = re.fullmatch(rf"an? (\w+) (\d) at the ({'|'.join(scenes.PLACES)})", piece)
+    return (found[1], found[2], found[3]) if found else None

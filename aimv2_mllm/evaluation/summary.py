@@ -1,0 +1,185 @@
+"""A whole run judged: every number of `summary.json`, and what the report shows beside them.
+
+Owns which results are judged and by what; refuses to know how a report looks.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from aimv2_mllm.data import scenes
+from aimv2_mllm.data.batches import picture_batch
+from aimv2_mllm.data.conversations import DESCRIBE
+from aimv2_mllm.evaluation import answers, dreams, probes
+from aimv2_mllm.evaluation.answers import Asked, Speaker
+from aimv2_mllm.stages import Place
+
+Narrate = Callable[[str], None]
+HIDDEN_GREY = 214  # what a patch outside the prefix looks like in the report
+
+
+@dataclass(frozen=True)
+class Painting:
+    """A held-out sheet as it is, as far as the prefix shows it, and as the decoder went on.
+
+    Pictures are (H, W, 3) uint8; `caption` is the decoder's own, of the whole sheet.
+    """
+
+    sheet: scenes.Scene
+    original: np.ndarray
+    shown: np.ndarray
+    painted: np.ndarray
+    caption: str
+
+
+@dataclass
+class Findings:
+    """The numbers of `summary.json`, the questions with the answers given, and the paintings."""
+
+    numbers: dict[str, Any]
+    asked: list[Asked] = field(default_factory=list)
+    given: list[str] = field(default_factory=list)
+    paintings: list[Painting] = field(default_factory=list)
+
+
+def evaluate(place: Place, narrate: Narrate) -> Findings:
+    """What the run in `place` has learned, judged on held-out sheets as its recipe says.
+
+    Equal results and settings give equal numbers, bit for bit, `seconds` aside.
+    """
+    config = place.recipe.evaluation
+    assert config is not None, "a run without evaluation is not judged"
+    begun = time.perf_counter()
+    asked = answers.held_out_questions(config.seed, config.questions)
+    findings = Findings({"num_questions": 0}, asked)
+    pretrained = last_stage(place, "pretrain")
+    if pretrained is not None:
+        narrate("evaluation: the encoder and its decoder, on held-out sheets")
+        _judge_pretraining(findings, place.result(pretrained), place)
+    assembled = last_stage(place, "align", "tune")
+    if assembled is not None:
+        narrate(f"evaluation: {config.questions:,} questions about held-out pictures, asked twice")
+        _judge_seeing(findings, answers.load_mllm(place.result(assembled)), config.seed)
+    elif last_stage(place, "language") == list(place.recipe.stages)[-1]:
+        narrate(f"evaluation: {config.questions:,} questions about held-out sheets in words")
+        folder = place.result(list(place.recipe.stages)[-1])
+        _judge_reading(findings, answers.load_language_model(folder), config.seed)
+    findings.numbers["seconds"] = {"evaluation": round(time.perf_counter() - begun, 1)}
+    return findings
+
+
+def last_stage(place: Place, *kinds: str) -> str | None:
+    """The name of the recipe's last stage of one of these kinds, or None."""
+    names = [name for name, stage in place.recipe.stages.items() if stage.kind in kinds]
+    return names[-1] if names else None
+
+
+def _judge_pretraining(findings: Findings, folder: Path, place: Place) -> None:
+    config = place.recipe.evaluation
+    assert config is not None
+    model, tokenizer, preprocessing = dreams.load_pretrainer(folder)
+    encoder, seed = model.encoder, config.seed
+    sheets = _sheets(findings.asked, seed)
+    losses = probes.held_out_losses(model, tokenizer, preprocessing, sheets, seed=seed)
+    untrained = probes.fresh_encoder(encoder.config, seed)
+    looks = {
+        "digit_knn_accuracy": probes.encoder_features(encoder, preprocessing),
+        "digit_knn_accuracy_untrained": probes.encoder_features(untrained, preprocessing),
+        "digit_knn_accuracy_pixels": probes.pixel_features(preprocessing.image_size),
+    }
+    knn = {name: probes.digit_accuracy(features, seed) for name, features in looks.items()}
+    counts = {"encoder": _count(encoder), "decoder": _count(model) - _count(encoder)}
+    findings.numbers |= {**losses, **knn, "parameters": counts}
+    shown = [answers.held_out_sheet(seed, index) for index in range(config.sheets)]
+    pixels = picture_batch(shown, preprocessing)
+    half = encoder.config.num_patches // 2
+    painted = dreams.paint(model, pixels, half)
+    captions = dreams.write_caption(model, pixels, tokenizer)
+    columns = (
+        shown,
+        preprocessing.restore(pixels),
+        _only_prefix(preprocessing.restore(pixels), half, encoder.config.patch_size),
+        preprocessing.restore(painted),
+        captions,
+    )
+    findings.paintings = [Painting(*row) for row in zip(*columns, strict=True)]
+
+
+def _judge_seeing(findings: Findings, speaker: Speaker, seed: int) -> None:
+    asked, sheets = findings.asked, _sheets(findings.asked, seed)
+    if len(sheets) == 1:  # the blind control needs another one
+        sheets = [*sheets, answers.held_out_sheet(seed, 1)]
+    seen = answers.look(speaker, sheets)
+    texts, about = [q.text for q in asked], [q.sheet for q in asked]
+    elsewhere = [answers.other_sheet(sheet, len(sheets)) for sheet in about]
+    findings.given = answers.answer(speaker, texts, seen=seen, about=about)
+    blind = answers.answer(speaker, texts, seen=seen, about=elsewhere)
+    captions = answers.answer(
+        speaker,
+        [DESCRIBE[0]] * len(sheets),
+        seen=seen,
+        about=range(len(sheets)),
+        max_new_tokens=answers.CAPTION_TOKENS,
+    )
+    exact = [answers.is_exact_caption(c, s) for c, s in zip(captions, sheets, strict=True)]
+    findings.numbers |= {
+        **_scores("vqa", asked, findings.given),
+        "vqa_accuracy_blind": answers.accuracy(asked, blind),
+        "vqa_blind_by_kind": answers.by_kind(asked, blind),
+        "caption_exact": sum(exact) / len(exact),
+        "parameters": _parameters(speaker),
+    }
+
+
+def _judge_reading(findings: Findings, speaker: Speaker, seed: int) -> None:
+    asked = findings.asked
+    questions = [answers.in_words(seed, question) for question in asked]
+    findings.given = answers.answer(speaker, questions)
+    findings.numbers |= _scores("text", asked, findings.given)
+    findings.numbers["parameters"] = _parameters(speaker)
+
+
+def _scores(name: str, asked: list[Asked], given: list[str]) -> dict[str, Any]:
+    """Accuracy with its interval, by kind, and that of always giving a kind's commonest answer."""
+    majority = answers.majority_answers(asked)
+    right = round(answers.accuracy(asked, given) * len(asked))
+    return {
+        "num_questions": len(asked),
+        f"{name}_accuracy": right / len(asked),
+        f"{name}_accuracy_interval": list(answers.wilson_interval(right, len(asked))),
+        f"{name}_accuracy_by_kind": answers.by_kind(asked, given),
+        f"{name}_accuracy_majority": answers.accuracy(asked, majority),
+        f"{name}_majority_by_kind": answers.by_kind(asked, majority),
+    }
+
+
+def _sheets(asked: list[Asked], seed: int) -> list[scenes.Scene]:
+    return [answers.held_out_sheet(seed, index) for index in range(asked[-1].sheet + 1)]
+
+
+def _parameters(speaker: Speaker) -> dict[str, int]:
+    parts = {"vision_tower": "tower", "multi_modal_projector": "connector"}
+    counts: dict[str, int] = {}
+    for name, parameter in speaker.model.named_parameters():
+        part = next((part for word, part in parts.items() if word in name.split(".")), "LLM")
+        counts[part] = counts.get(part, 0) + parameter.numel()
+    return counts | {"total": sum(counts.values())}
+
+
+def _count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _only_prefix(pictures: np.ndarray, prefix_length: int, patch_size: int) -> np.ndarray:
+    """The pictures (B, H, W, 3) with every patch from number `prefix_length` on in grey."""
+    columns = pictures.shape[2] // patch_size
+    shown = pictures.copy()
+    for patch in range(prefix_length, columns * (pictures.shape[1] // patch_size)):
+        top, left = (side * patch_size for side in divmod(patch, columns))
+        shown[:, top : top + patch_size, left : left + patch_size] = HIDDEN_GREY
+    return shown

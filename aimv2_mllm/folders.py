@@ -1,0 +1,76 @@
+"""What a folder is: a run, or a model of one stage; told by the files in it, never by its name.
+
+Refuses folders that are neither, and finds in a run the model that talks.
+"""
+
+import json
+from os.path import isdir, isfile  # pathlib's raise on a name that is too long or out of reach
+from pathlib import Path
+from typing import Any
+
+from aimv2_mllm.errors import UsageError
+
+RECIPE_FILE, STAGE_FILE, CONFIG_FILE = "recipe.yaml", "stage.json", "config.json"
+TALKING = ("align", "tune")  # kinds of stages whose result sees and talks
+MUTE = {"pretrain": "an encoder, which cannot talk", "language": "an LLM, which has no eyes"}
+GIVE = "give a run folder, or the model folder of an align or tune stage"
+
+
+def stages_of(folder: Path) -> dict[str, dict[str, Any]]:
+    """The recipes of a folder's stages by name: all of a run's, in order, or the one of a model.
+
+    Empty for a model that no stage of ours made. Raises UsageError for a folder that is neither.
+    """
+    if not isdir(folder):
+        what = "is a file" if isfile(folder) else "there is no such folder"
+        raise UsageError(f"{folder}: {what}; {GIVE}")
+    if isfile(folder / RECIPE_FILE):
+        return _run_stages(folder / RECIPE_FILE)
+    if isfile(folder / STAGE_FILE):
+        path = folder / STAGE_FILE
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            return {record["stage"]: {**record["recipe"], "kind": record["kind"]}}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"{path}: is not a stage's record ({error!r}); {GIVE}") from None
+    if isfile(folder / CONFIG_FILE):
+        return {}
+    inside = folder / "model"
+    hint = f"give {inside}" if isdir(inside) else GIVE
+    files = f"{RECIPE_FILE}, {STAGE_FILE} nor {CONFIG_FILE}"
+    raise UsageError(f"{folder}: is no model and no run, for it has neither {files}; {hint}")
+
+
+def _run_stages(path: Path) -> dict[str, dict[str, Any]]:
+    import yaml
+
+    try:
+        stages = yaml.safe_load(path.read_text(encoding="utf-8"))["stages"]
+        return {name: {**stage, "kind": stage["kind"]} for name, stage in stages.items()}
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{path}: is not a run's recipe ({error!r}); {GIVE}") from None
+
+
+def talking_folder(folder: Path) -> Path:
+    """The folder with the Llava: of a run, its last finished align or tune stage's result.
+
+    Raises UsageError, with what to do, when there is none.
+    """
+    stages = stages_of(folder)
+    kinds = {name: stage["kind"] for name, stage in stages.items()}
+    if not isfile(folder / RECIPE_FILE):
+        wrong = [kind for kind in kinds.values() if kind not in TALKING]
+        if wrong:
+            raise UsageError(f"{folder}: is {MUTE.get(wrong[0], f'of a {wrong[0]} stage')}; {GIVE}")
+        return folder
+    results = [folder / name / "model" for name, kind in kinds.items() if kind in TALKING]
+    if not results:
+        known = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
+        raise UsageError(f"{folder}: this run has no align or tune stage, only {known}; {GIVE}")
+    finished = [result for result in results if isfile(result / STAGE_FILE)]
+    if not finished:
+        raise UsageError(
+            f"{folder}: no align or tune stage of this run is finished; "
+            f"run `aimv2-mllm run {folder / RECIPE_FILE}` to the end first"
+        )
+    return finished[-1]

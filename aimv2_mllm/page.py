@@ -1,0 +1,253 @@
+"""What the report says, as plain data for its two templates.
+
+Owns every sentence and number that depends on the run; refuses to compute: see `evaluation`.
+"""
+
+import json
+import shlex
+from collections.abc import Iterable
+from typing import Any
+
+from aimv2_mllm import charts
+from aimv2_mllm.charts import Picture
+from aimv2_mllm.data import scenes
+from aimv2_mllm.engine.loop import METRICS
+from aimv2_mllm.evaluation import answers
+from aimv2_mllm.evaluation.answers import Asked
+from aimv2_mllm.evaluation.summary import Findings, Painting, last_stage
+from aimv2_mllm.folders import STAGE_FILE
+from aimv2_mllm.stages import Place
+
+GALLERY = 6  # right answers shown, and wrong ones
+PROBES = {
+    "digit_knn_accuracy": "this encoder, pre-trained",
+    "digit_knn_accuracy_untrained": "the same encoder, freshly drawn",
+    "digit_knn_accuracy_pixels": "raw pixels, no encoder",
+}
+SERIES = {"accuracy": "model", "blind": "blind", "majority": "majority"}
+
+
+def describe(place: Place, findings: Findings) -> dict[str, Any]:
+    """Everything that the templates of the report say of a run, by the names they use."""
+    numbers, config = findings.numbers, place.recipe.evaluation
+    assert config is not None
+    first = json.loads((place.result(next(iter(place.recipe.stages))) / STAGE_FILE).read_text())
+    versions = ", ".join(f"{name} {number}" for name, number in first["versions"].items())
+    gallery = _gallery(findings, config.seed)
+    return {
+        "title": f"{place.recipe.name}: what was learned",
+        "about": _about(place),
+        "headline": _headline(numbers),
+        "stages": [_stage(name, place) for name in place.recipe.stages],
+        "curves": [curve for name in place.recipe.stages for curve in _curves(name, place)],
+        "has_pixels": last_stage(place, "pretrain") is not None,
+        "paintings": [_painting(painting) for painting in findings.paintings],
+        "sheets": Picture(
+            "sheets.png",
+            "Held-out sheets: as they are, the half that was shown, the rest as painted",
+            charts.sheet_grid(findings.paintings) if findings.paintings else b"",
+        ),
+        **_questions(numbers),
+        "gallery": gallery,
+        "probe": [
+            {"name": text, "share": _percent(numbers[key])}
+            for key, text in PROBES.items()
+            if key in numbers
+        ],
+        "next": _next(place),
+        "reproduce": "aimv2-mllm run recipe.yaml output=again",
+        "made_with": f"Seed {place.recipe.seed}, evaluation seed {config.seed}. {versions}.",
+    }
+
+
+def pictures(page: dict[str, Any]) -> Iterable[Picture]:
+    """The pictures that `report.md` shows, to lie as files beside it."""
+    yield from (curve["picture"] for curve in page["curves"])
+    if page["paintings"]:
+        yield page["sheets"]
+    if page["bars"]:
+        yield page["bars"]
+    yield from (item["picture"] for part in page["gallery"] for item in part["entries"])
+
+
+def _about(place: Place) -> str:
+    if last_stage(place, "align", "tune"):
+        what = (
+            "An AIMv2 vision encoder, pre-trained by predicting the next patch and then the"
+            " caption, became the eyes of a language model."
+        )
+    elif last_stage(place, "pretrain"):
+        what = (
+            "An AIMv2 vision encoder was pre-trained here from random weights: predict the next"
+            " patch, then the caption."
+        )
+    else:
+        what = "A small language model learned here to answer questions about sheets in words."
+    return (
+        f"{what} All results are from held-out sheets, whose handwriting no training step has seen."
+    )
+
+
+def _headline(numbers: dict[str, Any]) -> list[dict[str, str]]:
+    rows = []
+    for key, name in (("vqa", "questions answered rightly"), ("text", "questions, sheet in words")):
+        if f"{key}_accuracy" in numbers:
+            low, high = numbers[f"{key}_accuracy_interval"]
+            interval = f"95 % interval {_percent(low)} to {_percent(high)} %"
+            more = f"of {numbers['num_questions']:,}; {interval}"
+            rows.append((name, f"{_percent(numbers[f'{key}_accuracy'])} %", more))
+    for key, name, more in (
+        ("vqa_accuracy_blind", "the same with another picture", "what needs no eyes"),
+        ("caption_exact", "sheets described exactly", "every digit, its ink and its place"),
+        ("digit_knn_accuracy", "digits told by neighbours", "frozen features, no training"),
+    ):
+        if key in numbers:
+            rows.append((name, f"{_percent(numbers[key])} %", more))
+    if "caption_loss" in numbers and "vqa_accuracy" not in numbers:
+        flat = f"one tone per patch: {numbers['pixel_loss_flat']:.3f}"
+        rows.append(("caption loss", f"{numbers['caption_loss']:.3f}", "nats per token"))
+        rows.append(("pixel loss", f"{numbers['pixel_loss']:.3f}", flat))
+    return [{"name": name, "value": value, "more": more} for name, value, more in rows]
+
+
+def _stage(name: str, place: Place) -> dict[str, Any]:
+    record = json.loads((place.result(name) / STAGE_FILE).read_text())
+    parts = [
+        {"name": part, "parameters": f"{count:,}", "trained": trained}
+        for part, count, trained in record["parts"]
+    ]
+    steps = record["recipe"]["train"]["steps"]
+    return {"name": name, "parts": parts, "steps": f"{steps:,}", "time": _time(record["seconds"])}
+
+
+def _curves(name: str, place: Place) -> list[dict[str, Any]]:
+    path = place.folder / name / METRICS
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    if not lines:
+        return []
+    light, dark = (charts.loss_curves(lines, p) for p in (charts.LIGHT, charts.DARK))
+    last = lines[-1]["samples"]
+    alt = f"Training loss of stage {name} over {last:,} samples"
+    return [{"stage": name, "picture": Picture(f"loss-{name}.png", alt, light, dark)}]
+
+
+def _painting(painting: Painting) -> dict[str, Any]:
+    named = {"original": painting.original, "shown": painting.shown, "painted": painting.painted}
+    return {
+        **{name: Picture(name, "", charts.picture(pixels)) for name, pixels in named.items()},
+        "truth": scenes.caption(painting.sheet),
+        "right": answers.is_exact_caption(painting.caption, painting.sheet),
+        "words": answers.marked_caption(painting.caption, painting.sheet),
+        "missing": "; ".join(answers.missing_phrases(painting.caption, painting.sheet)),
+    }
+
+
+def _questions(numbers: dict[str, Any]) -> dict[str, Any]:
+    """The model and its controls for each kind of question, as a table and as bars."""
+    name = "vqa" if "vqa_accuracy" in numbers else "text"
+    series, overall = {}, {}
+    for key, label in SERIES.items():
+        kinds = "accuracy_by_kind" if key == "accuracy" else f"{key}_by_kind"
+        if f"{name}_{kinds}" in numbers:
+            series[label] = numbers[f"{name}_{kinds}"]
+            total = "accuracy" if key == "accuracy" else f"accuracy_{key}"
+            overall[label] = numbers[f"{name}_{total}"]
+    if not series:
+        return {"kinds": [], "series": [], "bars": None, "controls": "", "num_questions": "0"}
+    rows = [("all", [*overall.values()])]
+    rows += [(kind, [shares[kind] for shares in series.values()]) for kind in series["model"]]
+    controls = {
+        "blind": "Blind: the same model asked the same question with another sheet's picture.",
+        "majority": "Majority: no model, always the most frequent right answer of that kind.",
+    }
+    light, dark = (charts.accuracy_bars(series, p) for p in (charts.LIGHT, charts.DARK))
+    return {
+        "series": list(series),
+        "controls": " ".join(text for key, text in controls.items() if key in series),
+        "num_questions": f"{numbers['num_questions']:,}",
+        "kinds": [
+            {
+                "name": kind.replace("_", " "),
+                "shares": [_percent(share) for share in shares],
+                "is_sum": kind == "all",
+            }
+            for kind, shares in rows
+        ],
+        "bars": Picture("accuracy.png", "Right answers by kind of question", light, dark),
+    }
+
+
+def _gallery(findings: Findings, seed: int) -> list[dict[str, Any]]:
+    """The first right and the first wrong answers, of as many kinds as there are."""
+    if not findings.given:
+        return []
+    pairs = list(zip(findings.asked, findings.given, strict=True))
+    right = [pair for pair in pairs if answers.is_right(pair[1], pair[0].truth)]
+    wrong = [pair for pair in pairs if not answers.is_right(pair[1], pair[0].truth)]
+    note = "Not chosen: the first in the order asked, from different sheets and of different kinds."
+    if "text_accuracy" in findings.numbers:
+        note += " The model read what is on the sheet in words; the picture is for you."
+    parts = []
+    for title, group in (("Answered rightly", right), ("Answered wrongly", wrong)):
+        chosen = _varied(group)
+        entries = [
+            _entry(question, text, f"{title.split()[1]}-{row}.png", seed)
+            for row, (question, text) in enumerate(chosen, start=1)
+        ]
+        if entries:
+            count = f"{len(group):,} of {len(pairs):,} answers. {note}"
+            parts.append({"title": title, "note": count, "entries": entries})
+    return parts
+
+
+def _varied(pairs: list[tuple[Asked, str]]) -> list[tuple[Asked, str]]:
+    """The first pairs of new kind and new sheet, then those of new sheet, then all others."""
+    chosen: list[tuple[Asked, str]] = []
+    for demands_kind, demands_sheet in ((True, True), (False, True), (False, False)):
+        for question, text in pairs:
+            is_new_kind = question.kind not in [other.kind for other, _ in chosen]
+            is_new_sheet = question.sheet not in [other.sheet for other, _ in chosen]
+            wanted = (is_new_kind or not demands_kind) and (is_new_sheet or not demands_sheet)
+            if len(chosen) < GALLERY and wanted and (question, text) not in chosen:
+                chosen.append((question, text))
+    return chosen
+
+
+def _entry(question: Asked, text: str, name: str, seed: int) -> dict[str, Any]:
+    sheet = answers.held_out_sheet(seed, question.sheet)
+    alt = f"A sheet with {scenes.caption(sheet)}"
+    return {
+        "picture": Picture(name, alt, charts.picture(scenes.render(sheet, 112), 112)),
+        "sheet": scenes.caption(sheet),
+        "kind": question.kind.replace("_", " "),
+        "question": question.text,
+        "answer": text,
+        "truth": question.truth,
+        "right": answers.is_right(text, question.truth),
+    }
+
+
+def _next(place: Place) -> list[dict[str, str]]:
+    folder = shlex.quote(
+        place.folder.name if place.folder.is_absolute() else place.folder.as_posix()
+    )
+    if not last_stage(place, "align", "tune"):
+        return [
+            {"what": "Train what comes after it", "line": "aimv2-mllm run recipes/quickstart.yaml"}
+        ]
+    return [
+        {"what": "Make a picture to ask about", "line": f"aimv2-mllm sample {folder} sheet.png"},
+        {
+            "what": "Talk with the model about it",
+            "line": f"aimv2-mllm chat {folder} --image sheet.png",
+        },
+    ]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def _time(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

@@ -1,0 +1,30 @@
+"""A quickstart in miniature, run once for all tests that look at its results."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from aimv2_mllm.recipe import Recipe, load_recipe
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+
+def tiny_recipe(output: Path, *overrides: str) -> Recipe:
+    """The real quickstart recipe, with so few steps that a test can wait for it."""
+    words = [f"output={output}", "evaluation=null"]
+    for stage in ("pretrain", "align", "tune"):
+        train = f"stages.{stage}.train"
+        words += [f"{train}.steps=3", f"{train}.batch_size=4", f"{train}.warmup_steps=0"]
+        words += [f"{train}.log_every=1", f"{train}.checkpoint_every=2"]
+    return load_recipe(RECIPES / "quickstart.yaml", [*words, *overrides])
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of a finished quickstart of three steps a stage."""
+    from aimv2_mllm.run import run
+
+    return run(tiny_recipe(tmp_path_factory.mktemp("run") / "quickstart"), lambda _: None)

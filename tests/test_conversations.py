@@ -1,0 +1,155 @@
+"""Conversations as token batches: what is asked, what is supervised, how pictures stand in the
+text."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from aimv2_mllm.data import scenes
+from aimv2_mllm.data.batches import (
+    caption_batches,
+    conversation_batches,
+    encode_captions,
+    micro_batches,
+)
+from aimv2_mllm.data.conversations import IGNORED, conversation, tokenize, turn
+from aimv2_mllm.errors import UsageError
+from aimv2_mllm.model.mllm import load_tokenizer
+from aimv2_mllm.model.preprocessing import Preprocessing
+from aimv2_mllm.recipe import CaptionData, ConversationData, TrainConfig
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return load_tokenizer("tiny_llm")
+
+
+def talk(index: int, **options: Any) -> list[dict[str, Any]]:
+    options = {"tasks": {"describe": 1.0, "question": 1.0}, "turns": 3, "seen": True} | options
+    return conversation(scenes.scene(0, "train", index), scenes.generator(index), **options)
+
+
+def test_only_what_the_assistant_says_is_supervised_with_its_end_token(tokenizer: Any) -> None:
+    messages = turn("Which digit is red?", "7", image=True) + turn("Where is the 7?", "top left")
+    batch = tokenize(tokenizer, [messages], num_image_tokens=4)
+    labels = batch["labels"][0]
+    assert tokenizer.decode(labels[labels != IGNORED]) == " 7<|end|> top left<|end|>"
+    supervised = labels != IGNORED
+    assert torch.equal(labels[supervised], batch["input_ids"][0][supervised])
+
+
+def test_an_image_mark_becomes_as_many_tokens_as_the_tower_gives(tokenizer: Any) -> None:
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    for count in (1, 16):
+        batch = tokenize(tokenizer, [turn("Where?", "here", image=True)], num_image_tokens=count)
+        assert int((batch["input_ids"] == image).sum()) == count
+        assert batch["input_ids"][0, 2 : 2 + count].tolist() == [image] * count
+
+
+def test_rows_are_padded_on_the_right_and_padding_is_masked(tokenizer: Any) -> None:
+    short, long = turn("Where?", "here"), turn("Where is the red 7?", "top left")
+    batch = tokenize(tokenizer, [short, long])
+    alone = tokenize(tokenizer, [short])
+    length = alone["input_ids"].shape[1]
+    assert torch.equal(batch["input_ids"][0, :length], alone["input_ids"][0])
+    assert batch["attention_mask"].sum(1).tolist() == [length, batch["input_ids"].shape[1]]
+    assert (batch["labels"][0, length:] == IGNORED).all()
+
+
+def test_the_first_question_alone_carries_the_picture_or_the_words() -> None:
+    for index in range(20):
+        seen, told = talk(index), talk(index, seen=False)
+        kinds = [part["type"] for message in seen for part in message["content"]]
+        assert kinds == ["image", "text", *["text"] * 5]
+        texts = [message["content"][-1]["text"] for message in told]
+        assert texts[0].startswith("On the sheet: a")
+        assert not any("On the sheet" in text for text in texts[1:])
+
+
+def test_a_description_in_words_is_copied_as_it_was_told() -> None:
+    for index in range(20):
+        asked, said = talk(index, seen=False, tasks={"describe": 1.0}, turns=1)
+        words = said["content"][0]["text"]
+        assert asked["content"][0]["text"].startswith(f"On the sheet: {words}. ")
+
+
+def test_a_seen_sheet_is_described_by_its_caption() -> None:
+    said = talk(3, tasks={"describe": 1.0}, turns=1)[1]["content"][0]["text"]
+    assert said == scenes.caption(scenes.scene(0, "train", 3))
+
+
+def test_any_text_survives_the_tokenizer(tokenizer: Any) -> None:
+    for text in (" où est le 7 ? 数字 🙂", " <b>\t\n", ' "x" & y'):
+        assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+
+def test_a_caption_is_cut_at_the_limit_and_its_length_is_told(tokenizer: Any) -> None:
+    whole = encode_captions(["a red 7", "a red 7 at the top left"], tokenizer, 64)
+    assert whole["caption_length"].tolist() == [3, 7]
+    assert whole["caption_ids"].shape == (2, 7)
+    cut = encode_captions(["a red 7", "a red 7 at the top left"], tokenizer, 5)
+    assert cut["caption_length"].tolist() == [3, 5]
+    assert torch.equal(cut["caption_ids"], whole["caption_ids"][:, :5])
+
+
+def test_micro_batches_cover_the_batch_in_order_whatever_their_size() -> None:
+    for size, parts in ((None, 1), (10, 1), (4, 3), (1, 10)):
+        config = TrainConfig(steps=3, batch_size=10, micro_batch_size=size, lr=1.0)
+        got = micro_batches(config, list)(2)
+        assert len(got) == parts
+        assert [index for part in got for index in part] == list(range(20, 30))
+
+
+def train_config() -> TrainConfig:
+    return TrainConfig(steps=2, batch_size=6, micro_batch_size=4, lr=1.0)
+
+
+def test_batches_are_pure_functions_of_the_step(tokenizer: Any) -> None:
+    options: dict[str, Any] = {
+        "seed": 1,
+        "tokenizer": tokenizer,
+        "preprocessing": Preprocessing(56),
+    }
+    captions = caption_batches(
+        CaptionData(), train_config(), num_patches=16, max_text_tokens=64, **options
+    )
+    talks = conversation_batches(ConversationData(), train_config(), num_image_tokens=16, **options)
+    for batches in (captions, talks):
+        first, again, other = batches(5), batches(5), batches(6)
+        assert [len(part["pixel_values"]) for part in first] == [4, 2]
+        for one, same, different in zip(first, again, other, strict=True):
+            assert all(torch.equal(one[key], same[key]) for key in one)
+            assert not torch.equal(one["pixel_values"], different["pixel_values"])
+
+
+def test_prefix_lengths_are_uniform_over_one_to_all_but_one(tokenizer: Any) -> None:
+    config = TrainConfig(steps=1, batch_size=600, lr=1.0)
+    batches = caption_batches(
+        CaptionData(),
+        config,
+        seed=0,
+        tokenizer=tokenizer,
+        preprocessing=Preprocessing(28),
+        num_patches=4,
+        max_text_tokens=64,
+    )
+    lengths = batches(0)[0]["prefix_length"].numpy()
+    values, counts = np.unique(lengths, return_counts=True)
+    assert values.tolist() == [1, 2, 3]
+    assert counts.min() > 150
+
+
+def test_a_template_that_marks_no_answer_is_refused(tokenizer: Any) -> None:
+    import copy
+
+    mute = copy.deepcopy(tokenizer)
+    mute.chat_template = mute.chat_template.replace("{% generation %}", "").replace(
+        "{% endgeneration %}", ""
+    )
+    batches = conversation_batches(
+        ConversationData(), train_config(), seed=0, tokenizer=mute, preprocessing=None
+    )
+    with pytest.raises(UsageError, match="no token is supervised"):
+        batches(0)

@@ -1,0 +1,165 @@
+"""The house rules that a machine can hold: who imports whom, the command line, the recipes."""
+
+import argparse
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+import aimv2_mllm
+from aimv2_mllm.__main__ import VERBS, build_parser
+from aimv2_mllm.recipe import load_recipe
+
+HOUSE = Path(aimv2_mllm.__file__).parent
+RECIPES = sorted((HOUSE.parent / "recipes").glob("*.yaml"))
+
+# A module imports only what stands above it, or beside it in the same entry.
+TABLE = (
+    "errors",
+    "folders",
+    "recipe",
+    "model.encoder",
+    "model.weights",
+    "model.preprocessing",
+    "model.pretrainer",
+    "model.connectors",
+    "model.mllm",
+    "objective",
+    "data",
+    "engine",
+    "stages",
+    "evaluation",
+    "charts",
+    "page",
+    "report",
+    "run",
+    "prompts",
+    "chat",
+    "export",
+    "towers",
+    "terminal",
+    "__init__",
+    "__main__",
+)
+# Narrower than the table: all that these may import of ours.
+ONLY = {
+    "model.encoder": set(),
+    "model.weights": {"errors", "model.encoder"},
+    "objective": set(),
+    "engine": {"errors", "recipe", "engine"},
+    "folders": {"errors"},
+    "prompts": {"errors", "data"},
+    "chat": {"errors", "data", "model", "folders", "prompts"},
+}
+# What stands in the old environments of host toolkits, where towers live.
+BASE = {"torch", "safetensors", "numpy", "PIL"}
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the house, as `data.images`, with its file."""
+    found = {}
+    for path in sorted(HOUSE.rglob("*.py")):
+        parts = path.relative_to(HOUSE).with_suffix("").parts
+        found[".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def entry(module: str) -> str:
+    """The entry of TABLE under which `module` falls."""
+    return next((e for e in TABLE if module == e or module.startswith(f"{e}.")), module)
+
+
+def imports(module: str) -> tuple[set[str], set[str]]:
+    """What `module` imports, in functions too: modules of ours, and names of foreign packages."""
+    ours, foreign = set[str](), set[str]()
+    package = ["aimv2_mllm", *module.split(".")][:-1]
+    for node in ast.walk(ast.parse(modules()[module].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            start = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*start, *filter(None, [node.module])])
+            known = [f"{base}.{a.name}" for a in node.names]
+            # `from a import b` imports the module a.b where there is one, and a otherwise.
+            names = [n if n.removeprefix("aimv2_mllm.") in modules() else base for n in known]
+        else:
+            continue
+        ours |= {n.removeprefix("aimv2_mllm.") for n in names if n.startswith("aimv2_mllm.")}
+        ours |= {"__init__" for n in names if n == "aimv2_mllm"}
+        foreign |= {n.split(".")[0] for n in names if not n.startswith("aimv2_mllm")}
+    return ours, foreign
+
+
+def test_the_import_reader_sees_deferred_relative_and_plain_imports() -> None:
+    ours, foreign = imports("__main__")
+    assert {"errors", "recipe", "chat", "data.scenes", "run"} <= ours
+    assert "argparse" in foreign
+    assert "PIL" in foreign
+    assert {"model.encoder", "chat"} <= imports("__init__")[0]
+
+
+@pytest.mark.parametrize("module", [m for m in modules() if m not in ("model", "data", "engine")])
+def test_a_module_imports_only_what_stands_above_it(module: str) -> None:
+    assert entry(module) in TABLE, f"{module} has no entry in TABLE: give it one"
+    for other in imports(module)[0]:
+        assert entry(other) in TABLE, f"{module} imports {other}, which has no entry in TABLE"
+        above = TABLE.index(entry(other)) <= TABLE.index(entry(module))
+        assert above, f"{module} imports {other}, which stands below it"
+
+
+@pytest.mark.parametrize("owner", ONLY)
+def test_some_import_still_less(owner: str) -> None:
+    for module in modules():
+        if entry(module) == owner:
+            entries = {entry(other) for other in imports(module)[0]}
+            allowed = {e for e in entries if e in ONLY[owner] or e.split(".")[0] in ONLY[owner]}
+            assert entries == allowed, f"{module} imports {entries - allowed}"
+
+
+def test_the_encoder_needs_torch_and_nothing_else() -> None:
+    assert imports("model.encoder")[1] - sys.stdlib_module_names == {"torch"}
+
+
+def test_weights_need_only_what_every_host_has() -> None:
+    assert imports("model.weights")[1] - sys.stdlib_module_names <= BASE
+
+
+def flags(parser: argparse.ArgumentParser) -> list[str]:
+    """The words of a parser: flags by their longest name, positionals by what help calls them."""
+    actions = [a for a in parser._actions if not isinstance(a, argparse._SubParsersAction)]
+    return [a.option_strings[-1] if a.option_strings else str(a.metavar) for a in actions]
+
+
+def test_verbs_and_flags_are_frozen() -> None:
+    parser = build_parser()
+    [verbs] = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+    assert flags(parser) == ["--help", "--version"]
+    assert {verb: flags(words) for verb, words in verbs.choices.items()} == {
+        "run": ["--help", "RECIPE", "key.sub=value"],
+        "chat": ["--help", "MODEL", "--image", "--prompt", "--max-new-tokens"],
+        "sample": ["--help", "MODEL", "OUT", "--seed", "--size"],
+    }
+    assert VERBS.keys() == verbs.choices.keys()
+
+
+def test_public_names_are_those_of_the_lazy_table() -> None:
+    assert aimv2_mllm.__all__ == [*aimv2_mllm.NAMES, "__version__"]
+    for name, module in aimv2_mllm.NAMES.items():
+        value = getattr(aimv2_mllm, name)
+        assert value.__name__ == name
+        assert value.__module__ == f"aimv2_mllm.{module}"
+
+
+def test_an_unknown_public_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'aimv2_tiny'"):
+        _ = aimv2_mllm.aimv2_tiny
+
+
+def test_there_are_recipes() -> None:
+    assert RECIPES
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_every_recipe_loads(path: Path) -> None:
+    assert load_recipe(path).stages

@@ -1,0 +1,300 @@
+"""The report of a finished run: its numbers, its page, and that it is whole or not there."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from aimv2_mllm import report, stages
+from aimv2_mllm.data import scenes
+from aimv2_mllm.errors import RunFailed
+from aimv2_mllm.evaluation import answers, summary
+from aimv2_mllm.model import encoder
+from aimv2_mllm.recipe import Recipe
+from aimv2_mllm.run import run
+from aimv2_mllm.stages import Place
+
+TINY = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
+TRAIN = {"steps": 2, "batch_size": 4, "lr": 1e-3, "log_every": 1}
+QUESTIONS, SHEETS = 15, 2  # 15: the last sheet is asked one question only
+BY_KIND = ("vqa_accuracy_by_kind", "vqa_blind_by_kind", "vqa_majority_by_kind")
+KEYS = {
+    "num_questions", "vqa_accuracy", "vqa_accuracy_interval", "vqa_accuracy_blind",
+    "vqa_accuracy_majority", *BY_KIND, "caption_exact", "caption_loss", "pixel_loss",
+    "pixel_loss_flat", "digit_knn_accuracy", "digit_knn_accuracy_untrained",
+    "digit_knn_accuracy_pixels", "parameters", "stage_parameters", "seconds", "versions",
+    "made_from",
+}  # fmt: skip
+
+
+def recipe(folder: Path, names: tuple[str, ...] = ("llm", "see", "align")) -> Recipe:
+    every = {
+        "llm": {
+            "kind": "language",
+            "vocab_size": 300,
+            "model": {**TINY, "num_key_value_heads": 2, "max_position_embeddings": 512},
+            "train": TRAIN,
+        },
+        "see": {
+            "kind": "pretrain",
+            "tokenizer": str(folder / "llm" / "model"),
+            "encoder": {"size": "aimv2_nano", "image_size": 28},
+            "decoder": {**TINY, "max_text_tokens": 40},
+            "train": TRAIN,
+        },
+        "align": {"kind": "align", "tower": "see", "llm": "llm", "train": TRAIN},
+    }
+    return Recipe.model_validate(
+        {
+            "name": "tiny_run",
+            "output": folder,
+            "stages": {name: every[name] for name in names},
+            "evaluation": {"questions": QUESTIONS, "sheets": SHEETS, "seed": 5},
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """A run of three tiny stages with its report."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(encoder.SIZES, "aimv2_nano", TINY)
+        patch.setattr(stages, "TOKENIZER_TEXTS", 30)
+        folder = tmp_path_factory.mktemp("run")
+        place = Place(recipe(folder), folder)
+        run(place.recipe, lambda line: None)
+    return place
+
+
+@pytest.fixture(scope="module")
+def findings(finished: Place) -> summary.Findings:
+    return summary.evaluate(finished, lambda line: None)
+
+
+@pytest.fixture
+def place(finished: Place, tmp_path: Path) -> Place:
+    """The finished run's stages in a folder of their own, without a report."""
+    for name in finished.recipe.stages:
+        (tmp_path / name).symlink_to(finished.folder / name)
+    return Place(finished.recipe, tmp_path)
+
+
+def numbers(place: Place) -> dict:
+    return json.loads((place.folder / "summary.json").read_text())
+
+
+def report_files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if not path.is_dir())
+
+
+def test_the_summary_has_every_number(finished: Place) -> None:
+    found = numbers(finished)
+    assert set(found) == KEYS
+    assert found["num_questions"] == QUESTIONS
+    assert all(set(found[key]) == set(scenes.QUESTIONS) for key in BY_KIND)
+    assert set(found["seconds"]) == {"llm", "see", "align", "evaluation"}
+    assert found["parameters"]["total"] > found["parameters"]["LLM"] > 0
+    low, high = found["vqa_accuracy_interval"]
+    assert 0 <= low <= found["vqa_accuracy"] <= high <= 1
+
+
+def test_the_same_result_gives_the_same_summary_but_for_its_seconds(
+    finished: Place, findings: summary.Findings
+) -> None:
+    again, before = json.loads(json.dumps(findings.numbers)), numbers(finished)
+    assert {key: before[key] for key in again if key != "seconds"} == {
+        key: value for key, value in again.items() if key != "seconds"
+    }
+
+
+def test_a_finished_run_is_not_judged_again(
+    finished: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "evaluate", lambda *_: pytest.fail("judged again"))
+    report.write_report(finished, lambda line: None)
+
+
+@pytest.mark.parametrize("change", ["no summary", "no page", "questions", "result", "cut off"])
+def test_a_run_is_judged_again_when_what_it_was_judged_by_changed(
+    finished: Place, findings: summary.Findings, place: Place, change: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    calls = []
+    monkeypatch.setattr(report, "evaluate", lambda *_: calls.append(1) or findings)
+    report.write_report(place, lambda line: None)
+    report.write_report(place, lambda line: None)
+    assert len(calls) == 1
+    if change == "no summary":
+        (place.folder / "summary.json").unlink()
+    elif change == "no page":
+        (place.folder / "report.html").unlink()
+    elif change == "cut off":
+        (place.folder / "summary.json").write_text('{"num_')
+    elif change == "questions":
+        config = place.recipe.evaluation.model_copy(update={"questions": 8})
+        place = Place(place.recipe.model_copy(update={"evaluation": config}), place.folder)
+    else:
+        real = report._record
+        monkeypatch.setattr(report, "_record", lambda p, s: {**real(p, s), "files": {"x": s}})
+    report.write_report(place, lambda line: None)
+    assert len(calls) == 2
+
+
+class Page(HTMLParser):
+    """Checks that tags are balanced; keeps the addresses, alternative texts and tables."""
+
+    VOID = frozenset({"meta", "img", "source", "br"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_starttag(self, tag, attrs) -> None:
+        self.seen.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag) -> None:
+        assert self.open.pop() == tag
+
+
+def parsed(text: str) -> Page:
+    page = Page()
+    page.feed(text)
+    page.close()
+    assert page.open == []
+    return page
+
+
+def test_the_page_needs_nothing_from_outside(finished: Place) -> None:
+    text = (finished.folder / "report.html").read_text()
+    page = parsed(text)
+    addresses = [
+        attrs[key] for _, attrs in page.seen for key in ("src", "srcset", "href") if key in attrs
+    ]
+    assert addresses
+    assert all(a.startswith("data:image/png;base64,") for a in addresses)
+    assert not re.search(r"https?://|url\(|@import|<script|<link", text)
+
+
+def test_the_page_can_be_read_without_eyes(finished: Place) -> None:
+    page = parsed((finished.folder / "report.html").read_text())
+    tags = [tag for tag, _ in page.seen]
+    assert tags.count("table") == tags.count("caption") > 2
+    assert all(attrs.get("alt") for tag, attrs in page.seen if tag == "img")
+    assert ("html", {"lang": "en"}) in page.seen
+    assert tags.count("h1") == 1
+
+
+def test_whatever_a_model_says_is_text_on_the_page(
+    findings: summary.Findings, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evil = "<script>alert(1)</script>|**x** $x_"
+    given = [evil] * len(findings.given)
+    paintings = [summary.Painting(*[*vars(p).values()][:4], evil) for p in findings.paintings]
+    spoken = summary.Findings({**findings.numbers}, findings.asked, given, paintings)
+    monkeypatch.setattr(report, "evaluate", lambda *_: spoken)
+    report.write_report(place, lambda line: None)
+    text = (place.folder / "report.html").read_text()
+    assert "<script" not in text
+    assert text.count("&lt;script&gt;") > SHEETS
+    parsed(text)
+    markdown = (place.folder / "report.md").read_text()
+    assert "<script" not in markdown
+    assert "\\|\\*\\*x\\*\\*" in markdown
+
+
+def test_the_markdown_shows_pictures_that_lie_beside_it(finished: Place) -> None:
+    text = (finished.folder / "report.md").read_text()
+    names = re.findall(r"\]\(([^)]+)\)", text)
+    assert "sheets.png" in names
+    assert "accuracy.png" in names
+    assert "loss-see.png" in names
+    for name in names:
+        assert (finished.folder / name).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("failing", ["report.md", "summary.json"])
+def test_a_report_that_cannot_be_written_leaves_nothing(
+    findings: summary.Findings, place: Place, failing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "evaluate", lambda *_: findings)
+    real = Path.open
+
+    def full(path: Path, *args, **kwargs):
+        if path.name == failing and args == ("wb",):
+            raise OSError(28, "No space left on device")
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(RunFailed, match="No space left"):
+        report.write_report(place, lambda line: None)
+    assert report_files(place.folder) == []
+    assert sorted(path.name for path in place.folder.iterdir()) == ["align", "llm", "see"]
+
+
+def test_a_report_that_was_there_outlives_a_failed_one(
+    findings: summary.Findings, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "evaluate", lambda *_: findings)
+    report.write_report(place, lambda line: None)
+    before = {name: (place.folder / name).read_bytes() for name in report_files(place.folder)}
+    config = place.recipe.evaluation.model_copy(update={"questions": 8})
+    other = Place(place.recipe.model_copy(update={"evaluation": config}), place.folder)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(report.os, "fsync", full)
+    with pytest.raises(RunFailed):
+        report.write_report(other, lambda line: None)
+    after = {name: (place.folder / name).read_bytes() for name in report_files(place.folder)}
+    assert after == before
+
+
+def test_blind_questions_are_the_same_about_other_sheets(
+    finished: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def answer(speaker, questions, *, about, **_):
+        calls.append((list(questions), list(about)))
+        return ["7"] * len(questions)
+
+    monkeypatch.setattr(answers, "answer", answer)
+    monkeypatch.setattr(answers, "look", lambda *_: None)
+    speaker = answers.load_mllm(finished.result("align"))
+    for count in (QUESTIONS, 3):  # 3: about one sheet alone
+        calls.clear()
+        found = summary.Findings({}, answers.held_out_questions(5, count))
+        summary._judge_seeing(found, speaker, 5)
+        (texts, about), (blind_texts, elsewhere), _ = calls
+        assert texts == blind_texts
+        assert about == [question.sheet for question in found.asked]
+        assert all(here != there for here, there in zip(about, elsewhere, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("names", "present", "absent"),
+    [
+        (("llm",), {"text_accuracy", "text_accuracy_by_kind"}, {"vqa_accuracy", "pixel_loss"}),
+        (("llm", "see"), {"pixel_loss", "digit_knn_accuracy"}, {"vqa_accuracy", "text_accuracy"}),
+    ],
+)
+def test_a_run_without_an_mllm_gets_what_applies(
+    place: Place, names: tuple[str, ...], present: set[str], absent: set[str]
+) -> None:
+    place = Place(recipe(place.folder, names), place.folder)
+    report.write_report(place, lambda line: None)
+    found = numbers(place)
+    assert present <= set(found)
+    assert not absent & set(found)
+    parsed((place.folder / "report.html").read_text())
