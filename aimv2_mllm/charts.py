@@ -143,7 +143,7 @@ def sheet_grid(paintings: Sequence[Painting], palette: Palette = LIGHT) -> bytes
             fontsize=7.8, linespacing=1.35, color=palette.ink if right else "#b3362b",
             parse_math=False,
         )  # fmt: skip
-    return _png(figure, tight=False)
+    return _png(figure, as_laid_out=True)
 
 
 def picture(pixels: np.ndarray, least_side: int = 168) -> bytes:
@@ -172,12 +172,17 @@ def _calm(axes: Axes, palette: Palette) -> None:
     axes.yaxis.label.set_color(palette.faint)
 
 
-def _png(figure: Figure, *, tight: bool = True) -> bytes:
-    if tight:
+def _png(figure: Figure, *, as_laid_out: bool = False) -> bytes:
+    if not as_laid_out:
         figure.tight_layout(pad=0.6, w_pad=2)
     stream = io.BytesIO()
     # Without the mark of the software, equal numbers give equal files.
-    figure.savefig(stream, format="png", metadata={"Software": None})
+    figure.savefig(
+        stream,
+        format="png",
+        metadata={"Software": None},
+        bbox_inches="tight" if as_laid_out else None,
+    )
     return stream.getvalue()
 
 

@@ -351,11 +351,11 @@ def changed_keys(old: Recipe | Mapping[str, Any], new: Recipe) -> list[str]:
 
 class _Loader(yaml.SafeLoader):
     # Plain scalars mean one thing only: no octal 010, no base-60 1:30, no `no` for false, no dates.
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # type: ignore[misc]
     depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        event = self.peek_event()
+        event = self.peek_event()  # type: ignore[no-untyped-call]
         refusal = None
         if isinstance(event, yaml.AliasEvent):
             refusal = "aliases (*name) are not allowed in a recipe: write the value out"

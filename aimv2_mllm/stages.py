@@ -153,7 +153,7 @@ def build_tune(stage: TuneStage, place: Place) -> Job:
     targets = "|".join(stage.lora.targets)
     config = LoraConfig(
         r=stage.lora.r,
-        lora_alpha=stage.lora.alpha,  # type: ignore[arg-type]
+        lora_alpha=stage.lora.alpha,
         lora_dropout=stage.lora.dropout,
         # Whole names: the tower may have the same leaf names.
         target_modules=rf".*\.language_model\..*\.({targets})",

@@ -117,4 +117,3 @@ def test_a_result_that_cannot_be_written_leaves_nothing_half_done(
     said: list[str] = []
     runs.run(tiny_recipe(tmp_path / "run"), said.append)
     assert "continuing from step 3" in said
-

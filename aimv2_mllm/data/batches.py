@@ -57,12 +57,13 @@ def caption_batches(
         lengths = [
             int(scenes.generator(world, "prefix", i).integers(1, num_patches)) for i in indices
         ]
+        captions = [scenes.caption(sheet) for sheet in sheets]
+        ids, length = encode_captions(captions, tokenizer, max_text_tokens)
         return PreTrainingBatch(
-            **encode_captions(
-                [scenes.caption(sheet) for sheet in sheets], tokenizer, max_text_tokens
-            ),
             pixel_values=picture_batch(sheets, preprocessing),
             prefix_length=torch.tensor(lengths),
+            caption_ids=ids,
+            caption_length=length,
         )
 
     return micro_batches(train, collate)
@@ -70,18 +71,14 @@ def caption_batches(
 
 def encode_captions(
     captions: list[str], tokenizer: Any, max_text_tokens: int
-) -> dict[str, torch.Tensor]:
-    """`caption_ids` (B, T) and `caption_length` (B,): captions cut at `max_text_tokens`, padded
-    with zeros."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Captions as ids (B, T) and lengths (B,), cut at `max_text_tokens` and padded with zeros."""
     # The leading space makes a first word the token that it is elsewhere.
     rows = [ids[:max_text_tokens] for ids in tokenizer([f" {text}" for text in captions]).input_ids]
     padded = np.zeros((len(rows), max(map(len, rows))), dtype=np.int64)
     for row, ids in enumerate(rows):
         padded[row, : len(ids)] = ids
-    return {
-        "caption_ids": torch.from_numpy(padded),
-        "caption_length": torch.tensor([len(ids) for ids in rows]),
-    }
+    return torch.from_numpy(padded), torch.tensor([len(ids) for ids in rows])
 
 
 def conversation_batches(

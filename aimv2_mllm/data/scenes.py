@@ -152,7 +152,7 @@ def render(scene: Scene, size: int) -> np.ndarray:
         scan = Image.fromarray(scans()[0][digit.scan])
         ink = np.asarray(scan.resize((side, side), Image.Resampling.BICUBIC)).clip(0, 1)[..., None]
         area = sheet[top : top + side, left : left + side]
-        area += ink * (np.float32(INKS[digit.ink]) - area)
+        area += ink * (np.array(INKS[digit.ink], dtype=np.float32) - area)
     return (sheet + 0.5).astype(np.uint8)
 
 

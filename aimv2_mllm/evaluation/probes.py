@@ -78,7 +78,8 @@ def encoder_features(
 
     @torch.inference_mode()
     def features(sheets: Sequence[scenes.Scene]) -> Tensor:
-        return encoder(picture_batch(sheets, preprocessing)).mean(1).float()
+        output: Tensor = encoder(picture_batch(sheets, preprocessing))  # (sheets, patches, C)
+        return output.mean(1).float()
 
     return features
 
@@ -142,12 +143,16 @@ def _batches(
     most = model.decoder_config.max_text_tokens
     draws = [scenes.generator(seed, "prefix", index) for index in range(len(sheets))]
     prefixes = torch.tensor([int(draw.integers(1, num_patches)) for draw in draws])
-    parts = [slice(first, first + BATCH_SIZE) for first in range(0, len(sheets), BATCH_SIZE)]
-    return [
-        PreTrainingBatch(
-            **encode_captions([scenes.caption(sheet) for sheet in sheets[part]], tokenizer, most),
+    batches = []
+    for first in range(0, len(sheets), BATCH_SIZE):
+        part = slice(first, first + BATCH_SIZE)
+        captions = [scenes.caption(sheet) for sheet in sheets[part]]
+        ids, lengths = encode_captions(captions, tokenizer, most)
+        batch = PreTrainingBatch(
+            caption_ids=ids,
+            caption_length=lengths,
             pixel_values=picture_batch(sheets[part], preprocessing),
             prefix_length=prefixes[part],
         )
-        for part in parts
-    ]
+        batches.append(batch)
+    return batches
