@@ -127,10 +127,12 @@ class CaptionData(_Section):
 class ConversationData(CaptionData):
     """Conversations, each about one picture."""
 
-    tasks: dict[Literal["describe", "question", "copy"], Annotated[Number, Field(gt=0)]] = Field(
-        default={"describe": 1.0, "question": 1.0},
-        min_length=1,
-        description="weight of each task, relative",
+    tasks: dict[Literal["copy", "describe", "list", "question"], Annotated[Number, Field(gt=0)]] = (
+        Field(
+            default={"describe": 1.0, "question": 1.0},
+            min_length=1,
+            description="weight of each task, relative",
+        )
     )
     turns: int = Field(default=1, ge=1, le=8, description="questions per picture, 1 to 8")
 

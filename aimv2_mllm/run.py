@@ -54,6 +54,8 @@ def run_stage(name: str, stage: Stage, place: Place, narrate: Narrate) -> None:
     if (result / STAGE_FILE).is_file():
         narrate(f"stage {name}: finished, see {result}")
         return
+    packages = {name: version(name) for name in ("torch", "transformers", "aimv2-mllm")}
+    versions = {**packages, "python": platform.python_version()}
     narrate(f"stage {name}: training {STAGES[stage.kind].trains}")
     torch.manual_seed(_number(place.recipe.seed, name))
     job = STAGES[stage.kind].build(stage, place)
@@ -79,8 +81,7 @@ def run_stage(name: str, stage: Stage, place: Place, narrate: Narrate) -> None:
         "parts": [list(row) for row in job.table()],
         "seconds": round(outcome["seconds"], 1),
         "last": outcome["last"],
-        "versions": {name: version(name) for name in ("torch", "transformers", "aimv2-mllm")}
-        | {"python": platform.python_version()},
+        "versions": versions,
         "licence": LICENCE,
     }
     _save(job, result, record)

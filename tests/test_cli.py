@@ -3,9 +3,9 @@
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -77,13 +77,14 @@ def model_folder(folder: Path, kind: str, source: str = "handwriting") -> str:
 def test_help_is_instant_and_imports_nothing_heavy() -> None:
     seconds = []
     for _ in range(3):
-        begun = time.perf_counter()
+        begun = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = in_shell("--help")
-        seconds.append(time.perf_counter() - begun)
+        ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(ended.ru_utime + ended.ru_stime - begun.ru_utime - begun.ru_stime)
         assert done.returncode == 0
         assert all(f"\n    {verb} " in done.stdout for verb in cli.VERBS)
     print(f"--help: {min(seconds):.3f} s")
-    assert min(seconds) < 2  # half a second on a machine that does nothing else
+    assert min(seconds) < 0.5  # of the processor: a clock would measure who else is at work
 
     code = (
         "import sys, contextlib, aimv2_mllm.__main__ as cli\n"
@@ -338,6 +339,7 @@ def test_output_that_nobody_reads_is_no_error() -> None:
     read, write = os.pipe()
     os.close(read)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment.pop("PYTHONUNBUFFERED", None)  # what is not flushed is the trap
     code = "import sys, aimv2_mllm.__main__ as c\nc.VERBS['run'] = lambda _: print('x')\n"
     command = [sys.executable, "-c", f"{code}sys.exit(c.main(['run', 'x']))"]
     done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, env=environment)

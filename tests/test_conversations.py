@@ -68,11 +68,21 @@ def test_the_first_question_alone_carries_the_picture_or_the_words() -> None:
         assert not any("On the sheet" in text for text in texts[1:])
 
 
-def test_a_description_in_words_is_copied_as_it_was_told() -> None:
+def test_the_digits_are_told_in_any_order_and_described_in_reading_order() -> None:
+    told = set()
     for index in range(20):
         asked, said = talk(index, seen=False, tasks={"describe": 1.0}, turns=1)
+        caption = scenes.caption(scenes.scene(0, "train", index))
+        assert said["content"][0]["text"] == caption
+        told.add(asked["content"][0]["text"].startswith(f"On the sheet: {caption}. "))
+    assert told == {True, False}
+
+
+def test_a_description_is_repeated_as_it_was_told() -> None:
+    for index in range(20):
+        asked, said = talk(index, seen=False, tasks={"copy": 1.0}, turns=1)
         words = said["content"][0]["text"]
-        assert asked["content"][0]["text"].startswith(f"On the sheet: {words}. ")
+        assert asked["content"][0]["text"].startswith(f"On the sheet: {words}. Repeat")
 
 
 def test_a_seen_sheet_is_described_by_its_caption() -> None:

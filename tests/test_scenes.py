@@ -128,3 +128,18 @@ def test_questions_of_all_kinds_come_and_half_of_the_existence_questions_are_fal
     assert kinds.keys() == QUESTIONS.keys()
     assert min(kinds.values()) > 300
     assert answers["no"] / answers.total() == pytest.approx(0.5, abs=0.1)
+
+
+def test_every_list_names_each_digit_in_its_order() -> None:
+    sheet = Scene(
+        (255, 255, 255),
+        (
+            scenes.Digit(7, "red", "top left", 0, 0, 0, 0.4),
+            scenes.Digit(3, "blue", "bottom right", 2, 0.5, 0.5, 0.4),
+        ),
+    )
+    assert {scenes.listing(sheet, scenes.generator(index)) for index in range(40)} == {
+        ("List the digits and their colours.", "3 is blue, 7 is red"),
+        ("List the digits and their places.", "3 is bottom right, 7 is top left"),
+        ("Go through the corners.", "top left is 7, bottom right is 3"),
+    }

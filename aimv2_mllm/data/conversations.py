@@ -55,6 +55,8 @@ def conversation(
     for kind in kinds:
         if kind == "describe":
             asked, answer = str(random.choice(DESCRIBE)), scenes.in_words(phrases)
+        elif kind == "list":
+            asked, answer = scenes.listing(scene, random)
         elif kind == "copy" and not seen:
             asked, answer = COPY, told
         else:

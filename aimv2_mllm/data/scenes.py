@@ -7,6 +7,7 @@ a pure function of (seed, split, index), so nothing is stored and every run sees
 Each scan belongs to one split for ever: no held-out sheet shows ink of a training scan.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, NamedTuple
@@ -183,6 +184,25 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
     "exists": ("Is there a {ink} {value}?", "Do you see a {ink} {value}?"),
     "largest": ("What is the largest digit?", "Which digit has the highest value?"),
 }
+
+
+# Every kind of list: how it is asked for, how it is sorted, and what it says of each digit.
+LISTS: dict[str, tuple[str, Callable[[Digit], object], str]] = {
+    "colours": ("List the digits and their colours.", lambda d: d.value, "{value} is {ink}"),
+    "places": ("List the digits and their places.", lambda d: d.value, "{value} is {place}"),
+    "corners": (
+        "Go through the corners.",
+        lambda d: PLACES.index(d.place),
+        "{place} is {value}",
+    ),
+}
+
+
+def listing(scene: Scene, random: np.random.Generator) -> tuple[str, str]:
+    """A list that can be asked for, and what it says: ("List the …", "3 is blue, 7 is red")."""
+    asked, order, entry = LISTS[str(random.choice(list(LISTS)))]
+    digits = sorted(scene.digits, key=order)  # type: ignore[arg-type]
+    return asked, ", ".join(entry.format(**digit._asdict()) for digit in digits)
 
 
 def question(scene: Scene, random: np.random.Generator, kind: str | None = None) -> Question:
