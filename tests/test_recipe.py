@@ -128,7 +128,10 @@ def test_on_and_off_are_switches_where_a_switch_is_wanted(file: Path) -> None:
         ("lora.dropout=1", "must be less than 1"),
         ("lora.targets=[]", "must not be empty"),
         ("data.turns=9", "must be less than or equal to 8"),
-        ("data.tasks={quest: 1}", "must be one of describe, question, copy; did you mean question"),
+        (
+            "data.tasks={quest: 1}",
+            "must be one of copy, describe, list, question; did you mean question",
+        ),
         ("data.source=hand", "must be one of handwriting"),
         ("train=3", "is 3, must be a mapping"),
         ("kind=tuna", 'is "tuna", must be one of .*; did you mean tune?'),

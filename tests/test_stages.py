@@ -141,7 +141,8 @@ def test_the_merged_model_answers_as_the_adapted_one_did(tiny_run: Path, tmp_pat
         before = job.model.eval()(**batch).logits
         job.save(tmp_path)
         merged = LlavaForConditionalGeneration.from_pretrained(tmp_path).eval()
-        assert torch.allclose(merged(**batch).logits, before, atol=1e-3)
+        difference = (merged(**batch).logits - before).abs().max()
+    assert difference <= 1e-4 * before.abs().max()
 
 
 def test_a_language_stage_makes_an_llm_that_an_align_stage_can_take(tmp_path: Path) -> None:
