@@ -27,10 +27,8 @@ def moved(job: Job) -> set[str]:
     changes."""
     before = {name: p.detach().clone() for name, p in job.model.named_parameters()}
     trainable = [p for p in job.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=0.1)
-    for _ in range(
-        2
-    ):  # LoRA's second matrix is zero at first, so its first one moves in the second step
+    optimizer = torch.optim.AdamW(trainable, lr=0.01)
+    for _ in range(2):  # LoRA's second matrix is zero at first: its first one moves at step two
         batch = job.batches(0)[0]
         job.objective(job.model, batch, job.objective.targets(batch)).total.backward()
         optimizer.step()
