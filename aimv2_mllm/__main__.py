@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from aimv2_mllm.errors import RunFailed, UsageError
+from aimv2_mllm.errors import RunFailed, UsageError, nearest
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -21,6 +21,7 @@ OPTIONAL = {
     "accelerate", "jinja2", "matplotlib", "peft", "pydantic", "sklearn", "tokenizers", "tqdm",
     "transformers", "yaml",
 }  # fmt: skip
+PROGRAM = "aimv2-mllm"
 INSTALL = "pip install 'aimv2-mllm[train]'"
 # Their progress bars, warnings and reports of use are not what was asked for.
 QUIET = {
@@ -37,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
     """Run a recipe and print where its report is and what can be done with the result."""
     import shlex
 
-    from aimv2_mllm.recipe import load_recipe
+    from aimv2_mllm.recipe_file import load_recipe
 
     recipe = load_recipe(args.recipe, args.overrides)
     # After the recipe is known to be right: it takes seconds.
@@ -49,8 +50,21 @@ def run(args: argparse.Namespace) -> None:
     print(f"report: {report}" if report.is_file() else f"result: {folder}")
     if any(stage.kind in TALKING for stage in recipe.stages.values()):
         model, sheet = shlex.quote(str(folder)), shlex.quote(str(folder / "sheet.png"))
-        print(f"next:   aimv2-mllm sample {model} {sheet}")
-        print(f"        aimv2-mllm chat {model} --image {sheet}")
+        print(f"next:   {_program()} sample {model} {sheet}")
+        print(f"        {_program()} chat {model} --image {sheet}")
+
+
+def _program() -> str:
+    """The words that call this program again, as they were typed."""
+    import shlex
+    import shutil
+
+    script = Path(sys.argv[0])
+    if script.stem != PROGRAM:
+        return f"python -m {__package__}"
+    found = shutil.which(PROGRAM)
+    on_path = found is not None and Path(found).absolute() == script.absolute()
+    return PROGRAM if on_path else shlex.quote(str(script))
 
 
 def chat(args: argparse.Namespace) -> None:
@@ -61,7 +75,7 @@ def chat(args: argparse.Namespace) -> None:
     if args.image is None:
         raise UsageError(
             "chat needs --image FILE; to make a picture that the model can know: "
-            f"aimv2-mllm sample {args.model} sheet.png"
+            f"{_program()} sample {args.model} sheet.png"
         )
     if args.prompt is not None and not args.prompt.strip():
         raise UsageError("--prompt is empty: ask something, or leave it out to ask by keyboard")
@@ -139,7 +153,7 @@ class _Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     """The parser with every verb; parsing raises UsageError in place of argparse's own exit."""
     parser = _Parser(
-        prog="aimv2-mllm",
+        prog=PROGRAM,
         description="Train an AIMv2 encoder and a multimodal LLM on it, and talk.",
     )
     parser.add_argument("--version", action="store_true", help="show the version and exit")
@@ -199,23 +213,20 @@ def _note(text: str) -> None:
 
 
 def _complain(text: str) -> None:
-    _note("\n".join(f"aimv2-mllm: {line}" for line in text.splitlines()))
+    _note("\n".join(f"{PROGRAM}: {line}" for line in text.splitlines()))
 
 
 def _call(argv: Sequence[str]) -> None:
     verb = next((word for word in argv if not word.startswith("-")), None)
     if verb is not None and verb not in VERBS:
-        import difflib
-
-        close = difflib.get_close_matches(verb, VERBS, n=1)
-        nearest = f"; did you mean {close[0]}?" if close else ""
-        raise UsageError(f"there is no verb {verb}; there is {', '.join(VERBS)}{nearest}")
+        known = f"there is {', '.join(VERBS)}{nearest(verb, VERBS)}"
+        raise UsageError(f"there is no verb {verb}; {known}")
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.version:
         from importlib.metadata import version
 
-        print(version("aimv2-mllm"))
+        print(version(PROGRAM))
     elif args.verb is None:
         parser.error(f"a verb is missing: {', '.join(VERBS)}")
     else:

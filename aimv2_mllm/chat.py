@@ -64,6 +64,8 @@ def _load(folder: Path) -> tuple[Any, Any]:
     from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
+    from aimv2_mllm.model.mllm import demand_whole
+
     path = folder / CONFIG_FILE
     try:
         kind = json.loads(path.read_text(encoding="utf-8"))["model_type"]
@@ -87,14 +89,7 @@ def _load(folder: Path) -> tuple[Any, Any]:
     except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         said = " ".join(str(error).split())
         raise UsageError(f"{folder}: cannot be loaded: {said[:300]}") from None
-    faults = [f"{name} is missing" for name in sorted(report["missing_keys"])]
-    faults += [f"{name} is left over" for name in sorted(report["unexpected_keys"])]
-    faults += [f"{name} has another shape" for name, *_ in sorted(report["mismatched_keys"])]
-    if faults:
-        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
-        raise UsageError(
-            f"{folder}: its weights do not fit its {path.name}: {', '.join(faults[:3])}{more}"
-        )
+    demand_whole(report, str(folder))
     return model, processor
 
 

@@ -1,4 +1,12 @@
-"""The two ways in which a command ends badly; `__main__` makes them one line and an exit code."""
+"""How a command ends badly, and the words for it.
+
+`__main__` makes the two errors one line and an exit code.
+"""
+
+import difflib
+import json
+from collections.abc import Iterable
+from typing import Any
 
 
 class UsageError(ValueError):
@@ -7,3 +15,16 @@ class UsageError(ValueError):
 
 class RunFailed(RuntimeError):
     """A run started and could not go on (exit code 1): the message says why and what is kept."""
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """The words "; did you mean X?" when one of `names` is close to `name`, else nothing."""
+    by_lower = {other.lower(): other for other in names}
+    close = difflib.get_close_matches(name.lower(), by_lower, n=1)
+    return f"; did you mean {by_lower[close[0]]}?" if close else ""
+
+
+def show(value: Any) -> str:
+    """A value as a recipe would write it, on one line of at most 80 characters."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 80 else f"{text[:76]} ..."

@@ -71,6 +71,6 @@ def talking_folder(folder: Path) -> Path:
     if not finished:
         raise UsageError(
             f"{folder}: no align or tune stage of this run is finished; "
-            f"run `aimv2-mllm run {folder / RECIPE_FILE}` to the end first"
+            f"run `aimv2-mllm run {folder / RECIPE_FILE} output={folder}` to the end first"
         )
     return finished[-1]

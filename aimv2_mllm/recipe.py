@@ -1,18 +1,15 @@
-"""What a recipe may say: typed, strict, overridable by `key.sub=value` words, printable.
+"""What a recipe may say: the schema of a run and its stages, typed, strict, printable.
 
-Owns the schema, its reading from YAML and its printing. Refuses, all mistakes of a file at once
-and with their places: unknown keys, wrong types, values out of range, keys written twice,
-references to stages that do not come earlier. Whether a named folder or model exists is not
-looked up here: a recipe means the same on every machine.
+`recipe_file` reads it. Refuses unknown keys, wrong types, values out of range, and references to
+stages that do not come earlier. Whether a named folder or model exists is not looked up here: a
+recipe means the same on every machine.
 """
 
 import contextlib
-import difflib
-import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
 from pydantic import (
@@ -25,13 +22,9 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
-from .errors import UsageError
-
-MAX_BYTES = 256 * 1024  # a recipe is a page; parsing this much takes about a second
-MAX_DEPTH = 32  # levels of nesting; the deepest key of the schema has five
+from aimv2_mllm.errors import nearest, show
 
 Place = tuple[str, ...]  # the keys that lead to a value, outermost first
 Mistake = tuple[Place, str]
@@ -56,6 +49,7 @@ FolderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_-]{0,99}$")]
 Text = Annotated[str, Field(min_length=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Count = Annotated[int, Field(gt=0)]
+Task = Literal["describe", "backwards", "table", "several", "question"]
 
 
 class _Section(BaseModel):
@@ -127,12 +121,10 @@ class CaptionData(_Section):
 class ConversationData(CaptionData):
     """Conversations, each about one picture."""
 
-    tasks: dict[Literal["copy", "describe", "list", "question"], Annotated[Number, Field(gt=0)]] = (
-        Field(
-            default={"describe": 1.0, "question": 1.0},
-            min_length=1,
-            description="weight of each task, relative",
-        )
+    tasks: dict[Task, Annotated[Number, Field(gt=0)]] = Field(
+        default={"describe": 1.0, "question": 1.0},
+        min_length=1,
+        description="weight of each task, relative",
     )
     turns: int = Field(default=1, ge=1, le=8, description="questions per picture, 1 to 8")
 
@@ -178,6 +170,9 @@ class LanguageChoice(_Attention):
     """A Llama, by its sizes."""
 
     num_key_value_heads: Count = Field(description="a divisor of num_attention_heads")
+    head_dim: Count | None = Field(
+        default=None, description="channels of a head; null: hidden_size / num_attention_heads"
+    )
     max_position_embeddings: Count = Field(description="longest sequence, tokens")
 
     @field_validator("num_key_value_heads")
@@ -202,21 +197,36 @@ class LoraChoice(_Section):
     )
 
 
-class PretrainStage(_Section):
+class _Stage(_Section):
+    PARTS: ClassVar[tuple[str, ...]]  # what is trained, by the names that part_lr may have
+
+    @field_validator("train", check_fields=False)
+    @classmethod
+    def _names_parts_of_the_stage(cls, value: TrainConfig) -> TrainConfig:
+        unknown = [part for part in value.part_lr if part not in cls.PARTS]
+        if unknown:
+            known = f"{', '.join(cls.PARTS)}{nearest(unknown[0], cls.PARTS)}"
+            raise ValueError(f"must name in part_lr parts of the stage, which are {known}")
+        return value
+
+
+class PretrainStage(_Stage):
     """Pre-trains an encoder on pictures and captions."""
 
+    PARTS = ("encoder", "decoder")
     kind: Literal["pretrain"] = Field(default="pretrain", description="the kind of the stage")
     data: CaptionData = Field(default=CaptionData(), description="the samples")
     encoder: EncoderChoice = Field(description="the encoder to pre-train")
     decoder: DecoderChoice = Field(default=DecoderChoice(), description="used here only")
-    tokenizer: Text = Field(description="the name tiny_llm, or a folder with a tokenizer")
+    tokenizer: Text = Field(description="tiny_llm, an earlier language stage, a folder or a hub id")
     alpha: Number = Field(default=0.4, ge=0, description="weight of the image loss")
     train: TrainConfig = Field(description="how it is optimised")
 
 
-class AlignStage(_Section):
+class AlignStage(_Stage):
     """Trains a connector from a frozen tower to a frozen LLM."""
 
+    PARTS = ("connector",)
     kind: Literal["align"] = Field(default="align", description="the kind of the stage")
     tower: Text = Field(description="an earlier pretrain stage, or a folder with an AIMv2 encoder")
     llm: Text = Field(description="tiny_llm, an earlier language stage, a folder or a hub id")
@@ -225,9 +235,10 @@ class AlignStage(_Section):
     train: TrainConfig = Field(description="how it is optimised")
 
 
-class TuneStage(_Section):
+class TuneStage(_Stage):
     """Tunes the LLM of an aligned model with adapters."""
 
+    PARTS = ("lora", "connector")
     kind: Literal["tune"] = Field(default="tune", description="the kind of the stage")
     start: Text = Field(description="an earlier align stage, whose result is tuned")
     lora: LoraChoice = Field(default=LoraChoice(), description="the adapters")
@@ -235,9 +246,10 @@ class TuneStage(_Section):
     train: TrainConfig = Field(description="how it is optimised")
 
 
-class LanguageStage(_Section):
+class LanguageStage(_Stage):
     """Trains a small LLM and its tokenizer on the text of the conversations."""
 
+    PARTS = ("llm",)
     kind: Literal["language"] = Field(default="language", description="the kind of the stage")
     model: LanguageChoice = Field(description="the LLM to train")
     vocab_size: Count = Field(description="size of the tokenizer's vocabulary, tokens")
@@ -261,7 +273,11 @@ STAGES: dict[str, type[Stage]] = {
     "language": LanguageStage,
 }
 # kind of a stage -> its keys that name an earlier stage -> the kind which that stage must have
-REFERENCES = {"align": {"tower": "pretrain", "llm": "language"}, "tune": {"start": "align"}}
+REFERENCES = {
+    "pretrain": {"tokenizer": "language"},
+    "align": {"tower": "pretrain", "llm": "language"},
+    "tune": {"start": "align"},
+}
 
 
 class Recipe(_Section):
@@ -283,41 +299,11 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _references_come_earlier(self) -> Self:
-        mistakes = [*_reference_mistakes({k: v.model_dump() for k, v in self.stages.items()})]
+        mistakes = [*reference_mistakes({k: v.model_dump() for k, v in self.stages.items()})]
         if mistakes:
             lines = "; ".join(f"{'.'.join(place)} {text}" for place, text in mistakes)
             raise PydanticCustomError("reference", "{lines}", {"lines": lines})
         return self
-
-
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Return the recipe of a YAML file, overridden by words like `stages.tune.train.lr=1e-3`.
-
-    Raises `UsageError` with one line per mistake, of the file and of the words together: where it
-    stands, the value, what is allowed, and the nearest name for one that is not known.
-    """
-    file = Path(path)
-    raw, lines, mistakes = _parse(_read(file), str(file))
-    if not isinstance(raw, dict):
-        what = "is empty" if raw is None else f"is {_show(raw)}"
-        raise UsageError(f"{file}: {what}, a recipe is a mapping of keys such as name and stages")
-    origins = {place: f"{file}:{line}" for place, line in lines.items()} | {(): str(file)}
-    said = [_line(origins, *mistake) for mistake in mistakes]
-    for word in overrides:
-        origin = f"{file}, override {_show(word)}"
-        place, more = _override(raw, word)
-        said += [_line({(): origin}, *mistake) for mistake in more]
-        if place:
-            origins = {p: o for p, o in origins.items() if p[: len(place)] != place}
-            origins[place] = origin
-    try:
-        recipe = Recipe.model_validate(raw)
-    except ValidationError as error:
-        mistakes = [*_explained(error), *_reference_mistakes(raw.get("stages"))]
-        raise UsageError("\n".join(said + [_line(origins, *m) for m in mistakes])) from None
-    if said:
-        raise UsageError("\n".join(said))
-    return recipe
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -330,6 +316,7 @@ def changed_keys(old: Recipe | Mapping[str, Any], new: Recipe) -> list[str]:
     """Return what differs, a line per key: `key: old -> new`, `key: added new`, `key: removed old`.
 
     A mapping that is a valid recipe counts with its defaults; another is compared as it stands.
+    Where the run folder lies is no difference.
     """
     if not isinstance(old, Recipe):
         # not a recipe: written by another version
@@ -337,167 +324,27 @@ def changed_keys(old: Recipe | Mapping[str, Any], new: Recipe) -> list[str]:
             old = Recipe.model_validate(old)
     plain = old.model_dump(mode="json") if isinstance(old, Recipe) else old
     before, after = dict(_leaves(plain)), dict(_leaves(new.model_dump(mode="json")))
+    for leaves in (before, after):
+        leaves.pop("output", None)
     lines = []
     for key, value in after.items():
         if key in before and before[key] != value:
-            lines.append(f"{key}: {_show(before[key])} -> {_show(value)}")
+            lines.append(f"{key}: {show(before[key])} -> {show(value)}")
         elif key not in before and value not in (None, {}):
-            lines.append(f"{key}: added {_show(value)}")
+            lines.append(f"{key}: added {show(value)}")
     gone = [key for key in before if key not in after and before[key] not in (None, {})]
-    lines += [f"{key}: removed {_show(before[key])}" for key in gone]
+    lines += [f"{key}: removed {show(before[key])}" for key in gone]
     was, now = list(plain.get("stages") or ()), list(new.stages)
     if was != now and set(was) == set(now):
         lines.append(f"stages: order {', '.join(was)} -> {', '.join(now)}")
     return lines
 
 
-class _Loader(yaml.SafeLoader):
-    # Plain scalars mean one thing only: no octal 010, no base-60 1:30, no `no` for false, no dates.
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # type: ignore[misc]
-    depth = 0
+def reference_mistakes(stages: Any) -> Iterator[Mistake]:
+    """The stages that name others which do not come earlier, with what is wrong.
 
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        event = self.peek_event()  # type: ignore[no-untyped-call]
-        refusal = None
-        if isinstance(event, yaml.AliasEvent):
-            refusal = "aliases (*name) are not allowed in a recipe: write the value out"
-        elif getattr(event, "tag", None):
-            refusal = "tags (!name) are not allowed in a recipe"
-        elif self.depth >= MAX_DEPTH:
-            refusal = f"nested deeper than {MAX_DEPTH} levels"
-        if refusal:
-            raise yaml.MarkedYAMLError(problem=refusal, problem_mark=event.start_mark)
-        self.depth += 1
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        return node
-
-
-for _tag, _pattern, _first in (
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    ("int", r"[-+]?(0|[1-9][0-9_]*)", list("-+0123456789")),
-    # exactly YAML 1.1's decimals: what the dumper leaves unquoted as text must be text here too
-    (
-        "float",
-        r"[-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)([eE][-+][0-9]+)?",
-        list("-+.0123456789"),
-    ),
-    ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", list("-+.")),
-):
-    _Loader.add_implicit_resolver(
-        f"tag:yaml.org,2002:{_tag}", re.compile(f"^({_pattern})$"), _first
-    )
-
-
-def _read(file: Path) -> str:
-    try:
-        if file.is_dir():
-            raise UsageError(f"{file}: is a folder; {_recipes_in(file, '')}")
-        if not file.exists():
-            raise UsageError(f"{file}: no such recipe; {_recipes_in(file.parent, file.name)}")
-        if not file.is_file():
-            raise UsageError(f"{file}: is not a file, a recipe is a YAML file")
-        with file.open("rb") as stream:
-            content = stream.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise UsageError(f"{file}: cannot be read: {error.strerror}") from None
-    if len(content) > MAX_BYTES:
-        raise UsageError(f"{file}: is larger than {MAX_BYTES // 1024} KiB, too large for a recipe")
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{file}: is not UTF-8 text (byte {error.start} is not)") from None
-
-
-def _recipes_in(folder: Path, name: str) -> str:
-    if not folder.is_dir():
-        return f"there is no folder {folder} either"
-    names = sorted(p.name for p in folder.iterdir() if p.suffix in (".yaml", ".yml"))
-    return f"the recipes in {folder} are {', '.join(names) or 'none'}{_nearest(name, names)}"
-
-
-def _parse(text: str, source: str) -> tuple[Any, dict[Place, int], list[Mistake]]:
-    # -> the plain value, the line of every key, and the keys that are no text or written twice
-    lines: dict[Place, int] = {}
-    mistakes: list[Mistake] = []
-    try:
-        loader = _Loader(text)
-        node = loader.get_single_node()
-        value = None if node is None else _plain(loader, node, (), lines, mistakes)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        problem = error.problem or error.context
-        if mark is None:
-            raise UsageError(f"{source}: {problem}") from None
-        said = (text.splitlines() or [""])[min(mark.line, len(text.splitlines()) - 1)].strip()
-        place = f"{source}:{mark.line + 1}:{mark.column + 1}"
-        raise UsageError(f"{place}: {problem}: {_show(said)}") from None
-    except yaml.reader.ReaderError as error:
-        found = f"character {error.position} is {_show(chr(error.character))}"
-        raise UsageError(f"{source}: is not a text file that YAML allows: {found}") from None
-    return value, lines, mistakes
-
-
-def _plain(
-    loader: _Loader, node: Any, place: Place, lines: dict[Place, int], mistakes: list[Mistake]
-) -> Any:
-    if isinstance(node, yaml.ScalarNode):
-        try:
-            return loader.construct_object(node)
-        except ValueError:  # more digits than Python turns into a number
-            return node.value
-    if isinstance(node, yaml.SequenceNode):
-        return [
-            _plain(loader, item, (*place, str(i)), lines, mistakes)
-            for i, item in enumerate(node.value)
-        ]
-    mapping: dict[str, Any] = {}
-    for key, value in node.value:
-        line = key.start_mark.line + 1
-        if key.tag != "tag:yaml.org,2002:str":
-            said = key.value if isinstance(key, yaml.ScalarNode) else "?"
-            lines[(*place, said)] = line
-            mistakes.append(((*place, said), "the key is not text: put it in quotes"))
-            continue
-        here = (*place, key.value)
-        if key.value in mapping:
-            mistakes.append((here, f"is written twice, at lines {lines[here]} and {line}"))
-            continue
-        lines[here] = line
-        mapping[key.value] = _plain(loader, value, here, lines, mistakes)
-    return mapping
-
-
-def _override(raw: dict[str, Any], word: str) -> tuple[Place, list[Mistake]]:
-    # Writes the word's value into raw; the place it names, and what is wrong with the word.
-    key, equals, text = word.partition("=")
-    place = tuple(part.strip() for part in key.split("."))
-    if not equals or not all(place):
-        example = "an override is written key=value, for example stages.tune.train.lr=1e-3"
-        return (), [((), f"{_show(word)} is not an override: {example}")]
-    try:
-        value, _, mistakes = _parse(text, "its value")
-    except UsageError as error:
-        return place, [(place, str(error))]
-    stages = raw.get("stages") if place[0] == "stages" and len(place) > 2 else None
-    if isinstance(stages, dict) and place[1] not in stages:
-        known = f"the stages are {', '.join(stages)}{_nearest(place[1], stages)}"
-        return place, [(place[:2], f"there is no such stage; {known}")]
-    branch = raw
-    for depth, part in enumerate(place[:-1], start=1):
-        if branch.get(part) is None:
-            branch[part] = {}
-        if not isinstance(branch[part], dict):
-            said = f"is {_show(branch[part])}, it has no keys: give it whole"
-            return place, [(place[:depth], said)]
-        branch = branch[part]
-    branch[place[-1]] = value
-    return place, [((*place, *inner), said) for inner, said in mistakes]
-
-
-def _reference_mistakes(stages: Any) -> Iterator[Mistake]:
-    # On plain values of any type, so that it also judges a recipe with other mistakes.
+    On plain values of any type, so that it also judges a recipe with other mistakes.
+    """
     earlier: dict[str, Any] = {}
     for name, stage in stages.items() if isinstance(stages, dict) else ():
         kind = stage.get("kind") if isinstance(stage, dict) else None
@@ -507,96 +354,15 @@ def _reference_mistakes(stages: Any) -> Iterator[Mistake]:
             if not isinstance(said, str) or said in names:
                 continue
             # a word is a stage, for an llm also a hub id; a tower with a / is a folder
-            if (key == "llm" and said not in stages) or (key == "tower" and "/" in said):
+            if (key in ("llm", "tokenizer") and said not in stages) or (
+                key == "tower" and "/" in said
+            ):
                 continue
             folder = "; a folder is written with a /, as in ./NAME" if key == "tower" else ""
             known = f"there {'are' if names else 'is'} {', '.join(names) or 'none'}"
-            text = f"is {_show(said)}, must be an earlier {wanted} stage: {known}"
-            yield ("stages", name, key), f"{text}{folder}{_nearest(said, names)}"
+            text = f"is {show(said)}, must be an earlier {wanted} stage: {known}"
+            yield ("stages", name, key), f"{text}{folder}{nearest(said, names)}"
         earlier[name] = kind
-
-
-# what pydantic calls a mistake -> what we say, where its own words would puzzle
-RULES = {
-    "string_pattern_mismatch": "must be a name: letters, digits, - and _, not - first, at most 100",
-    "string": "must be text: put it in quotes",
-    "path": "must be text: put it in quotes",
-    "int": "must be a whole number",
-    "float": "must be a number",
-    "bool": "must be true or false",
-    "dict": "must be a mapping",
-    "model": "must be a mapping",
-    "model_attributes": "must be a mapping",
-    "too_short": "must not be empty",
-}
-
-
-def _explained(error: ValidationError) -> Iterator[Mistake]:
-    for mistake in error.errors(include_url=False):
-        # said by _reference_mistakes, with their places; or said of the name that is missing
-        if mistake["type"] in ("reference", "default_factory_not_called"):
-            continue
-        place, owner, field = _located(mistake["loc"])
-        about = f" ({field.description})" if field else ""
-        value, context = mistake["input"], mistake.get("ctx", {})
-        expected = context.get("expected", context.get("expected_tags", ""))
-        allowed = re.findall(r"'([^']*)'", expected)
-        match mistake["type"]:
-            case "missing":
-                yield place, f"missing{about}"
-            case "union_tag_not_found":
-                yield (*place, "kind"), f"missing (the kind of the stage: {', '.join(STAGES)})"
-            case "union_tag_invalid":
-                tag = str(context["tag"])
-                known = f"{', '.join(allowed)}{_nearest(tag, allowed)}"
-                yield (*place, "kind"), f"is {_show(tag)}, must be one of {known}"
-            case "extra_forbidden":
-                names = list(owner.model_fields)
-                known = f"{', '.join(names)}{_nearest(place[-1], names)}"
-                yield place, f"unknown key; the keys here are {known}"
-            case "literal_error":
-                known = f"{', '.join(allowed)}{_nearest(str(value), allowed)}"
-                yield place, f"is {_show(value)}, must be one of {known}{about}"
-            case _:
-                kind = mistake["type"].removesuffix("_type")
-                own = re.sub(r"^(\w+ should|Value error, must)", "must", mistake["msg"])
-                yield place, f"is {_show(value)}, {RULES.get(kind, own)}{about}"
-
-
-def _located(location: Sequence[int | str]) -> tuple[Place, type[BaseModel], FieldInfo | None]:
-    # -> the place without pydantic's marks, the class that holds its last key, that key's field
-    parts = [str(part) for part in (location[:-1] if location[-1] == "[key]" else location)]
-    owner: type[BaseModel] = Recipe
-    keys = parts
-    if parts[0] == "stages" and len(parts) > 2:
-        owner = STAGES[parts.pop(2)]  # the tag of the union
-        keys = parts[2:]
-    field = owner.model_fields.get(keys[0])
-    for key in keys[1:]:
-        kinds = (field.annotation, *get_args(field.annotation)) if field else ()
-        inner = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
-        if not inner:
-            break  # an entry of a dict or list, which is described with it
-        owner = inner[0]
-        field = owner.model_fields.get(key)
-    return tuple(parts), owner, field
-
-
-def _line(origins: Mapping[Place, str], place: Place, text: str) -> str:
-    known = next(place[:n] for n in range(len(place), -1, -1) if place[:n] in origins)
-    line = f"{origins[known]}: {'.'.join(place)}{': ' if place else ''}{text}"
-    return line.replace("\n", "\\n")  # one line per mistake, whatever a key contains
-
-
-def _nearest(name: str, names: Iterable[str]) -> str:
-    by_lower = {other.lower(): other for other in names}
-    close = difflib.get_close_matches(name.lower(), by_lower, n=1)
-    return f"; did you mean {by_lower[close[0]]}?" if close else ""
-
-
-def _show(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 80 else f"{text[:76]} ..."
 
 
 def _leaves(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:

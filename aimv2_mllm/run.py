@@ -21,11 +21,13 @@ import torch
 import yaml
 from safetensors import SafetensorError
 
+from aimv2_mllm.engine.checkpoint import replace_file
 from aimv2_mllm.engine.loop import train
 from aimv2_mllm.errors import RunFailed, UsageError
 from aimv2_mllm.folders import RECIPE_FILE, STAGE_FILE
+from aimv2_mllm.model.mllm import llm_source
 from aimv2_mllm.recipe import Recipe, Stage, changed_keys, dump_recipe
-from aimv2_mllm.stages import STAGES, Job, Place
+from aimv2_mllm.stages import STAGES, Job, Place, check_inputs, inputs
 
 Narrate = Callable[[str], None]
 LICENCE = "Apache-2.0"
@@ -37,6 +39,7 @@ def run(recipe: Recipe, narrate: Narrate) -> Path:
     Raises UsageError for a folder of another recipe or in use, RunFailed when a stage cannot go on.
     """
     place = Place(recipe, recipe.output)
+    check_inputs(place)
     with _locked(place.folder):
         _claim(place, narrate)
         for name, stage in recipe.stages.items():
@@ -51,7 +54,8 @@ def run(recipe: Recipe, narrate: Narrate) -> Path:
 def run_stage(name: str, stage: Stage, place: Place, narrate: Narrate) -> None:
     """Build, train and save one stage, unless it is finished."""
     result = place.result(name)
-    if (result / STAGE_FILE).is_file():
+    fingerprint = _fingerprint(name, place)
+    if _is_finished(name, place, fingerprint):
         narrate(f"stage {name}: finished, see {result}")
         return
     packages = {name: version(name) for name in ("torch", "transformers", "aimv2-mllm")}
@@ -60,7 +64,6 @@ def run_stage(name: str, stage: Stage, place: Place, narrate: Narrate) -> None:
     torch.manual_seed(_number(place.recipe.seed, name))
     job = STAGES[stage.kind].build(stage, place)
     narrate(_as_text(job.table()))
-    fingerprint = _fingerprint(name, place)
     outcome = train(
         job.model,
         job.parts,
@@ -78,11 +81,12 @@ def run_stage(name: str, stage: Stage, place: Place, narrate: Narrate) -> None:
         "seed": place.recipe.seed,
         "recipe": stage.model_dump(mode="json"),
         "fingerprint": fingerprint,
+        "parents": inputs(stage, place) + _earlier(name, place),
         "parts": [list(row) for row in job.table()],
         "seconds": round(outcome["seconds"], 1),
         "last": outcome["last"],
         "versions": versions,
-        "licence": LICENCE,
+        "licence": _licence(name, place),
     }
     _save(job, result, record)
     narrate(f"stage {name}: done in {outcome['seconds']:.0f} s, saved to {result}")
@@ -103,21 +107,47 @@ def _save(job: Job, result: Path, record: dict[str, Any]) -> None:
             _sync(file)
         unfinished.rename(result)
         _sync(result.parent)
-    except (OSError, SafetensorError) as error:
+    except BaseException as error:
         shutil.rmtree(unfinished, ignore_errors=True)
-        raise RunFailed(
-            f"the result could not be written to {result} ({error}); the last checkpoint beside "
-            "it is whole: make room and run the same command again"
-        ) from None
+        # The tokenizers library says with a bare Exception that the disk is full.
+        if isinstance(error, (OSError, SafetensorError)) or type(error) is Exception:
+            raise RunFailed(
+                f"the result could not be written to {result} ({error}); the last checkpoint "
+                "beside it is whole: mend that and run the same command again"
+            ) from None
+        raise
+
+
+def _is_finished(name: str, place: Place, fingerprint: str) -> bool:
+    """Whether the stage's result is there; UsageError for one that this recipe did not make."""
+    result = place.result(name)
+    path = result / STAGE_FILE
+    if not path.is_file():
+        return False
+    again = f"to train that stage again remove {result.parent}, and those of the stages after it"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        made, files = record["fingerprint"], dict(record["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path}: is not a stage's record ({error!r}); {again}") from None
+    if made != fingerprint:
+        raise UsageError(f"{result}: was made from another LLM, tower or stage than now; {again}")
+    for file, digest in files.items():
+        if not (result / file).is_file() or _sha256(result / file) != digest:
+            raise UsageError(f"{result / file}: is not as the stage wrote it; {again}")
+    return True
 
 
 def _claim(place: Place, narrate: Narrate) -> None:
     path = place.folder / RECIPE_FILE
     if path.exists():
         try:
-            changes = changed_keys(yaml.safe_load(path.read_text()), place.recipe)
-        except (yaml.YAMLError, UnicodeDecodeError):
-            raise UsageError(f"{path}: cannot be read; give another output=FOLDER") from None
+            old = yaml.safe_load(path.read_text(encoding="utf-8"))
+            changes = changed_keys(dict(old), place.recipe)
+        except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+            raise UsageError(
+                f"{path}: is not a run's recipe ({error!r}); give another output=FOLDER"
+            ) from None
         if changes:
             lines = "\n".join(f"  {line}" for line in changes)
             raise UsageError(
@@ -125,9 +155,10 @@ def _claim(place: Place, narrate: Narrate) -> None:
                 "Give another folder (output=FOLDER), or remove this one."
             )
         return
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(dump_recipe(place.recipe))
-    temporary.rename(path)
+    try:
+        replace_file(path, dump_recipe(place.recipe).encode())
+    except OSError as error:
+        raise RunFailed(f"{path}: cannot be written ({error.strerror})") from None
     narrate(f"run folder {place.folder}")
 
 
@@ -144,21 +175,53 @@ def _locked(folder: Path) -> Iterator[None]:
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise UsageError(
                 f"{folder}: another process is running there; wait for it or give output=FOLDER"
+            ) from None
+        except OSError as error:  # a network drive, for example
+            raise UsageError(
+                f"{folder}: cannot be locked ({error.strerror}); give output=FOLDER on another disk"
             ) from None
         yield
 
 
 def _fingerprint(name: str, place: Place) -> str:
-    """What decides a stage's numbers: its own part of the recipe, the seed, and the results it
-    starts from."""
-    earlier = list(place.recipe.stages)[: list(place.recipe.stages).index(name)]
-    parents = [_sha256(place.result(other) / STAGE_FILE) for other in earlier]
-    stage = place.recipe.stages[name].model_dump(mode="json")
-    text = json.dumps([name, place.recipe.seed, stage, parents], sort_keys=True)
+    """What decides a stage's numbers: its own part of the recipe, the seed, the results it starts
+    from, and the models from outside of the recipe."""
+    stage = place.recipe.stages[name]
+    # Their files and not their records, which hold the seconds they took.
+    parents = [_record(place.result(other))["files"] for other in _earlier(name, place)]
+    outside = [_digest(source) for source in inputs(stage, place)]
+    settings = stage.model_dump(mode="json")
+    text = json.dumps([name, place.recipe.seed, settings, parents, outside], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _earlier(name: str, place: Place) -> list[str]:
+    stages = list(place.recipe.stages)
+    return stages[: stages.index(name)]
+
+
+def _digest(source: str) -> str | dict[str, str]:
+    """A model from outside by the contents of its files; one of a hub by its id."""
+    folder = Path(llm_source(source))
+    if not folder.is_dir():
+        return source
+    return {f.name: _sha256(f) for f in sorted(folder.iterdir()) if f.is_file()}
+
+
+def _licence(name: str, place: Place) -> str:
+    """That of the world's own weights, with those of all models that went in from outside."""
+    outside = inputs(place.recipe.stages[name], place)
+    found = [_record(Path(llm_source(one))).get("licence", f"that of {one}") for one in outside]
+    found += [_record(place.result(other))["licence"] for other in _earlier(name, place)]
+    return " and ".join(sorted({LICENCE, *(part for one in found for part in one.split(" and "))}))
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    path = folder / STAGE_FILE
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
 
 def _number(seed: int, name: str) -> int:

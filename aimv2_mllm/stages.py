@@ -18,14 +18,14 @@ from aimv2_mllm.data.batches import caption_batches, conversation_batches, world
 from aimv2_mllm.data.conversations import conversation
 from aimv2_mllm.data.tokenizer import train_tokenizer
 from aimv2_mllm.engine.optimizer import Parts
-from aimv2_mllm.errors import UsageError
+from aimv2_mllm.errors import UsageError, nearest
 from aimv2_mllm.model import mllm
 from aimv2_mllm.model.encoder import SIZES, AIMv2Encoder, EncoderConfig
 from aimv2_mllm.model.preprocessing import Preprocessing
 from aimv2_mllm.model.pretrainer import AIMv2ForPreTraining, DecoderConfig
 from aimv2_mllm.model.weights import load_encoder, save_encoder
 from aimv2_mllm.objective import AnswerObjective, PreTrainingObjective
-from aimv2_mllm.recipe import AlignStage, LanguageStage, PretrainStage, Recipe, TuneStage
+from aimv2_mllm.recipe import AlignStage, LanguageStage, PretrainStage, Recipe, Stage, TuneStage
 
 DECODER_FILE = "decoder.safetensors"
 TOKENIZER_TEXTS = 3000  # conversations from which a tokenizer is learned
@@ -42,6 +42,11 @@ class Place:
     def result(self, stage: str) -> Path:
         """The folder with the result of the stage of that name."""
         return self.folder / stage / "model"
+
+    def source(self, name: str) -> str:
+        """Where the model called `name` lies: a stage's result, or outside of the recipe as
+        given."""
+        return str(self.result(name)) if name in self.recipe.stages else name
 
 
 @dataclass
@@ -69,6 +74,42 @@ class Job:
         return [(part, count, trainable) for (part, trainable), count in counts.items()]
 
 
+def inputs(stage: Stage, place: Place) -> list[str]:
+    """The names of the models that the stage takes from outside of its recipe."""
+    given = [getattr(stage, key, None) for key in ("tokenizer", "tower", "llm")]
+    return [name for name in given if name is not None and name not in place.recipe.stages]
+
+
+def check_inputs(place: Place) -> None:
+    """UsageError for a model from outside, or a layer of it, that a stage will not find.
+
+    Said before the first stage is trained, since it would cost that stage's time later.
+    """
+    for name, stage in place.recipe.stages.items():
+        try:
+            if isinstance(stage, AlignStage) and stage.tower not in place.recipe.stages:
+                load_encoder(Path(stage.tower))
+            for source in inputs(stage, place):
+                if source != getattr(stage, "tower", None):
+                    mllm.load_tokenizer(source)
+            if isinstance(stage, TuneStage):
+                start = place.recipe.stages[stage.start]
+                assert isinstance(start, AlignStage), start
+                if start.llm not in place.recipe.stages:
+                    _check_targets(stage.lora.targets, mllm.layer_names(start.llm))
+        except UsageError as error:
+            raise UsageError(f"stage {name}: {error}") from None
+
+
+def _check_targets(targets: list[str], layers: list[str]) -> None:
+    unknown = [target for target in targets if target not in layers]
+    if unknown:
+        raise UsageError(
+            f"lora.targets: the LLM has no {', '.join(unknown)}; its layers are "
+            f"{', '.join(layers)}{nearest(unknown[0], layers)}"
+        )
+
+
 def _frozen_part(name: str) -> str:
     parts = {
         "vision_tower": "tower",
@@ -85,7 +126,7 @@ def _part(model: nn.Module, *prefixes: str) -> list[tuple[str, nn.Parameter]]:
 
 def build_pretrain(stage: PretrainStage, place: Place) -> Job:
     """The encoder under prefix attention and its multimodal decoder, both trained."""
-    tokenizer = mllm.load_tokenizer(stage.tokenizer)
+    tokenizer = mllm.load_tokenizer(place.source(stage.tokenizer))
     choice = stage.encoder
     config = EncoderConfig(**SIZES[choice.size], image_size=choice.image_size, native=choice.native)
     decoder = DecoderConfig(**stage.decoder.model_dump(), vocab_size=len(tokenizer))
@@ -125,8 +166,7 @@ def build_pretrain(stage: PretrainStage, place: Place) -> Job:
 
 def build_align(stage: AlignStage, place: Place) -> Job:
     """A Llava of a frozen tower and a frozen LLM, with the connector between them trained."""
-    tower = place.result(stage.tower) if stage.tower in place.recipe.stages else Path(stage.tower)
-    llm = str(place.result(stage.llm)) if stage.llm in place.recipe.stages else stage.llm
+    tower, llm = Path(place.source(stage.tower)), place.source(stage.llm)
     tokenizer = mllm.load_tokenizer(llm)
     model = mllm.assemble(load_encoder(tower), mllm.load_llm(llm), tokenizer)
     model.requires_grad_(False)
@@ -150,6 +190,7 @@ def build_tune(stage: TuneStage, place: Place) -> Job:
     start = place.result(stage.start)
     base = LlavaForConditionalGeneration.from_pretrained(start, dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(start)
+    _check_targets(stage.lora.targets, mllm.linear_layers(base.model.language_model))
     targets = "|".join(stage.lora.targets)
     config = LoraConfig(
         r=stage.lora.r,
@@ -158,10 +199,7 @@ def build_tune(stage: TuneStage, place: Place) -> Job:
         # Whole names: the tower may have the same leaf names.
         target_modules=rf".*\.language_model\..*\.({targets})",
     )
-    try:
-        model = get_peft_model(base, config)
-    except ValueError as error:
-        raise UsageError(f"lora.targets: {targets.replace('|', ', ')}: {error}") from None
+    model = get_peft_model(base, config)
     base.model.multi_modal_projector.requires_grad_(True)
     parts = {
         "lora": [(n, p) for n, p in model.named_parameters() if "lora_" in n],

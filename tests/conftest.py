@@ -9,7 +9,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Before torch: shapes are tiny here, and equal bits need equal numbers of threads in every process.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from aimv2_mllm.recipe import Recipe, load_recipe
+from aimv2_mllm.recipe import Recipe
+from aimv2_mllm.recipe_file import load_recipe
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 

@@ -100,7 +100,7 @@ def test_an_answer_is_what_the_model_generates(bot: Chatbot) -> None:
     prompt = "<s><|user|><image> what is it<|end|><|assistant|>"
     inputs = bot.processor(
         images=prompts.square(PICTURE), text=prompt, add_special_tokens=False, return_tensors="pt"
-    )
+    ).to(bot.model.device)
     with torch.no_grad():
         tokens = bot.model.generate(**inputs, max_new_tokens=12, do_sample=False)
     new = tokens[0, inputs["input_ids"].shape[1] :]
@@ -264,7 +264,9 @@ def test_the_last_finished_stage_of_a_run_talks(llava: Path, tmp_path: Path) -> 
 
 def test_a_run_that_cannot_talk_yet_or_at_all_is_refused(llava: Path, tmp_path: Path) -> None:
     run = run_folder(tmp_path / "begun", llava, eyes="pretrain", zip_open="align")
-    with pytest.raises(UsageError, match=r"run `aimv2-mllm run .*begun/recipe.yaml` to the end"):
+    with pytest.raises(
+        UsageError, match=r"run `aimv2-mllm run .*begun/recipe.yaml output=.*begun` to the end"
+    ):
         load_model(run)
     run = run_folder(tmp_path / "words", llava, llm="language")
     with pytest.raises(UsageError, match=r"no align or tune stage, only llm \(language\)"):

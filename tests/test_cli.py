@@ -179,7 +179,7 @@ def test_a_name_that_is_too_long_is_refused_like_any_other(refused: Refused) -> 
 
 def test_chat_without_a_picture_says_how_to_get_one(refused: Refused) -> None:
     said = refused("chat", "runs/x")
-    assert said.endswith("aimv2-mllm sample runs/x sheet.png\n")
+    assert said.endswith("aimv2_mllm sample runs/x sheet.png\n")
 
 
 def test_chat_refuses_folders_that_cannot_talk(refused: Refused, here: Path) -> None:
@@ -283,11 +283,12 @@ def test_run_ends_with_the_report_and_what_to_type_next(
     (here / "align.yaml").write_text(
         f"name: a\nstages: {{zip: {{kind: align, tower: ./t, llm: tiny_llm, {train}}}}}\n"
     )
+    monkeypatch.setattr(sys, "argv", [".venv/bin/aimv2-mllm", "run", "align.yaml"])
     assert cli.main(["run", "align.yaml"]) == 0
     assert capsys.readouterr().out == (
         "report: my run/report.md\n"
-        "next:   aimv2-mllm sample 'my run' 'my run/sheet.png'\n"
-        "        aimv2-mllm chat 'my run' --image 'my run/sheet.png'\n"
+        "next:   .venv/bin/aimv2-mllm sample 'my run' 'my run/sheet.png'\n"
+        "        .venv/bin/aimv2-mllm chat 'my run' --image 'my run/sheet.png'\n"
     )
 
 

@@ -78,11 +78,14 @@ def test_the_digits_are_told_in_any_order_and_described_in_reading_order() -> No
     assert told == {True, False}
 
 
-def test_a_description_is_repeated_as_it_was_told() -> None:
+def test_a_sheet_is_read_backwards_from_the_words_in_which_it_was_told() -> None:
     for index in range(20):
-        asked, said = talk(index, seen=False, tasks={"copy": 1.0}, turns=1)
-        words = said["content"][0]["text"]
-        assert asked["content"][0]["text"].startswith(f"On the sheet: {words}. Repeat")
+        asked, said = talk(index, seen=False, tasks={"backwards": 1.0}, turns=1)
+        words = " ".join(said["content"][0]["text"].split()[::-1]).replace(" ,", ",")
+        assert asked["content"][0]["text"].startswith(f"On the sheet: {words}. Read it")
+    said = talk(3, tasks={"backwards": 1.0}, turns=1)[1]["content"][0]["text"]
+    caption = scenes.caption(scenes.scene(0, "train", 3))
+    assert " ".join(said.split()[::-1]).replace(" ,", ",") == caption
 
 
 def test_a_seen_sheet_is_described_by_its_caption() -> None:

@@ -2,6 +2,10 @@
 
 import argparse
 import ast
+import hashlib
+import json
+import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -9,7 +13,7 @@ import pytest
 
 import aimv2_mllm
 from aimv2_mllm.__main__ import VERBS, build_parser
-from aimv2_mllm.recipe import load_recipe
+from aimv2_mllm.recipe_file import load_recipe
 
 HOUSE = Path(aimv2_mllm.__file__).parent
 RECIPES = sorted((HOUSE.parent / "recipes").glob("*.yaml"))
@@ -19,6 +23,7 @@ TABLE = (
     "errors",
     "folders",
     "recipe",
+    "recipe_file",
     "model.encoder",
     "model.weights",
     "model.preprocessing",
@@ -93,7 +98,7 @@ def imports(module: str) -> tuple[set[str], set[str]]:
 
 def test_the_import_reader_sees_deferred_relative_and_plain_imports() -> None:
     ours, foreign = imports("__main__")
-    assert {"errors", "recipe", "chat", "data.scenes", "run"} <= ours
+    assert {"errors", "recipe_file", "chat", "data.scenes", "run"} <= ours
     assert "argparse" in foreign
     assert "PIL" in foreign
     assert {"model.encoder", "chat"} <= imports("__init__")[0]
@@ -163,3 +168,31 @@ def test_there_are_recipes() -> None:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_every_recipe_loads(path: Path) -> None:
     assert load_recipe(path).stages
+
+
+README = (HOUSE.parent / "README.md").read_text(encoding="utf-8").splitlines()
+
+
+def test_the_readme_is_short_and_its_commands_are_ones_we_have() -> None:
+    assert len(README) < 180
+    assert next(number for number, line in enumerate(README, 1) if line.startswith("```")) <= 20
+    commands = [line for line in README if line.startswith(".venv/bin/aimv2-mllm ")]
+    assert len(commands) >= 4
+    for line in commands:
+        build_parser().parse_args(shlex.split(line, comments=True)[1:])
+
+
+def test_every_picture_and_file_that_the_readme_names_is_there() -> None:
+    named = [name for line in README for name in re.findall(r"!\[.*?\]\((.*?)\)", line)]
+    assert named
+    assert not [name for name in named if not (HOUSE.parent / name).is_file()]
+
+
+def test_the_shipped_llm_is_what_its_recipe_makes() -> None:
+    folder = HOUSE / "assets" / "tiny_llm"
+    record = json.loads((folder / "stage.json").read_text(encoding="utf-8"))
+    recipe = load_recipe(HOUSE.parent / "recipes" / "tiny_llm.yaml")
+    assert record["recipe"] == recipe.stages["llm"].model_dump(mode="json")
+    for name, digest in record["files"].items():
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest, name
+    assert sum(file.stat().st_size for file in folder.iterdir()) <= 5 * 10**6

@@ -38,6 +38,15 @@ def pixels(picture: Image.Image) -> list[list[tuple[int, ...]]]:
     return [[tuple(map(int, p)) for p in row] for row in np.asarray(picture)]
 
 
+@pytest.mark.parametrize(
+    "exif", [b"Exif\0\0II*", b"Exif\0\0nonsense", b"Exif\0\0II*\0\xff\xff\xff\xff"]
+)
+def test_a_sound_picture_with_broken_exif_is_taken_as_it_lies(tmp_path: Path, exif: bytes) -> None:
+    path = tmp_path / "picture.jpg"
+    Image.new("RGB", (8, 4), "red").save(path, exif=exif)
+    assert open_image(path).size == (8, 4)
+
+
 def test_exif_rotation_is_applied(tmp_path: Path) -> None:
     picture = Image.new("RGB", (2, 1), "white")
     picture.putpixel((0, 0), (255, 0, 0))

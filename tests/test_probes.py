@@ -73,8 +73,8 @@ def test_encoder_features_are_the_mean_over_all_patches() -> None:
 
 def test_pixel_features_are_nothing_where_the_paper_is_white() -> None:
     blank = scenes.Scene((255, 255, 255), ())
-    assert probes.pixel_features(28)([blank]).abs().sum() == 0
-    assert probes.pixel_features(28)([scenes.single_digit(0, 0)]).shape == (1, 28 * 28 * 3)
+    assert probes.pixel_features()([blank]).abs().sum() == 0
+    assert probes.pixel_features()([scenes.single_digit(0, 0)]).shape == (1, 56 * 56 * 3)
 
 
 def test_a_fresh_encoder_is_the_seeds_and_leaves_the_generator_alone() -> None:

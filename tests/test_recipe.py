@@ -10,7 +10,6 @@ from pydantic import BaseModel, ValidationError
 
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.recipe import (
-    MAX_BYTES,
     STAGES,
     DecoderChoice,
     EvaluationConfig,
@@ -18,8 +17,8 @@ from aimv2_mllm.recipe import (
     TrainConfig,
     changed_keys,
     dump_recipe,
-    load_recipe,
 )
+from aimv2_mllm.recipe_file import MAX_BYTES, load_recipe
 
 TEXT = """\
 name: tiny
@@ -120,7 +119,7 @@ def test_on_and_off_are_switches_where_a_switch_is_wanted(file: Path) -> None:
         ("train.lr=1e999", "must be a finite number"),
         ("train.lr=0", "must be greater than 0"),
         ("train.betas=[0.9, 1]", "must be less than 1"),
-        ("train.part_lr.llm=-1", "is -1, must be greater than 0"),
+        ("train.part_lr.lora=-1", "is -1, must be greater than 0"),
         ("train.warmup_steps=10", "is 10, must be less than steps, which is 10"),
         ("train.micro_batch_size=5", "is 5, must be at most batch_size, which is 4"),
         ("train.precision=bf61", "must be one of fp32, bf16; did you mean bf16?"),
@@ -130,7 +129,7 @@ def test_on_and_off_are_switches_where_a_switch_is_wanted(file: Path) -> None:
         ("data.turns=9", "must be less than or equal to 8"),
         (
             "data.tasks={quest: 1}",
-            "must be one of copy, describe, list, question; did you mean question",
+            "must be one of describe, backwards, table, several, question; did you mean question",
         ),
         ("data.source=hand", "must be one of handwriting"),
         ("train=3", "is 3, must be a mapping"),
@@ -278,18 +277,28 @@ def test_a_number_of_many_digits_is_refused_not_crashed_on(file: Path) -> None:
 
 
 def test_changed_keys_tell_old_and_new_values(file: Path) -> None:
-    old = load_recipe(file, ["stages.tune.train.part_lr.llm=1"])
+    old = load_recipe(file, ["stages.tune.train.part_lr.lora=1"])
     new = load_recipe(
-        file, ["stages.tune.train.lr=2e-3", "evaluation={}", "stages.see.train.part_lr.head=1e-4"]
+        file,
+        ["stages.tune.train.lr=2e-3", "evaluation={}", "stages.see.train.part_lr.encoder=1e-4"],
     )
     assert changed_keys(old, new) == [
-        "stages.see.train.part_lr.head: added 0.0001",
+        "stages.see.train.part_lr.encoder: added 0.0001",
         "stages.tune.train.lr: 0.001 -> 0.002",
         "evaluation.questions: added 1200",
         "evaluation.sheets: added 8",
         "evaluation.seed: added 0",
-        "stages.tune.train.part_lr.llm: removed 1.0",
+        "stages.tune.train.part_lr.lora: removed 1.0",
     ]
+
+
+def test_a_rate_for_a_part_that_the_stage_does_not_train_is_refused(file: Path) -> None:
+    said = mistake(file, "stages.tune.train.part_lr.conector=1")
+    assert re.search(r"stages\.tune\.train: .* lora, connector; did you mean connector\?", said)
+
+
+def test_another_output_is_no_change(file: Path) -> None:
+    assert changed_keys(load_recipe(file), load_recipe(file, ["output=elsewhere"])) == []
 
 
 def test_changed_keys_read_a_saved_mapping_with_its_defaults(file: Path) -> None:

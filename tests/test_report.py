@@ -44,7 +44,7 @@ def recipe(folder: Path, names: tuple[str, ...] = ("llm", "see", "align")) -> Re
         },
         "see": {
             "kind": "pretrain",
-            "tokenizer": str(folder / "llm" / "model"),
+            "tokenizer": "llm" if "llm" in names else "tiny_llm",
             "encoder": {"size": "aimv2_nano", "image_size": 28},
             "decoder": {**TINY, "max_text_tokens": 40},
             "train": TRAIN,
@@ -118,7 +118,9 @@ def test_a_finished_run_is_not_judged_again(
     finished: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(report, "evaluate", lambda *_: pytest.fail("judged again"))
-    report.write_report(finished, lambda line: None)
+    said: list[str] = []
+    report.write_report(finished, said.append)
+    assert [line for line in said if line.startswith("report: finished")] == said != []
 
 
 @pytest.mark.parametrize("change", ["no summary", "no page", "questions", "result", "cut off"])

@@ -1,13 +1,13 @@
 """The run folder: taken up where it was left, to the bit; never mixed with another recipe."""
 
 import json
-import os
-import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import tiny_recipe
@@ -25,9 +25,12 @@ def metrics(folder: Path, stage: str) -> list[dict[str, object]]:
     return [{k: v for k, v in json.loads(line).items() if k not in TIMED_FIELDS} for line in lines]
 
 
+def record(folder: Path, stage: str) -> dict[str, Any]:
+    return dict(json.loads((folder / stage / "model" / "stage.json").read_text()))
+
+
 def files(folder: Path, stage: str) -> dict[str, str]:
-    record = json.loads((folder / stage / "model" / "stage.json").read_text())
-    return dict(record["files"])
+    return dict(record(folder, stage)["files"])
 
 
 def test_two_runs_of_a_recipe_are_equal_to_the_bit(tiny_run: Path, tmp_path: Path) -> None:
@@ -36,6 +39,7 @@ def test_two_runs_of_a_recipe_are_equal_to_the_bit(tiny_run: Path, tmp_path: Pat
         assert metrics(again, stage) == metrics(tiny_run, stage)
         assert len(metrics(again, stage)) == 3
         assert files(again, stage) == files(tiny_run, stage)
+        assert record(again, stage)["fingerprint"] == record(tiny_run, stage)["fingerprint"]
 
 
 def test_another_seed_is_another_run(tiny_run: Path, tmp_path: Path) -> None:
@@ -44,28 +48,35 @@ def test_another_seed_is_another_run(tiny_run: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_and_run_again_ends_with_equal_metrics(
-    tiny_run: Path, tmp_path: Path
-) -> None:
-    folder = tmp_path / "killed"
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(dump_recipe(tiny_recipe(folder)))
-    command = [sys.executable, "-m", "aimv2_mllm", "run", str(recipe)]
-    moments = random.Random(5)
-    begun = time.monotonic()
-    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "AIMV2_PROBE": ""})
-    whole = time.monotonic() - begun
-    subprocess.run(["rm", "-r", str(folder)], check=True)
-    for number in (signal.SIGKILL, signal.SIGINT, signal.SIGKILL, signal.SIGTERM):
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        time.sleep(whole * moments.uniform(0.4, 0.95))
+def test_killed_in_every_stage_and_run_again_ends_with_equal_metrics(tmp_path: Path) -> None:
+    folder, file = tmp_path / "killed", tmp_path / "recipe.yaml"
+    longer = [f"stages.{stage}.train.steps=30" for stage in STAGES]
+    file.write_text(dump_recipe(tiny_recipe(folder, *longer)))
+    command = [sys.executable, "-m", "aimv2_mllm", "run", str(file)]
+    subprocess.run(command, check=True, capture_output=True)
+    whole = folder.rename(tmp_path / "whole")
+    said = ""
+    for number, code, stage in (
+        (signal.SIGKILL, -9, "pretrain"),
+        (signal.SIGTERM, 143, "align"),
+        (signal.SIGINT, 130, "tune"),
+    ):
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        while not list(folder.glob(f"{stage}/checkpoints/step-??????")):
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.005)
         process.send_signal(number)
-        process.communicate(timeout=60)
+        said += process.communicate(timeout=60)[0]
+        assert process.returncode == code, said
     ended = subprocess.run(command, check=False, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
+    assert (said + ended.stderr).count("continuing from step") == 3
     for stage in STAGES:
-        assert metrics(folder, stage) == metrics(tiny_run, stage)
-        assert files(folder, stage) == files(tiny_run, stage)
+        assert metrics(folder, stage) == metrics(whole, stage)
+        assert len(metrics(folder, stage)) == 30
+        assert files(folder, stage) == files(whole, stage)
 
 
 def test_a_finished_stage_is_not_run_twice(tiny_run: Path) -> None:
@@ -77,6 +88,64 @@ def test_a_finished_stage_is_not_run_twice(tiny_run: Path) -> None:
     after.pop(tiny_run / ".lock")
     assert after == before
     assert [line for line in said if "finished" in line and line.startswith("stage")] == said
+
+
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (lambda model: (model / "model.safetensors").write_bytes(b"x"), "not as the stage wrote"),
+        (lambda model: (model / "config.json").unlink(), "not as the stage wrote"),
+        (lambda model: (model / "stage.json").write_text("{}"), "is not a stage's record"),
+    ],
+)
+def test_a_finished_stage_that_was_spoilt_is_refused(
+    tiny_run: Path, tmp_path: Path, spoil: Any, why: str
+) -> None:
+    folder = shutil.copytree(tiny_run, tmp_path / "copy")
+    spoil(folder / "align" / "model")
+    with pytest.raises(UsageError, match=f"{why}.*remove {folder / 'align'}"):
+        runs.run(tiny_recipe(folder), lambda _: None)
+
+
+def test_a_stage_made_from_another_llm_is_refused(
+    tiny_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "_digest", lambda source: "another")
+    with pytest.raises(UsageError, match="made from another LLM, tower or stage"):
+        runs.run(tiny_recipe(tiny_run), lambda _: None)
+
+
+def test_a_result_tells_where_it_comes_from_and_nothing_of_this_machine(tiny_run: Path) -> None:
+    assert record(tiny_run, "align")["parents"] == ["tiny_llm", "pretrain"]
+    assert record(tiny_run, "tune")["licence"] == "Apache-2.0"
+    for file in tiny_run.rglob("*.json"):
+        text = file.read_text()
+        assert str(tiny_run) not in text, file
+        assert str(Path(runs.__file__).parent) not in text, file
+
+
+@pytest.mark.parametrize(
+    ("word", "why"),
+    [
+        ("stages.tune.lora.targets=[q_proj, v_porj]", "no v_porj; .* did you mean v_proj?"),
+        ("stages.align.llm=./nowhere", "stage align: ./nowhere"),
+        ("stages.align.tower=./nowhere", "stage align: nowhere"),
+        ("stages.pretrain.tokenizer=./nowhere", "stage pretrain: ./nowhere"),
+    ],
+)
+def test_what_a_late_stage_lacks_is_said_before_the_first_is_trained(
+    tmp_path: Path, word: str, why: str
+) -> None:
+    with pytest.raises(UsageError, match=why):
+        runs.run(tiny_recipe(tmp_path / "run", word), lambda _: None)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("text", ["", "- a list", "name: [", "\0"])
+def test_a_run_folder_with_an_unreadable_recipe_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(UsageError, match="is not a run's recipe"):
+        runs.run(tiny_recipe(tmp_path), lambda _: None)
 
 
 def test_a_changed_recipe_is_refused_and_the_changed_keys_are_named(tiny_run: Path) -> None:

@@ -130,16 +130,37 @@ def test_questions_of_all_kinds_come_and_half_of_the_existence_questions_are_fal
     assert answers["no"] / answers.total() == pytest.approx(0.5, abs=0.1)
 
 
-def test_every_list_names_each_digit_in_its_order() -> None:
-    sheet = Scene(
-        (255, 255, 255),
-        (
-            scenes.Digit(7, "red", "top left", 0, 0, 0, 0.4),
-            scenes.Digit(3, "blue", "bottom right", 2, 0.5, 0.5, 0.4),
-        ),
-    )
-    assert {scenes.listing(sheet, scenes.generator(index)) for index in range(40)} == {
-        ("List the digits and their colours.", "3 is blue, 7 is red"),
-        ("List the digits and their places.", "3 is bottom right, 7 is top left"),
-        ("Go through the corners.", "top left is 7, bottom right is 3"),
+SHEET = Scene(
+    (255, 255, 255),
+    (
+        scenes.Digit(7, "red", "top left", 0, 0, 0, 0.4),
+        scenes.Digit(3, "blue", "bottom right", 2, 0.5, 0.5, 0.4),
+    ),
+)
+
+
+def test_a_table_answers_for_every_key_there_could_be() -> None:
+    tables = dict(scenes.table(SHEET, scenes.generator(index)) for index in range(60))
+    digits = {"0 none", "1 none", "2 none", "4 none", "5 none", "6 none", "8 none", "9 none"}
+    inks = {"black none", "green none", "orange none", "purple none"}
+    places = {"top right none", "bottom left none"}
+    assert {asked: set(answer.split(", ")) for asked, answer in tables.items()} == {
+        "Which colour for each digit?": digits | {"7 red", "3 blue"},
+        "Which place for each digit?": digits | {"7 top left", "3 bottom right"},
+        "Which digit for each place?": places | {"top left 7", "bottom right 3"},
+        "Which digit for each colour?": inks | {"red 7", "blue 3"},
+        "Which place for each colour?": inks | {"red top left", "blue bottom right"},
+        "Which colour for each place?": places | {"top left red", "bottom right blue"},
     }
+
+
+def test_several_look_ups_are_answered_in_the_order_of_asking() -> None:
+    asked = {scenes.several(SHEET, scenes.generator(index)) for index in range(120)}
+    assert len(asked) == 12
+    assert ("Which colour: the 7 and the 3?", "7 is red, 3 is blue") in asked
+    assert ("Which colour: the 3 and the 7?", "3 is blue, 7 is red") in asked
+    assert ("Which digit: top left and bottom right?", "top left is 7, bottom right is 3") in asked
+    assert (
+        "Which place: the blue digit and the red digit?",
+        "blue is bottom right, red is top left",
+    ) in asked

@@ -1,6 +1,7 @@
 """What each stage trains, proved by what moved, and what its result is to others."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from aimv2_mllm.data import scenes
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.model.preprocessing import Preprocessing
 from aimv2_mllm.model.weights import load_encoder
-from aimv2_mllm.recipe import load_recipe
+from aimv2_mllm.recipe_file import load_recipe
 from aimv2_mllm.stages import STAGES, Job, Place
 
 
@@ -62,7 +63,7 @@ def test_the_table_counts_every_parameter_once(tiny_run: Path) -> None:
 
 
 def test_lora_never_lands_in_the_tower(tiny_run: Path) -> None:
-    job = built(tiny_run, "tune", "stages.tune.lora.targets=[q_proj, gate_proj, out_proj]")
+    job = built(tiny_run, "tune", "stages.tune.lora.targets=[q_proj, gate_proj]")
     names = [name for name, _ in job.parts["lora"]]
     assert names
     assert not [name for name in names if "vision_tower" in name]
@@ -168,6 +169,30 @@ def load_tiny_encoder() -> Any:
     from aimv2_mllm.model.encoder import aimv2_nano
 
     return aimv2_nano(image_size=28)
+
+
+def test_an_llm_that_is_not_whole_is_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from aimv2_mllm.model import mllm
+
+    folder = shutil.copytree(mllm.TINY_LLM, tmp_path / "llm")
+    weights = folder / "model.safetensors"
+    tensors = load_file(weights)
+    lost = tensors.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(UsageError, match=r"layers\.1\.mlp\.up_proj\.weight is missing"):
+        mllm.load_llm(str(folder))
+    save_file(
+        {**tensors, "model.layers.1.mlp.up_proj.weight": lost[:, :3].contiguous()},
+        weights,
+        metadata={"format": "pt"},
+    )
+    with pytest.raises(UsageError, match=r"up_proj\.weight has another shape"):
+        mllm.load_llm(str(folder))
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UsageError, match="no causal LLM can be loaded"):
+        mllm.load_llm(str(folder))
 
 
 def test_no_llm_or_tokenizer_there_is_one_clear_error(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from aimv2_mllm.objective import ConversationBatch
 
 IGNORED = -100  # a label that is not scored
 IMAGE_TOKEN = "<image>"
-COPY = "Repeat what is on the sheet."
+BACKWARDS = "Read it backwards."
 DESCRIBE = ("Describe the sheet.", "What is on the sheet?", "Say what you see.")
 
 Message = dict[
@@ -43,11 +43,13 @@ def conversation(
     """A conversation of `turns` questions about `scene`, of kinds drawn by the weights in `tasks`.
 
     `seen`: the sheet comes as a picture; otherwise the first question opens with the sheet
-    described in words, its digits in any order, and "describe" asks for the reading order: that is
-    how a language model without eyes learns to look things up.
+    described in words, its digits in any order. Besides "question", the tasks are how a language
+    model without eyes learns to look things up: "describe" wants the reading order, "backwards"
+    each word before the next, "table" and "several" many look-ups at once.
     """
     phrases = [scenes.phrase(digit) for digit in scene.digits]
-    told = scenes.in_words([phrases[i] for i in random.permutation(len(phrases))])
+    order = range(len(phrases)) if seen else random.permutation(len(phrases))
+    told = scenes.in_words([phrases[i] for i in order])
     kinds = random.choice(
         list(tasks), size=turns, p=np.array(list(tasks.values())) / sum(tasks.values())
     )
@@ -55,10 +57,12 @@ def conversation(
     for kind in kinds:
         if kind == "describe":
             asked, answer = str(random.choice(DESCRIBE)), scenes.in_words(phrases)
-        elif kind == "list":
-            asked, answer = scenes.listing(scene, random)
-        elif kind == "copy" and not seen:
-            asked, answer = COPY, told
+        elif kind == "backwards":
+            asked, answer = BACKWARDS, " ".join(told.replace(",", " ,").split()[::-1])
+        elif kind == "table":
+            asked, answer = scenes.table(scene, random)
+        elif kind == "several":
+            asked, answer = scenes.several(scene, random)
         else:
             _, asked, answer = scenes.question(scene, random)
         if not messages and not seen:

@@ -4,6 +4,7 @@ Refuses what is no picture, what is cut off, and what would not fit into memory,
 """
 
 import os
+import struct
 import warnings
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def open_image(path: str | Path) -> Image.Image:
                     "scale it down first"
                 )
             picture.load()
-            return _as_rgb(ImageOps.exif_transpose(picture))
+            return _as_rgb(_upright(picture))
     except FileNotFoundError:
         raise UsageError(f"{file}: there is no such picture") from None
     except UnidentifiedImageError:
@@ -55,6 +56,14 @@ def open_image(path: str | Path) -> Image.Image:
         if isinstance(error, OSError) and error.errno:
             raise UsageError(f"{file}: cannot be read ({error.strerror})") from None
         raise UsageError(f"{file}: the picture is damaged or cut off ({error})") from None
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    """Turned as its EXIF says; as it lies when that cannot be read, for the pixels are sound."""
+    try:
+        return ImageOps.exif_transpose(picture)
+    except (OSError, SyntaxError, ValueError, struct.error):
+        return picture
 
 
 def _as_rgb(picture: Image.Image) -> Image.Image:

@@ -7,7 +7,6 @@ a pure function of (seed, split, index), so nothing is stored and every run sees
 Each scan belongs to one split for ever: no held-out sheet shows ink of a training scan.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, NamedTuple
@@ -186,23 +185,37 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
 }
 
 
-# Every kind of list: how it is asked for, how it is sorted, and what it says of each digit.
-LISTS: dict[str, tuple[str, Callable[[Digit], object], str]] = {
-    "colours": ("List the digits and their colours.", lambda d: d.value, "{value} is {ink}"),
-    "places": ("List the digits and their places.", lambda d: d.value, "{value} is {place}"),
-    "corners": (
-        "Go through the corners.",
-        lambda d: PLACES.index(d.place),
-        "{place} is {value}",
-    ),
-}
+# What of a digit is asked for, by what else of it: (key, value) as fields of `Digit`.
+LOOK_UPS = (
+    ("value", "ink"),
+    ("value", "place"),
+    ("place", "value"),
+    ("ink", "value"),
+    ("ink", "place"),
+    ("place", "ink"),
+)
+_WORDS = {"value": "digit", "ink": "colour", "place": "place"}
+_KEYS = {"value": "the {}", "ink": "the {} digit", "place": "{}"}
 
 
-def listing(scene: Scene, random: np.random.Generator) -> tuple[str, str]:
-    """A list that can be asked for, and what it says: ("List the …", "3 is blue, 7 is red")."""
-    asked, order, entry = LISTS[str(random.choice(list(LISTS)))]
-    digits = sorted(scene.digits, key=order)  # type: ignore[arg-type]
-    return asked, ", ".join(entry.format(**digit._asdict()) for digit in digits)
+def table(scene: Scene, random: np.random.Generator) -> tuple[str, str]:
+    """One look-up for every key there could be: ("Which digit for each colour?", "black none, red
+    7, …")."""
+    key, value = LOOK_UPS[int(random.integers(len(LOOK_UPS)))]
+    keys = {"value": map(str, range(10)), "ink": INKS, "place": PLACES}[key]
+    found = {str(getattr(digit, key)): getattr(digit, value) for digit in scene.digits}
+    answer = ", ".join(f"{name} {found.get(name, 'none')}" for name in keys)
+    return f"Which {_WORDS[value]} for each {_WORDS[key]}?", answer
+
+
+def several(scene: Scene, random: np.random.Generator) -> tuple[str, str]:
+    """One look-up for all digits in any order: ("Which colour: the 7 and the 3?", "7 is red, 3 is
+    blue")."""
+    key, value = LOOK_UPS[int(random.integers(len(LOOK_UPS)))]
+    digits = [scene.digits[i]._asdict() for i in random.permutation(len(scene.digits))]
+    asked = in_words([_KEYS[key].format(digit[key]) for digit in digits])
+    answer = ", ".join(f"{digit[key]} is {digit[value]}" for digit in digits)
+    return f"Which {_WORDS[value]}: {asked}?", answer
 
 
 def question(scene: Scene, random: np.random.Generator, kind: str | None = None) -> Question:

@@ -26,6 +26,7 @@ BATCH_SIZE = 128
 # DINO's protocol (Caron et al., 2021, arXiv 2104.14294, k-NN evaluation): the 20 nearest by cosine,
 # each voting with exp(similarity / 0.07); the weights are those of Wu et al., 2018.
 NEIGHBOURS, TEMPERATURE = 20, 0.07
+RAW_SIZE = 56  # side in pixels at which the raw-pixel control sees a sheet, whatever the encoder's
 
 
 def nearest_neighbours(
@@ -84,14 +85,14 @@ def encoder_features(
     return features
 
 
-def pixel_features(image_size: int) -> Callable[[Sequence[scenes.Scene]], Tensor]:
+def pixel_features() -> Callable[[Sequence[scenes.Scene]], Tensor]:
     """A function from sheets to their raw pixels as darkness, 255 less the grey levels.
 
     Darkness, since a cosine between two bright sheets of paper would tell nothing of the ink.
     """
 
     def features(sheets: Sequence[scenes.Scene]) -> Tensor:
-        pictures = np.stack([scenes.render(sheet, image_size) for sheet in sheets])
+        pictures = np.stack([scenes.render(sheet, RAW_SIZE) for sheet in sheets])
         return torch.from_numpy(255 - pictures).flatten(1).float()
 
     return features

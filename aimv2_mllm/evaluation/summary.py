@@ -90,7 +90,7 @@ def _judge_pretraining(findings: Findings, folder: Path, place: Place) -> None:
     looks = {
         "digit_knn_accuracy": probes.encoder_features(encoder, preprocessing),
         "digit_knn_accuracy_untrained": probes.encoder_features(untrained, preprocessing),
-        "digit_knn_accuracy_pixels": probes.pixel_features(preprocessing.image_size),
+        "digit_knn_accuracy_pixels": probes.pixel_features(),
     }
     knn = {name: probes.digit_accuracy(features, seed) for name, features in looks.items()}
     counts = {"encoder": _count(encoder), "decoder": _count(model) - _count(encoder)}

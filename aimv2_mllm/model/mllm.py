@@ -50,17 +50,56 @@ def load_tokenizer(name: str) -> Any:
 
 
 def load_llm(name: str) -> "PreTrainedModel":
-    """The causal LLM `name` in float32; UsageError if there is none."""
+    """The causal LLM `name` in float32; UsageError if there is none, or not all of it."""
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            llm_source(name), dtype=torch.float32, trust_remote_code=False
+        model, report = AutoModelForCausalLM.from_pretrained(
+            llm_source(name),
+            dtype=torch.float32,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in the report
         )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UsageError(
+            f"{name}: no causal LLM can be loaded from there ({_first_line(error)})"
+        ) from None
+    demand_whole(report, name)
+    return model
+
+
+def demand_whole(report: dict[str, Any], where: str) -> None:
+    """UsageError unless transformers' loading report says that weights and model fit exactly."""
+    faults = [f"{name} is missing" for name in sorted(report["missing_keys"])]
+    faults += [f"{name} is left over" for name in sorted(report["unexpected_keys"])]
+    faults += [f"{name} has another shape" for name, *_ in sorted(report["mismatched_keys"])]
+    if faults:
+        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise UsageError(
+            f"{where}: its weights do not fit its config.json: {', '.join(faults[:3])}{more}"
+        )
+
+
+def layer_names(name: str) -> list[str]:
+    """The names of the LLM's linear layers inside its blocks, without loading its weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(llm_source(name), trust_remote_code=False)
+        with torch.device("meta"):
+            return linear_layers(AutoModelForCausalLM.from_config(config).base_model)
     except (OSError, ValueError) as error:
         raise UsageError(
             f"{name}: no causal LLM can be loaded from there ({_first_line(error)})"
         ) from None
+
+
+def linear_layers(model: torch.nn.Module) -> list[str]:
+    """The last pieces of the names of a model's linear layers, each once, in order."""
+    named = [n for n, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)]
+    return list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in named))
 
 
 def assemble(
@@ -89,6 +128,7 @@ def assemble(
     model.model.vision_tower.load_state_dict(to_transformers(encoder.state_dict()), strict=True)
     model.model.language_model.load_state_dict(llm.base_model.state_dict(), strict=True)
     model.lm_head.load_state_dict(llm.get_output_embeddings().state_dict(), strict=True)
+    model.config.text_config.name_or_path = ""  # a path of this machine
     model.generation_config = llm.generation_config
     return model
 

@@ -1,0 +1,268 @@
+"""A recipe's YAML file, read strictly and overridden by `key.sub=value` words.
+
+Owns what YAML means here and how mistakes are told. Refuses, all mistakes of a file at once and
+with their places: unknown keys, wrong types, values out of range, keys written twice, references to
+stages that do not come earlier.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from aimv2_mllm.errors import UsageError, nearest, show
+from aimv2_mllm.recipe import STAGES, Mistake, Place, Recipe, reference_mistakes
+
+MAX_BYTES = 256 * 1024  # a recipe is a page; parsing this much takes about a second
+MAX_DEPTH = 32  # levels of nesting; the deepest key of the schema has five
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Return the recipe of a YAML file, overridden by words like `stages.tune.train.lr=1e-3`.
+
+    Raises `UsageError` with one line per mistake, of the file and of the words together: where it
+    stands, the value, what is allowed, and the nearest name for one that is not known.
+    """
+    file = Path(path)
+    raw, lines, mistakes = _parse(_read(file), str(file))
+    if not isinstance(raw, dict):
+        what = "is empty" if raw is None else f"is {show(raw)}"
+        raise UsageError(f"{file}: {what}, a recipe is a mapping of keys such as name and stages")
+    origins = {place: f"{file}:{line}" for place, line in lines.items()} | {(): str(file)}
+    said = [_line(origins, *mistake) for mistake in mistakes]
+    for word in overrides:
+        origin = f"{file}, override {show(word)}"
+        place, more = _override(raw, word)
+        said += [_line({(): origin}, *mistake) for mistake in more]
+        if place:
+            origins = {p: o for p, o in origins.items() if p[: len(place)] != place}
+            origins[place] = origin
+    try:
+        recipe = Recipe.model_validate(raw)
+    except ValidationError as error:
+        mistakes = [*_explained(error), *reference_mistakes(raw.get("stages"))]
+        raise UsageError("\n".join(said + [_line(origins, *m) for m in mistakes])) from None
+    if said:
+        raise UsageError("\n".join(said))
+    return recipe
+
+
+class _Loader(yaml.SafeLoader):
+    # Plain scalars mean one thing only: no octal 010, no base-60 1:30, no `no` for false, no dates.
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # type: ignore[misc]
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        refusal = None
+        if isinstance(event, yaml.AliasEvent):
+            refusal = "aliases (*name) are not allowed in a recipe: write the value out"
+        elif getattr(event, "tag", None):
+            refusal = "tags (!name) are not allowed in a recipe"
+        elif self.depth >= MAX_DEPTH:
+            refusal = f"nested deeper than {MAX_DEPTH} levels"
+        if refusal:
+            raise yaml.MarkedYAMLError(problem=refusal, problem_mark=event.start_mark)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+
+for _tag, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?(0|[1-9][0-9_]*)", list("-+0123456789")),
+    # exactly YAML 1.1's decimals: what the dumper leaves unquoted as text must be text here too
+    (
+        "float",
+        r"[-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)([eE][-+][0-9]+)?",
+        list("-+.0123456789"),
+    ),
+    ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", list("-+.")),
+):
+    _Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}", re.compile(f"^({_pattern})$"), _first
+    )
+
+
+def _read(file: Path) -> str:
+    try:
+        if file.is_dir():
+            raise UsageError(f"{file}: is a folder; {_recipes_in(file, '')}")
+        if not file.exists():
+            raise UsageError(f"{file}: no such recipe; {_recipes_in(file.parent, file.name)}")
+        if not file.is_file():
+            raise UsageError(f"{file}: is not a file, a recipe is a YAML file")
+        with file.open("rb") as stream:
+            content = stream.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise UsageError(f"{file}: cannot be read: {error.strerror}") from None
+    if len(content) > MAX_BYTES:
+        raise UsageError(f"{file}: is larger than {MAX_BYTES // 1024} KiB, too large for a recipe")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{file}: is not UTF-8 text (byte {error.start} is not)") from None
+
+
+def _recipes_in(folder: Path, name: str) -> str:
+    if not folder.is_dir():
+        return f"there is no folder {folder} either"
+    names = sorted(p.name for p in folder.iterdir() if p.suffix in (".yaml", ".yml"))
+    return f"the recipes in {folder} are {', '.join(names) or 'none'}{nearest(name, names)}"
+
+
+def _parse(text: str, source: str) -> tuple[Any, dict[Place, int], list[Mistake]]:
+    # -> the plain value, the line of every key, and the keys that are no text or written twice
+    lines: dict[Place, int] = {}
+    mistakes: list[Mistake] = []
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        value = None if node is None else _plain(loader, node, (), lines, mistakes)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        problem = error.problem or error.context
+        if mark is None:
+            raise UsageError(f"{source}: {problem}") from None
+        said = (text.splitlines() or [""])[min(mark.line, len(text.splitlines()) - 1)].strip()
+        place = f"{source}:{mark.line + 1}:{mark.column + 1}"
+        raise UsageError(f"{place}: {problem}: {show(said)}") from None
+    except yaml.reader.ReaderError as error:
+        found = f"character {error.position} is {show(chr(error.character))}"
+        raise UsageError(f"{source}: is not a text file that YAML allows: {found}") from None
+    return value, lines, mistakes
+
+
+def _plain(
+    loader: _Loader, node: Any, place: Place, lines: dict[Place, int], mistakes: list[Mistake]
+) -> Any:
+    if isinstance(node, yaml.ScalarNode):
+        try:
+            return loader.construct_object(node)
+        except ValueError:  # more digits than Python turns into a number
+            return node.value
+    if isinstance(node, yaml.SequenceNode):
+        return [
+            _plain(loader, item, (*place, str(i)), lines, mistakes)
+            for i, item in enumerate(node.value)
+        ]
+    mapping: dict[str, Any] = {}
+    for key, value in node.value:
+        line = key.start_mark.line + 1
+        if key.tag != "tag:yaml.org,2002:str":
+            said = key.value if isinstance(key, yaml.ScalarNode) else "?"
+            lines[(*place, said)] = line
+            mistakes.append(((*place, said), "the key is not text: put it in quotes"))
+            continue
+        here = (*place, key.value)
+        if key.value in mapping:
+            mistakes.append((here, f"is written twice, at lines {lines[here]} and {line}"))
+            continue
+        lines[here] = line
+        mapping[key.value] = _plain(loader, value, here, lines, mistakes)
+    return mapping
+
+
+def _override(raw: dict[str, Any], word: str) -> tuple[Place, list[Mistake]]:
+    # Writes the word's value into raw; the place it names, and what is wrong with the word.
+    key, equals, text = word.partition("=")
+    place = tuple(part.strip() for part in key.split("."))
+    if not equals or not all(place):
+        example = "an override is written key=value, for example stages.tune.train.lr=1e-3"
+        return (), [((), f"{show(word)} is not an override: {example}")]
+    try:
+        value, _, mistakes = _parse(text, "its value")
+    except UsageError as error:
+        return place, [(place, str(error))]
+    stages = raw.get("stages") if place[0] == "stages" and len(place) > 2 else None
+    if isinstance(stages, dict) and place[1] not in stages:
+        known = f"the stages are {', '.join(stages)}{nearest(place[1], stages)}"
+        return place, [(place[:2], f"there is no such stage; {known}")]
+    branch = raw
+    for depth, part in enumerate(place[:-1], start=1):
+        if branch.get(part) is None:
+            branch[part] = {}
+        if not isinstance(branch[part], dict):
+            said = f"is {show(branch[part])}, it has no keys: give it whole"
+            return place, [(place[:depth], said)]
+        branch = branch[part]
+    branch[place[-1]] = value
+    return place, [((*place, *inner), said) for inner, said in mistakes]
+
+
+# what pydantic calls a mistake -> what we say, where its own words would puzzle
+RULES = {
+    "string_pattern_mismatch": "must be a name: letters, digits, - and _, not - first, at most 100",
+    "string": "must be text: put it in quotes",
+    "path": "must be text: put it in quotes",
+    "int": "must be a whole number",
+    "float": "must be a number",
+    "bool": "must be true or false",
+    "dict": "must be a mapping",
+    "model": "must be a mapping",
+    "model_attributes": "must be a mapping",
+    "too_short": "must not be empty",
+}
+
+
+def _explained(error: ValidationError) -> Iterator[Mistake]:
+    for mistake in error.errors(include_url=False):
+        # said by reference_mistakes, with their places; or said of the name that is missing
+        if mistake["type"] in ("reference", "default_factory_not_called"):
+            continue
+        place, owner, field = _located(mistake["loc"])
+        about = f" ({field.description})" if field else ""
+        value, context = mistake["input"], mistake.get("ctx", {})
+        expected = context.get("expected", context.get("expected_tags", ""))
+        allowed = re.findall(r"'([^']*)'", expected)
+        match mistake["type"]:
+            case "missing":
+                yield place, f"missing{about}"
+            case "union_tag_not_found":
+                yield (*place, "kind"), f"missing (the kind of the stage: {', '.join(STAGES)})"
+            case "union_tag_invalid":
+                tag = str(context["tag"])
+                known = f"{', '.join(allowed)}{nearest(tag, allowed)}"
+                yield (*place, "kind"), f"is {show(tag)}, must be one of {known}"
+            case "extra_forbidden":
+                names = list(owner.model_fields)
+                known = f"{', '.join(names)}{nearest(place[-1], names)}"
+                yield place, f"unknown key; the keys here are {known}"
+            case "literal_error":
+                known = f"{', '.join(allowed)}{nearest(str(value), allowed)}"
+                yield place, f"is {show(value)}, must be one of {known}{about}"
+            case _:
+                kind = mistake["type"].removesuffix("_type")
+                own = re.sub(r"^(\w+ should|Value error, must)", "must", mistake["msg"])
+                yield place, f"is {show(value)}, {RULES.get(kind, own)}{about}"
+
+
+def _located(location: Sequence[int | str]) -> tuple[Place, type[BaseModel], FieldInfo | None]:
+    # -> the place without pydantic's marks, the class that holds its last key, that key's field
+    parts = [str(part) for part in (location[:-1] if location[-1] == "[key]" else location)]
+    owner: type[BaseModel] = Recipe
+    keys = parts
+    if parts[0] == "stages" and len(parts) > 2:
+        owner = STAGES[parts.pop(2)]  # the tag of the union
+        keys = parts[2:]
+    field = owner.model_fields.get(keys[0])
+    for key in keys[1:]:
+        kinds = (field.annotation, *get_args(field.annotation)) if field else ()
+        inner = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        if not inner:
+            break  # an entry of a dict or list, which is described with it
+        owner = inner[0]
+        field = owner.model_fields.get(key)
+    return tuple(parts), owner, field
+
+
+def _line(origins: Mapping[Place, str], place: Place, text: str) -> str:
+    known = next(place[:n] for n in range(len(place), -1, -1) if place[:n] in origins)
+    line = f"{origins[known]}: {'.'.join(place)}{': ' if place else ''}{text}"
+    return line.replace("\n", "\\n")  # one line per mistake, whatever a key contains
