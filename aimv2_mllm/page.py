@@ -19,10 +19,14 @@ from aimv2_mllm.folders import STAGE_FILE
 from aimv2_mllm.stages import Place
 
 GALLERY = 6  # right answers shown, and wrong ones
+# what was looked at -> its numbers: told by neighbours, told by a linear classifier
 PROBES = {
-    "digit_knn_accuracy": "this encoder, pre-trained",
-    "digit_knn_accuracy_untrained": "the same encoder, freshly drawn",
-    "digit_knn_accuracy_pixels": "raw pixels, no encoder",
+    "this encoder, pre-trained": ("digit_knn_accuracy", "digit_linear_accuracy"),
+    "the same encoder, freshly drawn": (
+        "digit_knn_accuracy_untrained",
+        "digit_linear_accuracy_untrained",
+    ),
+    "raw pixels, no encoder": ("digit_knn_accuracy_pixels", None),
 }
 SERIES = {"accuracy": "model", "blind": "blind", "majority": "majority"}
 
@@ -50,9 +54,12 @@ def describe(place: Place, findings: Findings) -> dict[str, Any]:
         **_questions(numbers),
         "gallery": gallery,
         "probe": [
-            {"name": text, "share": _percent(numbers[key])}
-            for key, text in PROBES.items()
-            if key in numbers
+            {
+                "name": text,
+                "shares": [_percent(numbers[key]) if key else "–" for key in keys],
+            }
+            for text, keys in PROBES.items()
+            if keys[0] in numbers
         ],
         "next": _next(place),
         "reproduce": "aimv2-mllm run recipe.yaml output=again",
@@ -99,7 +106,7 @@ def _headline(numbers: dict[str, Any]) -> list[dict[str, str]]:
     for key, name, more in (
         ("vqa_accuracy_blind", "the same with another picture", "what needs no eyes"),
         ("caption_exact", "sheets described exactly", "every digit, its ink and its place"),
-        ("digit_knn_accuracy", "digits told by neighbours", "frozen features, no training"),
+        ("digit_linear_accuracy", "single digits told", "a linear classifier on frozen features"),
     ):
         if key in numbers:
             rows.append((name, f"{_percent(numbers[key])} %", more))

@@ -138,7 +138,8 @@ def _write(folder: Path, files: dict[str, bytes]) -> None:
 def _told(numbers: dict[str, Any]) -> list[str]:
     """The headline numbers as lines for a terminal."""
     names = ("vqa_accuracy", "vqa_accuracy_blind", "text_accuracy", "caption_exact")
-    shares = [*names, "digit_knn_accuracy", "digit_knn_accuracy_untrained"]
+    probes = [f"digit_{probe}_accuracy" for probe in ("knn", "linear")]
+    shares = [*names, *(f"{name}{end}" for name in probes for end in ("", "_untrained"))]
     lines = [f"  {name:<30}{100 * numbers[name]:6.1f} %" for name in shares if name in numbers]
     losses = [name for name in ("caption_loss", "pixel_loss") if name in numbers]
     return lines + [f"  {name:<30}{numbers[name]:6.3f}" for name in losses]

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from aimv2_mllm.data import scenes
 from aimv2_mllm.data.batches import picture_batch
-from aimv2_mllm.data.conversations import tokenize, turn
+from aimv2_mllm.data.conversations import encode, turn
 from aimv2_mllm.data.tokenizer import train_tokenizer
 from aimv2_mllm.evaluation import answers
 from aimv2_mllm.evaluation.answers import Asked, Speaker
@@ -72,10 +72,10 @@ def test_questions_are_the_seeds_and_about_held_out_ink() -> None:
 
 def test_a_prompt_is_what_training_puts_before_the_answer(speaker: Speaker) -> None:
     talk = turn(TEXTS[0], "7", image=True)
-    batch = tokenize(speaker.tokenizer, [talk], num_image_tokens=NUM_IMAGE_TOKENS)
-    first_answer_token = int((batch["labels"][0] >= 0).nonzero()[0])
+    [encoded] = encode(speaker.tokenizer, [talk], num_image_tokens=NUM_IMAGE_TOKENS)
+    first_answer_token = int((encoded.labels >= 0).argmax())
     prompt = answers._prompts(speaker, [TEXTS[0]], pictures=True)[0]
-    assert prompt.tolist() == batch["input_ids"][0, :first_answer_token].tolist()
+    assert prompt.tolist() == encoded.ids[:first_answer_token].tolist()
 
 
 def test_batched_answers_are_those_given_one_by_one(speaker: Speaker) -> None:

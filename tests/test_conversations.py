@@ -14,7 +14,7 @@ from aimv2_mllm.data.batches import (
     encode_captions,
     micro_batches,
 )
-from aimv2_mllm.data.conversations import IGNORED, conversation, tokenize, turn
+from aimv2_mllm.data.conversations import IGNORED, conversation, encode, pad, turn
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.model.mllm import load_tokenizer
 from aimv2_mllm.model.preprocessing import Preprocessing
@@ -24,6 +24,10 @@ from aimv2_mllm.recipe import CaptionData, ConversationData, TrainConfig
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     return load_tokenizer("tiny_llm")
+
+
+def tokenize(tokenizer: Any, talks: list[Any], num_image_tokens: int = 0) -> Any:
+    return pad(encode(tokenizer, talks, num_image_tokens=num_image_tokens), tokenizer.pad_token_id)
 
 
 def talk(index: int, **options: Any) -> list[dict[str, Any]]:
@@ -111,9 +115,35 @@ def test_a_caption_is_cut_at_the_limit_and_its_length_is_told(tokenizer: Any) ->
 def test_micro_batches_cover_the_batch_in_order_whatever_their_size() -> None:
     for size, parts in ((None, 1), (10, 1), (4, 3), (1, 10)):
         config = TrainConfig(steps=3, batch_size=10, micro_batch_size=size, lr=1.0)
-        got = micro_batches(config, list)(2)
+        got = micro_batches(config, list, list)(2)
         assert len(got) == parts
         assert [index for part in got for index in part] == list(range(20, 30))
+
+
+def test_samples_of_like_length_share_a_micro_batch() -> None:
+    config = TrainConfig(steps=3, batch_size=5, micro_batch_size=2, lr=1.0)
+    got = micro_batches(config, list, list, length=lambda index: -index)(2)
+    assert got == [[14, 13], [12, 11], [10]]
+
+
+def test_each_sheet_keeps_its_words_whatever_the_micro_batches(tokenizer: Any) -> None:
+    pairs, sizes = [], []
+    for size in (None, 2):
+        parts = conversation_batches(
+            ConversationData(turns=3),
+            TrainConfig(steps=2, batch_size=6, micro_batch_size=size, lr=1.0),
+            seed=1,
+            tokenizer=tokenizer,
+            preprocessing=Preprocessing(56),
+            num_image_tokens=16,
+        )(1)
+        rows = [row for p in parts for row in zip(p["pixel_values"], p["labels"], strict=True)]
+        words = [tokenizer.decode(labels[labels >= 0]) for _, labels in rows]
+        pairs.append({(float(row[0].sum()), text) for row, text in zip(rows, words, strict=True)})
+        sizes.append(sum(part["input_ids"].numel() for part in parts))
+    assert pairs[0] == pairs[1]
+    assert len(pairs[0]) == 6
+    assert sizes[1] < sizes[0]  # less padding
 
 
 def train_config() -> TrainConfig:

@@ -49,7 +49,9 @@ def test_the_probe_asks_all_held_out_scans_of_all_training_scans() -> None:
         asked.extend(sheet.digits[0].scan for sheet in sheets)
         return torch.eye(10)[[sheet.digits[0].value for sheet in sheets]]
 
-    assert probes.digit_accuracy(features, seed=0) == 1.0
+    examples = probes.digit_examples(features, seed=0)
+    assert probes.knn_accuracy(examples) == 1.0
+    assert probes.linear_accuracy(examples) == 1.0
     train, heldout = (scenes.split_scans(split).tolist() for split in ("train", "heldout"))
     assert asked == train + heldout
     assert not set(train) & set(heldout)
@@ -59,7 +61,29 @@ def test_features_without_knowledge_guess() -> None:
     def features(sheets):
         return torch.ones(len(sheets), 3)
 
-    assert 0.05 < probes.digit_accuracy(features, seed=0) < 0.15
+    examples = probes.digit_examples(features, seed=0)
+    assert 0.05 < probes.knn_accuracy(examples) < 0.15
+    assert 0.05 < probes.linear_accuracy(examples) < 0.15
+
+
+def test_what_all_features_share_does_not_blur_the_neighbours() -> None:
+    def features(sheets):
+        digits = torch.eye(10)[[sheet.digits[0].value for sheet in sheets]]
+        noise = torch.randn(len(sheets), 10, generator=torch.Generator().manual_seed(0))
+        return digits + 0.3 * noise + 1000
+
+    assert probes.knn_accuracy(probes.digit_examples(features, seed=0)) > 0.8
+
+
+def test_the_linear_classifier_reads_a_direction_that_neighbours_do_not_see() -> None:
+    def features(sheets):
+        digits = torch.eye(10)[[sheet.digits[0].value for sheet in sheets]]
+        noise = torch.randn(len(sheets), 40, generator=torch.Generator().manual_seed(len(sheets)))
+        return torch.cat([digits, 3 * noise], dim=1)
+
+    examples = probes.digit_examples(features, seed=0)
+    assert probes.linear_accuracy(examples) > 0.9
+    assert probes.knn_accuracy(examples) < 0.6
 
 
 def test_encoder_features_are_the_mean_over_all_patches() -> None:

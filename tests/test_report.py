@@ -29,8 +29,8 @@ KEYS = {
     "num_questions", "vqa_accuracy", "vqa_accuracy_interval", "vqa_accuracy_blind",
     "vqa_accuracy_majority", *BY_KIND, "caption_exact", "caption_loss", "pixel_loss",
     "pixel_loss_flat", "digit_knn_accuracy", "digit_knn_accuracy_untrained",
-    "digit_knn_accuracy_pixels", "parameters", "stage_parameters", "seconds", "versions",
-    "made_from",
+    "digit_knn_accuracy_pixels", "digit_linear_accuracy", "digit_linear_accuracy_untrained",
+    "parameters", "stage_parameters", "seconds", "versions", "made_from",
 }  # fmt: skip
 
 

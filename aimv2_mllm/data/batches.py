@@ -1,34 +1,44 @@
 """The batches of a stage as a pure function of the step: which sheets, which words, which prefixes.
 
-Sample j of step s is the world's sample s * batch_size + j, whatever the number of micro-batches;
+The samples of step s are the world's from s * batch_size on, whatever the number of micro-batches;
 so the whole state of the data is the step.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from aimv2_mllm.data import scenes
-from aimv2_mllm.data.conversations import conversation, tokenize
+from aimv2_mllm.data.conversations import Encoded, conversation, encode, pad
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.model.preprocessing import Preprocessing
 from aimv2_mllm.objective import ConversationBatch, PreTrainingBatch
 from aimv2_mllm.recipe import CaptionData, ConversationData, TrainConfig
 
+Sample = TypeVar("Sample")
+
 
 def micro_batches(
-    config: TrainConfig, collate: Callable[[Sequence[int]], Any]
+    config: TrainConfig,
+    read: Callable[[Sequence[int]], Sequence[Sample]],
+    collate: Callable[[Sequence[Sample]], Any],
+    length: Callable[[Sample], int] | None = None,
 ) -> Callable[[int], list[Any]]:
-    """A function from the step to its micro-batches, each collated from the indices of its
-    samples."""
+    """A function from the step to its micro-batches: `read` from the indices, then collated.
+
+    With `length`, samples of like length share a micro-batch: less padding, and the same loss, for
+    that is a sum over the whole step.
+    """
     size = config.micro_batch_size or config.batch_size
 
     def at(step: int) -> list[Any]:
         first = step * config.batch_size
-        indices = range(first, first + config.batch_size)
-        return [collate(indices[i : i + size]) for i in range(0, config.batch_size, size)]
+        samples = read(range(first, first + config.batch_size))
+        if length is not None:
+            samples = sorted(samples, key=length)
+        return [collate(samples[i : i + size]) for i in range(0, config.batch_size, size)]
 
     return at
 
@@ -66,7 +76,7 @@ def caption_batches(
             caption_length=length,
         )
 
-    return micro_batches(train, collate)
+    return micro_batches(train, lambda indices: indices, collate)
 
 
 def encode_captions(
@@ -93,29 +103,34 @@ def conversation_batches(
     """The conversation batches by step: about pictures, or, without `preprocessing`, about sheets
     described in words."""
     world, seen = world_seed(seed, data), preprocessing is not None
+    tasks = {str(task): weight for task, weight in data.tasks.items()}
 
-    def collate(indices: Sequence[int]) -> ConversationBatch:
+    def read(indices: Sequence[int]) -> list[tuple[scenes.Scene, Encoded]]:
         sheets = [scenes.scene(world, "train", index) for index in indices]
         talks = [
             conversation(
                 sheet,
                 scenes.generator(world, "talk", index),
-                tasks={str(task): weight for task, weight in data.tasks.items()},
+                tasks=tasks,
                 turns=data.turns,
                 seen=seen,
             )
             for sheet, index in zip(sheets, indices, strict=True)
         ]
-        batch = tokenize(tokenizer, talks, num_image_tokens=num_image_tokens)
+        rows = encode(tokenizer, talks, num_image_tokens=num_image_tokens)
+        return list(zip(sheets, rows, strict=True))
+
+    def collate(samples: Sequence[tuple[scenes.Scene, Encoded]]) -> ConversationBatch:
+        batch = pad([row for _, row in samples], tokenizer.pad_token_id)
         if preprocessing is not None:
-            batch["pixel_values"] = picture_batch(sheets, preprocessing)
+            batch["pixel_values"] = picture_batch([sheet for sheet, _ in samples], preprocessing)
         if not (batch["labels"] >= 0).any():
             raise UsageError(
                 "no token is supervised: the tokenizer's chat template marks no assistant text"
             )
         return batch
 
-    return micro_batches(train, collate)
+    return micro_batches(train, read, collate, length=lambda sample: len(sample[1].ids))
 
 
 def picture_batch(sheets: Sequence[scenes.Scene], preprocessing: Preprocessing) -> torch.Tensor:

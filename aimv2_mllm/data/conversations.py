@@ -5,7 +5,8 @@ Templates are the tokenizer's own; supervised is what the assistant says, with i
 nothing else.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -71,31 +72,44 @@ def conversation(
     return messages
 
 
-def tokenize(
-    tokenizer: Any, conversations: list[list[Message]], *, num_image_tokens: int = 0
-) -> ConversationBatch:
-    """Conversations as one right-padded batch: input_ids, attention_mask and labels, each (B, L)
-    int64.
+class Encoded(NamedTuple):
+    """One conversation in tokens: `labels` are `ids` where supervised, IGNORED elsewhere; (L,)."""
 
-    Each image mark becomes `num_image_tokens` tokens. Labels are the assistant's tokens; all others
-    are IGNORED.
+    ids: np.ndarray
+    labels: np.ndarray
+
+
+def encode(
+    tokenizer: Any, conversations: list[list[Message]], *, num_image_tokens: int = 0
+) -> list[Encoded]:
+    """Each conversation in tokens; supervised are the assistant's.
+
+    Each image mark becomes `num_image_tokens` tokens.
     """
     encoded = tokenizer.apply_chat_template(
         conversations, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
     image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     rows = []
-    for ids, mask in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True):
-        repeats = np.where(np.array(ids) == image_id, num_image_tokens, 1)
-        rows.append((np.repeat(ids, repeats), np.repeat(mask, repeats)))
-    length = max(len(ids) for ids, _ in rows)
-    input_ids = np.full((len(rows), length), tokenizer.pad_token_id)
+    for row, mask in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True):
+        ids = np.array(row)
+        repeats = np.where(ids == image_id, num_image_tokens, 1)
+        rows.append(
+            Encoded(np.repeat(ids, repeats), np.repeat(np.where(mask, ids, IGNORED), repeats))
+        )
+    return rows
+
+
+def pad(rows: Sequence[Encoded], pad_token_id: int) -> ConversationBatch:
+    """`rows` as one right-padded batch: input_ids, attention_mask and labels, each (B, L) int64."""
+    length = max(len(row.ids) for row in rows)
+    input_ids = np.full((len(rows), length), pad_token_id)
     labels = np.full((len(rows), length), IGNORED)
     attention_mask = np.zeros((len(rows), length), dtype=np.int64)
-    for row, (ids, mask) in enumerate(rows):
-        input_ids[row, : len(ids)] = ids
-        attention_mask[row, : len(ids)] = 1
-        labels[row, : len(ids)] = np.where(mask, ids, IGNORED)
+    for number, row in enumerate(rows):
+        input_ids[number, : len(row.ids)] = row.ids
+        attention_mask[number, : len(row.ids)] = 1
+        labels[number, : len(row.ids)] = row.labels
     return ConversationBatch(
         input_ids=torch.from_numpy(input_ids),
         attention_mask=torch.from_numpy(attention_mask),

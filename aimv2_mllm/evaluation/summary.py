@@ -87,14 +87,23 @@ def _judge_pretraining(findings: Findings, folder: Path, place: Place) -> None:
     sheets = _sheets(findings.asked, seed)
     losses = probes.held_out_losses(model, tokenizer, preprocessing, sheets, seed=seed)
     untrained = probes.fresh_encoder(encoder.config, seed)
-    looks = {
-        "digit_knn_accuracy": probes.encoder_features(encoder, preprocessing),
-        "digit_knn_accuracy_untrained": probes.encoder_features(untrained, preprocessing),
-        "digit_knn_accuracy_pixels": probes.pixel_features(),
+    trained, fresh, raw = (
+        probes.digit_examples(features, seed)
+        for features in (
+            probes.encoder_features(encoder, preprocessing),
+            probes.encoder_features(untrained, preprocessing),
+            probes.pixel_features(),
+        )
+    )
+    told = {
+        "digit_knn_accuracy": probes.knn_accuracy(trained),
+        "digit_knn_accuracy_untrained": probes.knn_accuracy(fresh),
+        "digit_knn_accuracy_pixels": probes.knn_accuracy(raw),
+        "digit_linear_accuracy": probes.linear_accuracy(trained),
+        "digit_linear_accuracy_untrained": probes.linear_accuracy(fresh),
     }
-    knn = {name: probes.digit_accuracy(features, seed) for name, features in looks.items()}
     counts = {"encoder": _count(encoder), "decoder": _count(model) - _count(encoder)}
-    findings.numbers |= {**losses, **knn, "parameters": counts}
+    findings.numbers |= {**losses, **told, "parameters": counts}
     shown = [answers.held_out_sheet(seed, index) for index in range(config.sheets)]
     pixels = picture_batch(shown, preprocessing)
     half = encoder.config.num_patches // 2
