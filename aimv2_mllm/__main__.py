@@ -32,6 +32,7 @@ QUIET = {
 }
 SMALLEST_SHEET, LARGEST_SHEET = 28, 4096  # pixels, the sides of images that a recipe allows
 MOST_NEW_TOKENS, MOST_SEED = 100_000, 2**63 - 1
+LAYOUTS, DTYPES = ("original", "transformers", "timm"), ("fp32", "bf16")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -142,7 +143,15 @@ def _write_picture(path: Path, make: "Callable[[], Image.Image]") -> None:
             unfinished.unlink()
 
 
-VERBS = {"run": run, "chat": chat, "sample": sample}
+def convert(args: argparse.Namespace) -> None:
+    """Write an encoder from a folder or the hub in another layout, size or precision."""
+    from aimv2_mllm.convert import convert as write
+
+    words = {"layout": args.layout, "image_size": args.image_size, "dtype": args.dtype}
+    print(write(args.source, Path(args.destination), **words, narrate=_note))
+
+
+VERBS = {"run": run, "chat": chat, "sample": sample, "convert": convert}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -193,6 +202,20 @@ def build_parser() -> argparse.ArgumentParser:
         default=336,
         help="its side (336)",
     )
+
+    words = verbs.add_parser("convert", help="write an AIMv2 encoder in another layout or size")
+    words.add_argument("source", metavar="SRC", help="a folder, or a hub id: org/name[@revision]")
+    words.add_argument("destination", metavar="DST", help="the folder to write, which is new")
+    words.add_argument(
+        "--layout", choices=LAYOUTS, required=True, help=f"names and config: {', '.join(LAYOUTS)}"
+    )
+    words.add_argument(
+        "--image-size",
+        metavar="PIXELS",
+        type=_whole(1, LARGEST_SHEET),
+        help="resize learned positions to images of this side (the source's)",
+    )
+    words.add_argument("--dtype", choices=DTYPES, help="precision: fp32, bf16 (the source's)")
     for parsed in (parser, *verbs.choices.values()):
         parsed.allow_abbrev = False
     return parser
