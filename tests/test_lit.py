@@ -31,7 +31,7 @@ def tiny_lit() -> AIMv2LiT:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name != "log_logit_scale":
-                parameter.normal_()
+                parameter.normal_(std=0.3)
     return model.eval()
 
 
