@@ -8,6 +8,7 @@ and the gradient of the whole batch.
 Letters in shapes: B samples, I patches, T caption tokens, L conversation tokens, V words.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
@@ -21,7 +22,7 @@ UNSUPERVISED = -100  # the label of a token that is not to be learned, as in tra
 class PreTrainingBatch(TypedDict):
     """Images with captions; `caption_ids` is padded with anything, `prefix_length` in 1..I-1."""
 
-    pixel_values: Tensor  # (B, 3, H, W)
+    pixel_values: Tensor | Sequence[Tensor]  # (B, 3, H, W), or B images (3, H, W) of any sizes
     prefix_length: Tensor  # (B,) int64
     caption_ids: Tensor  # (B, T) int64
     caption_length: Tensor  # (B,) int64
@@ -83,10 +84,11 @@ class PreTrainingObjective:
 
     def targets(self, batch: PreTrainingBatch) -> dict[str, int]:
         """What this batch scores: how many patches outside prefixes, caption and end tokens."""
-        height, width = batch["pixel_values"].shape[-2:]
-        num_patches = (height // self.patch_size) * (width // self.patch_size)
+        areas = [image.shape[-2] * image.shape[-1] for image in batch["pixel_values"]]
+        num_patches = torch.tensor(areas) // self.patch_size**2  # (B,)
+        scored = num_patches - batch["prefix_length"].cpu()
         return {
-            "image": int((num_patches - batch["prefix_length"]).clamp(min=0).sum()),
+            "image": int(scored.clamp(min=0).sum()),
             "text": int((batch["caption_length"] + 1).sum()),
         }
 
@@ -103,7 +105,12 @@ class PreTrainingObjective:
 
     def _patch_targets(self, batch: PreTrainingBatch) -> Tensor:
         """The standardised patches j >= M in (sample, patch) order: (P, 588)."""
-        patches = patchify(batch["pixel_values"].float(), self.patch_size)  # (B, I, 588)
+        images, size = batch["pixel_values"], self.patch_size
+        if not isinstance(images, Tensor):
+            prefixes = batch["prefix_length"].tolist()
+            pairs = zip(images, prefixes, strict=True)
+            return standardise(torch.cat([patchify(x[None].float(), size)[0, m:] for x, m in pairs]))
+        patches = patchify(images.float(), size)  # (B, I, 588)
         positions = torch.arange(patches.shape[1], device=patches.device)
         return standardise(patches[positions >= batch["prefix_length"][:, None]])
 

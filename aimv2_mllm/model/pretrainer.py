@@ -3,17 +3,20 @@
 Paper: arXiv 2411.14402, sections 3.1 and 3.2. Owns the decoder and its two heads; losses are the
 objective's.
 
-Letters in shapes: B samples, I patches, T caption tokens, D decoder width, V words, P and Q scored
-rows.
+Letters in shapes: B samples, I patches, T caption tokens, S tokens of all samples, D decoder width, V
+words, P and Q scored rows.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .encoder import AIMv2Encoder, Block, RMSNorm, initialise_linears
+from .packed import Packing
 
 # What cutting a unit normal at -2 and 2 leaves of its standard deviation.
 CUT_NORMAL_STD = 0.87962566103423978
@@ -88,7 +91,7 @@ class AIMv2ForPreTraining(nn.Module):
 
     def forward(
         self,
-        pixel_values: Tensor,
+        pixel_values: Tensor | Sequence[Tensor],
         prefix_length: Tensor,
         caption_ids: Tensor,
         caption_length: Tensor,
@@ -97,68 +100,96 @@ class AIMv2ForPreTraining(nn.Module):
     ) -> Predictions:
         """Predictions of the next patch and of the next word.
 
-        `pixel_values` (B, C, H, W); `prefix_length` (B,) in 1..I; `caption_ids` (B, T) int64,
-        whatever stands at and after `caption_length` (B,) is ignored. Returns patches (B, I, 588),
-        whose row i predicts patch i + 1 (so the last row predicts nothing), and words (B, T + 1,
-        V), whose row t predicts caption token t, counted from 0, and whose row `caption_length`
-        predicts the end token. With `scored_only` the heads run on the scored rows alone and these
-        come back in (sample, position) order: patches (P, 588) for the patches outside the prefix,
-        words (Q, V) for t <= caption_length. Raises ValueError on lengths out of range and on
-        captions that are too long.
+        `pixel_values` (B, C, H, W), or B images (C, H, W) of different sizes; `prefix_length` (B,)
+        in 1..I; `caption_ids` (B, T) int64, whatever stands at and after `caption_length` (B,) is
+        ignored. Returns patches (B, I, 588), whose row i predicts patch i + 1 (so the last row
+        predicts nothing), and words (B, T + 1, V), whose row t predicts caption token t, counted
+        from 0, and whose row `caption_length` predicts the end token. With `scored_only` padding
+        costs nothing, the heads run on the scored rows alone, and these come back in (sample,
+        position) order: patches (P, 588) for the patches outside the prefix, words (Q, V) for
+        t <= caption_length. Raises ValueError on lengths out of range, on captions that are too
+        long, and on images of different sizes without `scored_only`.
         """
-        self._check(pixel_values, prefix_length, caption_ids, caption_length)
-        features = self.encoder(pixel_values, prefix_length)  # (B, I, encoder width)
-        captions = self._embed(caption_ids, caption_length)  # (B, 1 + T, D)
-        hidden = torch.cat([self.projection(features), captions], dim=1)
+        num_patches = self._num_patches(pixel_values, scored_only)
+        prefixes, num_words = prefix_length.tolist(), caption_length.tolist()
+        self._check(num_patches, prefixes, caption_ids, num_words)
+        num_texts = [(n if scored_only else caption_ids.shape[1]) + 1 for n in num_words]
+        if isinstance(pixel_values, Tensor):
+            features = self.encoder(pixel_values, prefix_length).flatten(0, 1)
+        else:
+            features = torch.cat(self.encoder.encode_images(pixel_values, prefixes))
+        patches = self.projection(features).split(num_patches)  # B of (I, D)
+        texts = self._embed(caption_ids, caption_length, num_texts)  # B of (1 + T, D)
+        lengths = [i + t for i, t in zip(num_patches, num_texts, strict=True)]
+        # Samples of equal length lie side by side, and so share a product in attention.
+        order = sorted(range(len(lengths)), key=lengths.__getitem__)
+        hidden = torch.cat([part for i in order for part in (patches[i], texts[i])])  # (S, D)
+        packing = Packing([lengths[i] for i in order], is_causal=True)
         for block in self.blocks:
-            hidden = block(hidden, is_causal=True)  # (B, I + 1 + T, D)
-        num_patches = features.shape[1]
-        image, text = hidden[:, :num_patches], hidden[:, num_patches:]
-        if scored_only:
-            at = torch.arange(hidden.shape[1], device=hidden.device)
-            first, end = prefix_length[:, None], num_patches + caption_length[:, None]
+            hidden = block(hidden, packing)
+        image_rows, text_rows, start = {}, {}, 0
+        for i in order:
             # Position i predicts patch i + 1, scored from patch M on; the last patch predicts none.
-            image = _rows(hidden, (at >= first - 1) & (at < num_patches - 1))  # (P, D)
+            first, end = (prefixes[i] - 1, num_patches[i] - 1) if scored_only else (0, num_patches[i])
+            image_rows[i] = torch.arange(start + first, start + end)
             # Position I + t predicts caption token t, or the end token at t = caption_length.
-            text = _rows(hidden, (at >= num_patches) & (at <= end))  # (Q, D)
-        return Predictions(self.patch_head(self.norm(image)), self.word_head(self.norm(text)))
+            text_rows[i] = torch.arange(start + num_patches[i], start + lengths[i])
+            start += lengths[i]
+        image = _rows(hidden, [image_rows[i] for i in range(len(order))])  # (P, D)
+        text = _rows(hidden, [text_rows[i] for i in range(len(order))])  # (Q, D)
+        predictions = Predictions(self.patch_head(self.norm(image)), self.word_head(self.norm(text)))
+        if scored_only:
+            return predictions
+        return Predictions(*(rows.unflatten(0, (len(order), -1)) for rows in predictions))
 
-    def _embed(self, caption_ids: Tensor, caption_length: Tensor) -> Tensor:
-        """[start] w1 … wT with the text positions added: (B, 1 + T, D)."""
-        batch, num_tokens = caption_ids.shape
+    def _embed(
+        self, caption_ids: Tensor, caption_length: Tensor, num_texts: list[int]
+    ) -> tuple[Tensor, ...]:
+        """[start] w1 … of each sample with the text positions added, cut to `num_texts` rows."""
+        places = torch.cat([torch.arange(n) for n in num_texts]).to(caption_ids.device)  # (Q,)
+        samples = torch.arange(len(num_texts)).repeat_interleave(torch.tensor(num_texts))
+        samples = samples.to(caption_ids.device)
+        ids = F.pad(caption_ids, (1, 0))[samples, places]  # (Q,), anything in place of the start
         # Padding may be anything, -100 too. Causality keeps it from what stands before it.
-        at = torch.arange(num_tokens, device=caption_ids.device)
-        padding = at >= caption_length[:, None]  # (B, T)
-        words = self.text_embedding(caption_ids.masked_fill(padding, 0))  # (B, T, D)
-        start = self.start.expand(batch, 1, -1)
-        return torch.cat([start, words], dim=1) + self.text_positions[: num_tokens + 1]
+        ids = ids.masked_fill(places > caption_length[samples], 0)
+        words = self.text_embedding(ids)
+        tokens = torch.where((places == 0)[:, None], self.start, words)  # (Q, D)
+        return (tokens + F.embedding(places, self.text_positions)).split(num_texts)
+
+    def _num_patches(
+        self, pixel_values: Tensor | Sequence[Tensor], scored_only: bool
+    ) -> list[int]:
+        """The number of patches of each image."""
+        area = self.encoder.config.patch_size**2
+        num_patches = [image.shape[-2] * image.shape[-1] // area for image in pixel_values]
+        if not scored_only and len(set(num_patches)) > 1:
+            raise ValueError("images of different sizes need scored_only=True")
+        return num_patches
 
     def _check(
         self,
-        pixel_values: Tensor,
-        prefix_length: Tensor,
+        num_patches: list[int],
+        prefixes: list[int],
         caption_ids: Tensor,
-        caption_length: Tensor,
+        num_words: list[int],
     ) -> None:
-        size = self.encoder.config.patch_size
-        num_patches = (pixel_values.shape[-2] // size) * (pixel_values.shape[-1] // size)
         num_tokens, most = caption_ids.shape[1], self.decoder_config.max_text_tokens
         if num_tokens > most:
             raise ValueError(
                 f"captions of {num_tokens} tokens do not fit max_text_tokens {most}: cut them"
             )
         for name, lengths, low, high in (
-            ("prefix_length", prefix_length, 1, num_patches),
-            ("caption_length", caption_length, 0, num_tokens),
+            ("prefix_length", prefixes, 1, min(num_patches)),
+            ("caption_length", num_words, 0, num_tokens),
         ):
-            smallest, largest = lengths.min().item(), lengths.max().item()
-            if smallest < low or largest > high:
+            if min(lengths) < low or max(lengths) > high:
                 raise ValueError(
-                    f"{name} must lie in {low}..{high}, and goes from {smallest} to {largest}"
+                    f"{name} must lie in {low}..{high}, and goes from {min(lengths)} to "
+                    f"{max(lengths)}"
                 )
 
 
-def _rows(hidden: Tensor, wanted: Tensor) -> Tensor:
-    """The rows of `hidden` (B, L, D) where `wanted` (B, L) is true, in order: (P, D)."""
-    # index_select, not hidden[wanted]: its backward is far faster on CPU.
-    return hidden.flatten(0, 1).index_select(0, wanted.flatten().nonzero().squeeze(1))
+def _rows(hidden: Tensor, rows: list[Tensor]) -> Tensor:
+    """The given rows of `hidden` (S, D), one sample's after the other's: (P, D)."""
+    # index_select, not hidden[rows]: its backward is far faster on CPU.
+    return hidden.index_select(0, torch.cat(rows).to(hidden.device))
