@@ -107,9 +107,9 @@ class PreTrainingObjective:
         """The standardised patches j >= M in (sample, patch) order: (P, 588)."""
         images, size = batch["pixel_values"], self.patch_size
         if not isinstance(images, Tensor):
-            prefixes = batch["prefix_length"].tolist()
-            pairs = zip(images, prefixes, strict=True)
-            return standardise(torch.cat([patchify(x[None].float(), size)[0, m:] for x, m in pairs]))
+            pairs = zip(images, batch["prefix_length"].tolist(), strict=True)
+            scored = [patchify(image[None].float(), size)[0, m:] for image, m in pairs]
+            return standardise(torch.cat(scored))
         patches = patchify(images.float(), size)  # (B, I, 588)
         positions = torch.arange(patches.shape[1], device=patches.device)
         return standardise(patches[positions >= batch["prefix_length"][:, None]])

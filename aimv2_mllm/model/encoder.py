@@ -11,10 +11,12 @@ width, h heads.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from .packed import Packing, prefix_mask
 
@@ -93,6 +95,29 @@ def sincos_positions(
         return table.to(device=device, dtype=dtype)
 
 
+class _Normalise(torch.autograd.Function):
+    """RMSNorm with its gradient written out: autograd would copy twice as much, and keep it all."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        full = x.float()
+        scale = torch.rsqrt((full * full).mean(-1, keepdim=True) + eps)  # (..., 1)
+        ctx.save_for_backward(x, weight, scale)
+        return (full * scale).to(x.dtype) * weight
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, scale = ctx.saved_tensors
+        gradient, width = gradient.float(), x.shape[-1]
+        scaled = x.float() * scale
+        products = (gradient * scaled).reshape(-1, width)
+        # What an element loses because the root mean square grows with it.
+        shared = torch.mv(products, weight.float()).view(scale.shape) / -width
+        back = (gradient * weight).addcmul_(scaled, shared).mul_(scale)
+        return back.to(x.dtype), products.sum(0).to(weight.dtype), None
+
+
 class RMSNorm(nn.Module):
     """`x / rms(x) * weight` over the last axis, with the root mean square taken in float32."""
 
@@ -102,10 +127,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        # x * x, not x.pow(2) and not F.rms_norm: measured the fastest on CPU, and in any torch.
-        full = x.float()
-        scaled = full * torch.rsqrt((full * full).mean(-1, keepdim=True) + self.eps)
-        return self.weight * scaled.to(x.dtype)
+        normalised: Tensor = _Normalise.apply(x, self.weight, self.eps)
+        return normalised
 
 
 # What a query may look at: True in (B, 1, N, N); its own sample of (S, D); or everything.
@@ -151,7 +174,7 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """A pre-norm block, (B, N, D) to (B, N, D): the encoder's and the pre-training decoder's.
 
-    Under a `Packing` the shapes are (S, D).
+    Under a `Packing` the shapes are (S, D), and with `rows` (P,) only these come back: (P, D).
     """
 
     def __init__(self, width: int, hidden: int, num_heads: int, eps: float) -> None:
@@ -161,8 +184,17 @@ class Block(nn.Module):
         self.norm_2 = RMSNorm(width, eps)
         self.mlp = SwiGLU(width, hidden)
 
-    def forward(self, x: Tensor, mask: Mask = None, is_causal: bool = False) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        mask: Mask = None,
+        is_causal: bool = False,
+        rows: Tensor | None = None,
+    ) -> Tensor:
         x = x + self.attn(self.norm_1(x), mask, is_causal)
+        if rows is not None:
+            # index_select, not x[rows]: its backward is far faster on CPU.
+            x = x.index_select(0, rows)
         refined: Tensor = self.mlp(self.norm_2(x))
         return x + refined
 

@@ -83,7 +83,8 @@ class Packing:
             return [None] * len(self.runs)
         prefix = torch.tensor(self.prefix_lengths, device=device)
         parts = prefix.split([count for _, count in self.runs])
-        return [prefix_mask(part, length) for part, (length, _) in zip(parts, self.runs)]
+        lengths = [length for length, _ in self.runs]
+        return [prefix_mask(part, length) for part, length in zip(parts, lengths, strict=True)]
 
     def attend_by_variable_lengths(self, qkv: Tensor) -> Tensor:
         """As `attend`, by torch's flash attention for variable lengths."""

@@ -3,12 +3,13 @@
 Paper: arXiv 2411.14402, sections 3.1 and 3.2. Owns the decoder and its two heads; losses are the
 objective's.
 
-Letters in shapes: B samples, I patches, T caption tokens, S tokens of all samples, D decoder width, V
-words, P and Q scored rows.
+Letters in shapes: B samples, I patches, T caption tokens, S tokens of all samples, D decoder width,
+V words, P and Q scored rows.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -110,86 +111,83 @@ class AIMv2ForPreTraining(nn.Module):
         t <= caption_length. Raises ValueError on lengths out of range, on captions that are too
         long, and on images of different sizes without `scored_only`.
         """
-        num_patches = self._num_patches(pixel_values, scored_only)
+        area = self.encoder.config.patch_size**2
+        num_patches = [image.shape[-2] * image.shape[-1] // area for image in pixel_values]
         prefixes, num_words = prefix_length.tolist(), caption_length.tolist()
-        self._check(num_patches, prefixes, caption_ids, num_words)
-        num_texts = [(n if scored_only else caption_ids.shape[1]) + 1 for n in num_words]
+        self._check(num_patches, prefixes, num_words, caption_ids.shape[1])
+        if scored_only:
+            num_texts = [1 + length for length in num_words]
+            # Position i predicts patch i + 1, scored from patch M on; the last patch predicts none.
+            spans = [(m - 1, i - 1) for m, i in zip(prefixes, num_patches, strict=True)]
+        else:
+            num_texts = [1 + caption_ids.shape[1]] * len(num_words)
+            spans = [(0, i) for i in num_patches]
+            if len(set(num_patches)) > 1:
+                raise ValueError("images of different sizes need scored_only=True")
         if isinstance(pixel_values, Tensor):
             features = self.encoder(pixel_values, prefix_length).flatten(0, 1)
         else:
             features = torch.cat(self.encoder.encode_images(pixel_values, prefixes))
         patches = self.projection(features).split(num_patches)  # B of (I, D)
         texts = self._embed(caption_ids, caption_length, num_texts)  # B of (1 + T, D)
-        lengths = [i + t for i, t in zip(num_patches, num_texts, strict=True)]
+        image, text = self._decode(patches, texts, spans)  # (P, D) and (Q, D)
+        predictions = Predictions(self.patch_head(image), self.word_head(text))
+        if scored_only:
+            return predictions
+        return Predictions(*(rows.unflatten(0, (len(spans), -1)) for rows in predictions))
+
+    def _decode(
+        self, patches: Sequence[Tensor], texts: Sequence[Tensor], spans: list[tuple[int, int]]
+    ) -> tuple[Tensor, Tensor]:
+        """What the heads read, in (sample, position) order: (P, D) and (Q, D).
+
+        `patches` are B of (I, D) and `texts` B of (1 + T, D); of the patches' positions only those
+        in the half-open `spans` come back.
+        """
+        lengths = [len(image) + len(text) for image, text in zip(patches, texts, strict=True)]
         # Samples of equal length lie side by side, and so share a product in attention.
         order = sorted(range(len(lengths)), key=lengths.__getitem__)
         hidden = torch.cat([part for i in order for part in (patches[i], texts[i])])  # (S, D)
+        starts = dict(zip(order, accumulate((lengths[i] for i in order), initial=0), strict=False))
+        image_rows = [torch.arange(*span) + starts[i] for i, span in enumerate(spans)]
+        # Position I + t predicts caption token t, or the end token at t = caption_length.
+        text_rows = [
+            torch.arange(len(patches[i]), lengths[i]) + starts[i] for i in range(len(lengths))
+        ]
+        rows = torch.cat([*image_rows, *text_rows]).to(hidden.device)
         packing = Packing([lengths[i] for i in order], is_causal=True)
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             hidden = block(hidden, packing)
-        image_rows, text_rows, start = {}, {}, 0
-        for i in order:
-            # Position i predicts patch i + 1, scored from patch M on; the last patch predicts none.
-            first, end = (prefixes[i] - 1, num_patches[i] - 1) if scored_only else (0, num_patches[i])
-            image_rows[i] = torch.arange(start + first, start + end)
-            # Position I + t predicts caption token t, or the end token at t = caption_length.
-            text_rows[i] = torch.arange(start + num_patches[i], start + lengths[i])
-            start += lengths[i]
-        image = _rows(hidden, [image_rows[i] for i in range(len(order))])  # (P, D)
-        text = _rows(hidden, [text_rows[i] for i in range(len(order))])  # (Q, D)
-        predictions = Predictions(self.patch_head(self.norm(image)), self.word_head(self.norm(text)))
-        if scored_only:
-            return predictions
-        return Predictions(*(rows.unflatten(0, (len(order), -1)) for rows in predictions))
+        # Other rows have had their say once the last block has attended to them.
+        hidden = self.norm(self.blocks[-1](hidden, packing, rows=rows))
+        image, text = hidden.split([sum(map(len, image_rows)), sum(map(len, text_rows))])
+        return image, text
 
     def _embed(
         self, caption_ids: Tensor, caption_length: Tensor, num_texts: list[int]
     ) -> tuple[Tensor, ...]:
         """[start] w1 … of each sample with the text positions added, cut to `num_texts` rows."""
-        places = torch.cat([torch.arange(n) for n in num_texts]).to(caption_ids.device)  # (Q,)
-        samples = torch.arange(len(num_texts)).repeat_interleave(torch.tensor(num_texts))
-        samples = samples.to(caption_ids.device)
-        ids = F.pad(caption_ids, (1, 0))[samples, places]  # (Q,), anything in place of the start
+        samples = [torch.full((n,), i) for i, n in enumerate(num_texts)]
+        sample = torch.cat(samples).to(caption_ids.device)  # (Q,)
+        place = torch.cat([torch.arange(n) for n in num_texts]).to(caption_ids.device)  # (Q,)
+        ids = F.pad(caption_ids, (1, 0))[sample, place]  # (Q,), anything in place of the start
         # Padding may be anything, -100 too. Causality keeps it from what stands before it.
-        ids = ids.masked_fill(places > caption_length[samples], 0)
-        words = self.text_embedding(ids)
-        tokens = torch.where((places == 0)[:, None], self.start, words)  # (Q, D)
-        return (tokens + F.embedding(places, self.text_positions)).split(num_texts)
-
-    def _num_patches(
-        self, pixel_values: Tensor | Sequence[Tensor], scored_only: bool
-    ) -> list[int]:
-        """The number of patches of each image."""
-        area = self.encoder.config.patch_size**2
-        num_patches = [image.shape[-2] * image.shape[-1] // area for image in pixel_values]
-        if not scored_only and len(set(num_patches)) > 1:
-            raise ValueError("images of different sizes need scored_only=True")
-        return num_patches
+        words = self.text_embedding(ids.masked_fill(place > caption_length[sample], 0))
+        tokens = torch.where((place == 0)[:, None], self.start, words)  # (Q, D)
+        return (tokens + F.embedding(place, self.text_positions)).split(num_texts)
 
     def _check(
-        self,
-        num_patches: list[int],
-        prefixes: list[int],
-        caption_ids: Tensor,
-        num_words: list[int],
+        self, num_patches: list[int], prefixes: list[int], num_words: list[int], num_tokens: int
     ) -> None:
-        num_tokens, most = caption_ids.shape[1], self.decoder_config.max_text_tokens
+        most = self.decoder_config.max_text_tokens
         if num_tokens > most:
             raise ValueError(
                 f"captions of {num_tokens} tokens do not fit max_text_tokens {most}: cut them"
             )
-        for name, lengths, low, high in (
-            ("prefix_length", prefixes, 1, min(num_patches)),
-            ("caption_length", num_words, 0, num_tokens),
+        for name, lengths, low, highs in (
+            ("prefix_length", prefixes, 1, num_patches),
+            ("caption_length", num_words, 0, [num_tokens] * len(num_words)),
         ):
-            if min(lengths) < low or max(lengths) > high:
-                raise ValueError(
-                    f"{name} must lie in {low}..{high}, and goes from {min(lengths)} to "
-                    f"{max(lengths)}"
-                )
-
-
-def _rows(hidden: Tensor, rows: list[Tensor]) -> Tensor:
-    """The given rows of `hidden` (S, D), one sample's after the other's: (P, D)."""
-    # index_select, not hidden[rows]: its backward is far faster on CPU.
-    return hidden.index_select(0, torch.cat(rows).to(hidden.device))
+            for length, high in zip(lengths, highs, strict=True):
+                if not low <= length <= high:
+                    raise ValueError(f"{name} must lie in {low}..{high}, and is {length}")
