@@ -45,16 +45,16 @@ def test_the_aspect_ratio_is_kept_as_far_as_whole_patches_allow() -> None:
     generator = np.random.default_rng(2)
     for _ in range(3_000):
         ratio, area = 2 ** generator.uniform(-2, 2), draw_area(generator)
-        rows, columns = grid(round(10_000 * ratio), 10_000, area)
-        # The short side is off by half a patch at most, the long one then fills the area.
-        off = abs(math.log2(rows / columns / ratio))
-        assert off < 1.6 / min(rows, columns), (ratio, area, rows, columns)
-        assert rows * columns > area * (1 - 1.6 / min(rows, columns)), (ratio, area)
+        if area >= 200:  # below, the least number of patches may stretch an image
+            rows, columns = grid(round(10_000 * ratio), 10_000, area)
+            short, long = sorted([rows, columns])
+            assert abs(math.log(rows / columns / ratio)) < 1.05 / long, (ratio, area)
+            assert rows * columns > area * (1 - 2.3 / short), (ratio, area)
 
 
 def test_turning_an_image_turns_its_grid() -> None:
-    assert grid(480, 640, 1024) == (28, 36)
-    assert grid(640, 480, 1024) == (36, 28)
+    assert grid(480, 640, 1024) == (27, 36)
+    assert grid(640, 480, 1024) == (36, 27)
     assert grid(224, 224, 256) == (16, 16)
 
 

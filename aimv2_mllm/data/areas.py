@@ -39,9 +39,9 @@ def batch_size(area: int, patches_per_batch: int) -> int:
 def grid(height: int, width: int, area: int) -> tuple[int, int]:
     """The (rows, columns) of patches to resize an image of `height` x `width` pixels to.
 
-    There are 112 to `area` of them, nearly `area`, in the image's aspect ratio as far as whole
-    patches allow; an image longer than it has patches for becomes a row or column of them. Small
-    images grow. In pixels the image becomes 14 times as high and as wide. Raises ValueError on an
+    There are 112 to `area` of them, in the image's aspect ratio as far as whole patches allow: the
+    short side is rounded down, and the long one then to the nearest. An image longer than it has
+    patches for becomes a row or column of them. Small images grow. In pixels the image becomes 14 times as high and as wide. Raises ValueError on an
     image without pixels and on an area outside 128..4096.
     """
     if height < 1 or width < 1:
@@ -49,7 +49,6 @@ def grid(height: int, width: int, area: int) -> tuple[int, int]:
     if not 2**LEAST <= area <= MAX_PATCHES:
         raise ValueError(f"area must lie in {2**LEAST}..{MAX_PATCHES} patches, and is {area}")
     ratio = max(height, width) / min(height, width)
-    short = max(1, round(math.sqrt(area / ratio)))
-    # Rounding the short side first bounds the error: the long one can be met more closely.
+    short = max(1, math.isqrt(int(area / ratio)))
     long = min(max(round(short * ratio), math.ceil(MIN_PATCHES / short)), area // short)
     return (short, long) if height <= width else (long, short)
