@@ -41,8 +41,9 @@ def grid(height: int, width: int, area: int) -> tuple[int, int]:
 
     There are 112 to `area` of them, in the image's aspect ratio as far as whole patches allow: the
     short side is rounded down, and the long one then to the nearest. An image longer than it has
-    patches for becomes a row or column of them. Small images grow. In pixels the image becomes 14 times as high and as wide. Raises ValueError on an
-    image without pixels and on an area outside 128..4096.
+    patches for becomes a row or column of them. Small images grow. In pixels the image becomes 14
+    times as high and as wide. Raises ValueError on an image without pixels and on an area outside
+    128..4096.
     """
     if height < 1 or width < 1:
         raise ValueError(f"an image of {height} x {width} pixels cannot be resized")

@@ -323,7 +323,7 @@ class AIMv2Encoder(nn.Module):
         """The features (N, D) of each image (C, H, W), as `forward` gives them one by one.
 
         The images may differ in size; they are encoded together, without padding. `prefix_lengths`
-        has one number for each image. Raises ValueError on a size the encoder cannot take.
+        has one number for each image. Raises ValueError on what the encoder cannot take.
         """
         if not images:
             return []
@@ -331,6 +331,8 @@ class AIMv2Encoder(nn.Module):
             self._check(image[None])
         area = self.config.patch_size**2
         num_patches = [image.shape[-2] * image.shape[-1] // area for image in images]
+        if prefix_lengths is not None:
+            _check_prefixes(prefix_lengths, num_patches)
         # Images of equal length lie side by side, and so share a product in attention.
         order = sorted(range(len(images)), key=num_patches.__getitem__)
         lengths = [num_patches[i] for i in order]
@@ -358,6 +360,14 @@ class AIMv2Encoder(nn.Module):
                 f"pixels, and the image has {shape[2]} x {shape[3]}: resize the image, or use an "
                 "encoder with native=True"
             )
+
+
+def _check_prefixes(prefix_lengths: Sequence[int], num_patches: list[int]) -> None:
+    if len(prefix_lengths) != len(num_patches):
+        raise ValueError(f"{len(prefix_lengths)} prefix_lengths for {len(num_patches)} images")
+    for length, most in zip(prefix_lengths, num_patches, strict=True):
+        if not 1 <= length <= most:
+            raise ValueError(f"prefix_lengths must lie in 1..{most}, and one is {length}")
 
 
 # The released encoders (paper, table 1, and the hub), whose heads are 128 wide; nano is ours.
