@@ -22,7 +22,16 @@ UNSUPERVISED = -100  # the label of a token that is not to be learned, as in tra
 class PreTrainingBatch(TypedDict):
     """Images with captions; `caption_ids` is padded with anything, `prefix_length` in 1..I-1."""
 
-    pixel_values: Tensor | Sequence[Tensor]  # (B, 3, H, W), or B images (3, H, W) of any sizes
+    pixel_values: Tensor  # (B, 3, H, W)
+    prefix_length: Tensor  # (B,) int64
+    caption_ids: Tensor  # (B, T) int64
+    caption_length: Tensor  # (B,) int64
+
+
+class MixedSizesBatch(TypedDict):
+    """As `PreTrainingBatch`, with images of different sizes."""
+
+    pixel_values: Sequence[Tensor]  # B of (3, H, W)
     prefix_length: Tensor  # (B,) int64
     caption_ids: Tensor  # (B, T) int64
     caption_length: Tensor  # (B,) int64
@@ -82,7 +91,7 @@ class PreTrainingObjective:
     end_token_id: int
     alpha: float = 0.4
 
-    def targets(self, batch: PreTrainingBatch) -> dict[str, int]:
+    def targets(self, batch: PreTrainingBatch | MixedSizesBatch) -> dict[str, int]:
         """What this batch scores: how many patches outside prefixes, caption and end tokens."""
         areas = [image.shape[-2] * image.shape[-1] for image in batch["pixel_values"]]
         num_patches = torch.tensor(areas) // self.patch_size**2  # (B,)
@@ -92,7 +101,9 @@ class PreTrainingObjective:
             "text": int((batch["caption_length"] + 1).sum()),
         }
 
-    def __call__(self, model: nn.Module, batch: PreTrainingBatch, totals: dict[str, int]) -> Loss:
+    def __call__(
+        self, model: nn.Module, batch: PreTrainingBatch | MixedSizesBatch, totals: dict[str, int]
+    ) -> Loss:
         """This micro-batch's share of the loss; `totals` are the whole step's `targets`, added."""
         patches, words = model(**batch, scored_only=True)
         image_targets = self._patch_targets(batch)  # (P, 588)
@@ -103,7 +114,7 @@ class PreTrainingObjective:
         text = text / max(totals["text"], 1)
         return Loss(text + self.alpha * image, image, text)
 
-    def _patch_targets(self, batch: PreTrainingBatch) -> Tensor:
+    def _patch_targets(self, batch: PreTrainingBatch | MixedSizesBatch) -> Tensor:
         """The standardised patches j >= M in (sample, patch) order: (P, 588)."""
         images, size = batch["pixel_values"], self.patch_size
         if not isinstance(images, Tensor):
@@ -114,7 +125,7 @@ class PreTrainingObjective:
         positions = torch.arange(patches.shape[1], device=patches.device)
         return standardise(patches[positions >= batch["prefix_length"][:, None]])
 
-    def _word_targets(self, batch: PreTrainingBatch) -> Tensor:
+    def _word_targets(self, batch: PreTrainingBatch | MixedSizesBatch) -> Tensor:
         """w1 … wT [end] of each sample, one after the other: (Q,)."""
         ids, length = batch["caption_ids"], batch["caption_length"][:, None]
         # By length, never by padding id: a tokenizer may pad with its end token.

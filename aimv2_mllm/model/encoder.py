@@ -127,7 +127,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        normalised: Tensor = _Normalise.apply(x, self.weight, self.eps)
+        normalised: Tensor = _Normalise.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
         return normalised
 
 
@@ -145,7 +145,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width, bias=False)
 
     def forward(self, x: Tensor, mask: Mask = None, is_causal: bool = False) -> Tensor:
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, N, 3, h, D / h)
+        qkv = self.qkv(x).view(*x.shape[:-1], 3, self.num_heads, -1)  # (B, N, 3, h, D / h)
         if isinstance(mask, Packing):  # x is (S, D)
             mixed = mask.attend(qkv)  # (S, h, D / h)
         else:
@@ -338,7 +338,7 @@ class AIMv2Encoder(nn.Module):
         lengths = [num_patches[i] for i in order]
         prefixes = None if prefix_lengths is None else [int(prefix_lengths[i]) for i in order]
         tokens = self.preprocessor.pack([images[i] for i in order])  # (S, D)
-        features = self.trunk(tokens, Packing(lengths, prefixes)).split(lengths)
+        features = torch.split(self.trunk(tokens, Packing(lengths, prefixes)), lengths)
         by_place = dict(zip(order, features, strict=True))
         return [by_place[i] for i in range(len(images))]
 

@@ -67,10 +67,10 @@ class Packing:
         if self._masks is None:
             self._masks = self._run_masks(qkv.device)
         mixed = []
-        rows = qkv.split([length * count for length, count in self.runs])
+        rows = torch.split(qkv, [length * count for length, count in self.runs])
         for part, (length, count), mask in zip(rows, self.runs, self._masks, strict=True):
             query, key, value = (
-                x.unflatten(0, (count, length)).transpose(1, 2) for x in part.unbind(1)
+                x.view(count, length, *x.shape[1:]).transpose(1, 2) for x in part.unbind(1)
             )  # 3 of (count, h, N, d), views
             out = F.scaled_dot_product_attention(
                 query, key, value, attn_mask=mask, is_causal=self.is_causal
@@ -82,7 +82,7 @@ class Packing:
         if self.prefix_lengths is None:
             return [None] * len(self.runs)
         prefix = torch.tensor(self.prefix_lengths, device=device)
-        parts = prefix.split([count for _, count in self.runs])
+        parts = torch.split(prefix, [count for _, count in self.runs])
         lengths = [length for length, _ in self.runs]
         return [prefix_mask(part, length) for part, length in zip(parts, lengths, strict=True)]
 
@@ -101,7 +101,7 @@ class Packing:
         ).nonzero()  # (prefix tokens, 1)
         outside = torch.ones(len(qkv), dtype=torch.bool).index_fill_(0, inside[:, 0], False)
         rows = torch.cat([inside, outside.nonzero()])[:, 0].to(qkv.device)
-        first, last = query.index_select(0, rows).split([sum(prefix), sum(rest)])
+        first, last = torch.split(query.index_select(0, rows), [sum(prefix), sum(rest)])
         own = [x.index_select(0, rows[: sum(prefix)]) for x in (key, value)]
         mixed = torch.cat(
             [
@@ -128,9 +128,10 @@ def _flash(
         for lengths in (query_lengths, key_lengths)
     ]
     window = (-1, 0 if is_causal else -1)
-    mixed: Tensor = varlen_attn(
+    mixed = varlen_attn(
         query.contiguous(), key.contiguous(), value.contiguous(),
         starts[0], starts[1], max(query_lengths), max(key_lengths),
         window_size=window,
     )  # fmt: skip
+    assert isinstance(mixed, Tensor)  # and no log-sum-exp beside it
     return mixed

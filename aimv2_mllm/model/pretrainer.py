@@ -128,13 +128,13 @@ class AIMv2ForPreTraining(nn.Module):
             features = self.encoder(pixel_values, prefix_length).flatten(0, 1)
         else:
             features = torch.cat(self.encoder.encode_images(pixel_values, prefixes))
-        patches = self.projection(features).split(num_patches)  # B of (I, D)
+        patches = torch.split(self.projection(features), num_patches)  # B of (I, D)
         texts = self._embed(caption_ids, caption_length, num_texts)  # B of (1 + T, D)
         image, text = self._decode(patches, texts, spans)  # (P, D) and (Q, D)
         predictions = Predictions(self.patch_head(image), self.word_head(text))
         if scored_only:
             return predictions
-        return Predictions(*(rows.unflatten(0, (len(spans), -1)) for rows in predictions))
+        return Predictions(*(x.view(len(spans), -1, x.shape[-1]) for x in predictions))
 
     def _decode(
         self, patches: Sequence[Tensor], texts: Sequence[Tensor], spans: list[tuple[int, int]]
@@ -160,7 +160,8 @@ class AIMv2ForPreTraining(nn.Module):
             hidden = block(hidden, packing)
         # Other rows have had their say once the last block has attended to them.
         hidden = self.norm(self.blocks[-1](hidden, packing, rows=rows))
-        image, text = hidden.split([sum(map(len, image_rows)), sum(map(len, text_rows))])
+        sizes = [sum(map(len, image_rows)), sum(map(len, text_rows))]
+        image, text = torch.split(hidden, sizes)
         return image, text
 
     def _embed(
@@ -174,7 +175,7 @@ class AIMv2ForPreTraining(nn.Module):
         # Padding may be anything, -100 too. Causality keeps it from what stands before it.
         words = self.text_embedding(ids.masked_fill(place > caption_length[sample], 0))
         tokens = torch.where((place == 0)[:, None], self.start, words)  # (Q, D)
-        return (tokens + F.embedding(place, self.text_positions)).split(num_texts)
+        return torch.split(tokens + F.embedding(place, self.text_positions), num_texts)
 
     def _check(
         self, num_patches: list[int], prefixes: list[int], num_words: list[int], num_tokens: int
