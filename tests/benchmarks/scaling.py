@@ -1,6 +1,6 @@
 """Print how time and memory of a pre-training step grow with batch, image size and captions.
 
-    python tests/benchmarks/scaling.py --size base                  # about 10 minutes on 2 CPU cores
+    python tests/benchmarks/scaling.py --size base          # about 10 minutes on 2 CPU cores
     python tests/benchmarks/scaling.py --size large --device cuda --batches 32,64,128,256
 
 Each row is a process of its own (`pretrain_step.py`, our side): the least of its counted steps, its
