@@ -8,6 +8,7 @@ and the gradient of the whole batch.
 Letters in shapes: B samples, I patches, T caption tokens, L conversation tokens, V words.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
@@ -22,6 +23,15 @@ class PreTrainingBatch(TypedDict):
     """Images with captions; `caption_ids` is padded with anything, `prefix_length` in 1..I-1."""
 
     pixel_values: Tensor  # (B, 3, H, W)
+    prefix_length: Tensor  # (B,) int64
+    caption_ids: Tensor  # (B, T) int64
+    caption_length: Tensor  # (B,) int64
+
+
+class MixedSizesBatch(TypedDict):
+    """As `PreTrainingBatch`, with images of different sizes."""
+
+    pixel_values: Sequence[Tensor]  # B of (3, H, W)
     prefix_length: Tensor  # (B,) int64
     caption_ids: Tensor  # (B, T) int64
     caption_length: Tensor  # (B,) int64
@@ -81,16 +91,19 @@ class PreTrainingObjective:
     end_token_id: int
     alpha: float = 0.4
 
-    def targets(self, batch: PreTrainingBatch) -> dict[str, int]:
+    def targets(self, batch: PreTrainingBatch | MixedSizesBatch) -> dict[str, int]:
         """What this batch scores: how many patches outside prefixes, caption and end tokens."""
-        height, width = batch["pixel_values"].shape[-2:]
-        num_patches = (height // self.patch_size) * (width // self.patch_size)
+        areas = [image.shape[-2] * image.shape[-1] for image in batch["pixel_values"]]
+        num_patches = torch.tensor(areas) // self.patch_size**2  # (B,)
+        scored = num_patches - batch["prefix_length"].cpu()
         return {
-            "image": int((num_patches - batch["prefix_length"]).clamp(min=0).sum()),
+            "image": int(scored.clamp(min=0).sum()),
             "text": int((batch["caption_length"] + 1).sum()),
         }
 
-    def __call__(self, model: nn.Module, batch: PreTrainingBatch, totals: dict[str, int]) -> Loss:
+    def __call__(
+        self, model: nn.Module, batch: PreTrainingBatch | MixedSizesBatch, totals: dict[str, int]
+    ) -> Loss:
         """This micro-batch's share of the loss; `totals` are the whole step's `targets`, added."""
         patches, words = model(**batch, scored_only=True)
         image_targets = self._patch_targets(batch)  # (P, 588)
@@ -101,13 +114,18 @@ class PreTrainingObjective:
         text = text / max(totals["text"], 1)
         return Loss(text + self.alpha * image, image, text)
 
-    def _patch_targets(self, batch: PreTrainingBatch) -> Tensor:
+    def _patch_targets(self, batch: PreTrainingBatch | MixedSizesBatch) -> Tensor:
         """The standardised patches j >= M in (sample, patch) order: (P, 588)."""
-        patches = patchify(batch["pixel_values"].float(), self.patch_size)  # (B, I, 588)
+        images, size = batch["pixel_values"], self.patch_size
+        if not isinstance(images, Tensor):
+            pairs = zip(images, batch["prefix_length"].tolist(), strict=True)
+            scored = [patchify(image[None].float(), size)[0, m:] for image, m in pairs]
+            return standardise(torch.cat(scored))
+        patches = patchify(images.float(), size)  # (B, I, 588)
         positions = torch.arange(patches.shape[1], device=patches.device)
         return standardise(patches[positions >= batch["prefix_length"][:, None]])
 
-    def _word_targets(self, batch: PreTrainingBatch) -> Tensor:
+    def _word_targets(self, batch: PreTrainingBatch | MixedSizesBatch) -> Tensor:
         """w1 … wT [end] of each sample, one after the other: (Q,)."""
         ids, length = batch["caption_ids"], batch["caption_length"][:, None]
         # By length, never by padding id: a tokenizer may pad with its end token.
