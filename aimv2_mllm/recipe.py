@@ -166,6 +166,30 @@ class DecoderChoice(_Attention):
     max_text_tokens: Count = Field(default=77, description="longest caption, tokens")
 
 
+class StartChoice(_Section):
+    """The weights to go on from; what is not named starts from random ones.
+
+    Sizes must be those of the stage. Learned positions are resized where image_size differs.
+    """
+
+    encoder: Text | None = Field(
+        default=None, description="an earlier pretrain stage, a folder or a hub id"
+    )
+    decoder: Text | None = Field(
+        default=None, description="an earlier pretrain stage, or the folder of its result"
+    )
+
+
+class TextTowerChoice(_Attention):
+    """The text tower of LiT; defaults as the released one."""
+
+    hidden_size: Count = Field(default=768, description="width, channels")
+    intermediate_size: Count = Field(default=2048, description="width inside SwiGLU, channels")
+    num_hidden_layers: Count = Field(default=12, description="depth, blocks")
+    num_attention_heads: Count = Field(default=6, description="heads, a divisor of hidden_size")
+    max_position_embeddings: int = Field(default=77, ge=2, description="longest caption, tokens")
+
+
 class LanguageChoice(_Attention):
     """A Llama, by its sizes."""
 
@@ -219,8 +243,49 @@ class PretrainStage(_Stage):
     encoder: EncoderChoice = Field(description="the encoder to pre-train")
     decoder: DecoderChoice = Field(default=DecoderChoice(), description="used here only")
     tokenizer: Text = Field(description="tiny_llm, an earlier language stage, a folder or a hub id")
-    alpha: Number = Field(default=0.4, ge=0, description="weight of the image loss")
+    start: StartChoice = Field(default=StartChoice(), description="the weights to go on from")
+    alpha: Number = Field(
+        default=0.4, ge=0, description="weight of the image loss; 0: captions alone"
+    )
+    text_weight: Number = Field(
+        default=1.0, ge=0, description="weight of the caption loss; 0: pictures alone, as in AIM"
+    )
+    prefix: Literal["uniform", "full"] = Field(
+        default="uniform",
+        description="length of the visible prefix; full: bidirectional attention, for alpha 0",
+    )
     train: TrainConfig = Field(description="how it is optimised")
+
+    @field_validator("text_weight")
+    @classmethod
+    def _something_is_learned(cls, value: float, info: ValidationInfo) -> float:
+        if value == 0 and info.data.get("alpha") == 0:
+            raise ValueError("must be above 0 where alpha is 0: nothing would be learned")
+        return value
+
+    @field_validator("prefix")
+    @classmethod
+    def _no_patch_is_scored_that_was_seen(cls, value: str, info: ValidationInfo) -> str:
+        if value == "full" and info.data.get("alpha"):
+            raise ValueError(
+                "must be uniform where alpha is above 0: full hides no patch to predict"
+            )
+        return value
+
+
+class LitStage(_Stage):
+    """Trains a text tower and a pooling head beside a frozen encoder (LiT), for zero-shot use."""
+
+    PARTS = ("head", "text")
+    kind: Literal["lit"] = Field(default="lit", description="the kind of the stage")
+    tower: Text = Field(description="an earlier pretrain stage, a folder or a hub id")
+    text: TextTowerChoice = Field(default=TextTowerChoice(), description="the text tower")
+    projection_dim: Count = Field(default=768, description="width of the joint space, channels")
+    tokenizer: Text = Field(description="tiny_llm, an earlier language stage, a folder or a hub id")
+    data: CaptionData = Field(default=CaptionData(), description="the samples")
+    train: TrainConfig = Field(
+        description="how it is optimised; contrasts are within a micro-batch"
+    )
 
 
 class AlignStage(_Stage):
@@ -267,16 +332,22 @@ class EvaluationConfig(_Section):
     seed: Seed = Field(default=0, description="seed of the questions")
 
 
-Stage = PretrainStage | AlignStage | TuneStage | LanguageStage
+Stage = PretrainStage | LitStage | AlignStage | TuneStage | LanguageStage
 STAGES: dict[str, type[Stage]] = {
     "pretrain": PretrainStage,
+    "lit": LitStage,
     "align": AlignStage,
     "tune": TuneStage,
     "language": LanguageStage,
 }
 # kind of a stage -> its keys that name an earlier stage -> the kind which that stage must have
 REFERENCES = {
-    "pretrain": {"tokenizer": "language"},
+    "pretrain": {
+        "tokenizer": "language",
+        "start.encoder": "pretrain",
+        "start.decoder": "pretrain",
+    },
+    "lit": {"tower": "pretrain", "tokenizer": "language"},
     "align": {"tower": "pretrain", "llm": "language"},
     "tune": {"start": "align"},
 }
@@ -351,19 +422,20 @@ def reference_mistakes(stages: Any) -> Iterator[Mistake]:
     for name, stage in stages.items() if isinstance(stages, dict) else ():
         kind = stage.get("kind") if isinstance(stage, dict) else None
         for key, wanted in REFERENCES.get(kind if isinstance(kind, str) else "", {}).items():
-            said = stage.get(key)
+            said: Any = stage
+            for part in key.split("."):
+                said = said.get(part) if isinstance(said, dict) else None
             names = [other for other, its_kind in earlier.items() if its_kind == wanted]
             if not isinstance(said, str) or said in names:
                 continue
-            # a word is a stage, for an llm also a hub id; a tower with a / is a folder
-            if (key in ("llm", "tokenizer") and said not in stages) or (
-                key == "tower" and "/" in said
-            ):
+            # a word is a stage, for an llm also a hub id; with a / it is a folder or a hub id
+            weights = key in ("tower", "start.encoder", "start.decoder")
+            if (key in ("llm", "tokenizer") and said not in stages) or (weights and "/" in said):
                 continue
-            folder = "; a folder is written with a /, as in ./NAME" if key == "tower" else ""
+            folder = "; a folder is written with a /, as in ./NAME" if weights else ""
             known = f"there {'are' if names else 'is'} {', '.join(names) or 'none'}"
             text = f"is {show(said)}, must be an earlier {wanted} stage: {known}"
-            yield ("stages", name, key), f"{text}{folder}{nearest(said, names)}"
+            yield ("stages", name, *key.split(".")), f"{text}{folder}{nearest(said, names)}"
         earlier[name] = kind
 
 
