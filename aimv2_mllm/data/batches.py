@@ -141,8 +141,10 @@ def encode_captions(
     captions: list[str], tokenizer: Any, max_text_tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Captions as ids (B, T) and lengths (B,), cut at `max_text_tokens` and padded with zeros."""
-    # The leading space makes a first word the token that it is elsewhere.
-    rows = [ids[:max_text_tokens] for ids in tokenizer([f" {text}" for text in captions]).input_ids]
+    # The leading space makes a first word the token that it is elsewhere; a caption that says
+    # <|end|> means these letters.
+    encoded = tokenizer([f" {text}" for text in captions], split_special_tokens=True, verbose=False)
+    rows = [ids[:max_text_tokens] for ids in encoded.input_ids]
     padded = np.zeros((len(rows), max(map(len, rows))), dtype=np.int64)
     for row, ids in enumerate(rows):
         padded[row, : len(ids)] = ids

@@ -32,7 +32,8 @@ def photographs(count: int) -> list[bytes]:
         for side in (4, 16, 64, 256, 1024):
             coarse = random.normal(0, 1, (side * 3 // 4, side, 3)).astype(np.float32)
             layers = [
-                np.asarray(Image.fromarray(coarse[..., c]).resize((WIDTH, HEIGHT))) for c in range(3)
+                np.asarray(Image.fromarray(coarse[..., c]).resize((WIDTH, HEIGHT)))
+                for c in range(3)
             ]
             picture += np.stack(layers, axis=-1) * (40 / side**0.3)
         buffer = io.BytesIO()
@@ -52,7 +53,9 @@ def plainly(content: bytes, size: int, choose: Callable[[int, int], Box]) -> np.
 
 
 def measure(
-    way: Callable[[bytes, int, Callable[[int, int], Box]], np.ndarray], files: list[bytes], size: int
+    way: Callable[[bytes, int, Callable[[int, int], Box]], np.ndarray],
+    files: list[bytes],
+    size: int,
 ) -> float:
     """Seconds for all `files`, a random crop of each."""
     begun = time.perf_counter()
@@ -80,7 +83,7 @@ def main() -> int:
             times["ours"].append(measure(decode, files, size))
         plain, ours = (len(files) / median(times[way]) for way in ("plain", "ours"))
         worst = min(worst, ours / plain)
-        print(f"{size} px: plain {plain:6.2f} images/s, ours {ours:6.2f} images/s: {ours / plain:.2f} x")
+        print(f"{size} px: plain {plain:.2f} images/s, ours {ours:.2f}: {ours / plain:.2f} x")
     print(f"the least is {worst:.2f} x, the goal {GOAL} x")
     return 0 if worst >= GOAL else 1
 
