@@ -55,7 +55,7 @@ def test_workers_give_the_samples_that_the_trainer_itself_would_make(
         module, "DataLoader", lambda *a, **k: loader(*a, multiprocessing_context=method, **k)
     )
     steps = range(2, 5)
-    for step, made in prepared(batches, steps):
+    for step, made in prepared(batches, steps, workers=1):
         assert_same(made, batches(step))
 
 
@@ -121,8 +121,11 @@ def test_closing_early_ends_the_workers() -> None:
 
 def test_too_large_a_share_of_unusable_rows_ends_the_run_with_counts_and_names() -> None:
     skipping = Skipping(0.05)
-    skipping.note([{"skipped_rows": [f"a.tar, row {i}: is empty (empty)" for i in range(4)]}])
-    skipping.note([{}, {"skipped_rows": ["b.tar, row 9 (empty)"] * 5}])
+    names = [f"a.tar, row {i}: is empty (empty)" for i in range(4)]
+    assert skipping.take_names([{"skipped_rows": names, "skipped": {"empty": 4}}]) == [
+        {"skipped": {"empty": 4}}
+    ]
+    skipping.take_names([{}, {"skipped_rows": ["b.tar, row 9 (empty)"] * 5}])
     skipping.check(FEWEST_ROWS - 60, {"empty": 59})  # too few rows to judge
     skipping.check(950, {"empty": 50})  # just the share
     with pytest.raises(RunFailed) as error:

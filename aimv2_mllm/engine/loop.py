@@ -97,7 +97,8 @@ def train(
         upcoming = _upcoming(batches, progress.step, config.steps, model, workers)
         skipping = Skipping(max_skipped)
         with closing(upcoming), metrics.ProgressBar(progress, config.steps) as bar:
-            for step, micro_batches in upcoming:
+            for step, prepared in upcoming:
+                micro_batches = skipping.take_names(prepared)
                 torch.manual_seed(_step_seed(seed, step))
                 rates = set_learning_rates(run.optimizer, step, config)
                 values, targets = run.gradients(objective, micro_batches)
@@ -106,7 +107,6 @@ def train(
                 seconds, mark = time.perf_counter() - mark, time.perf_counter()
                 progress.add(values, targets, samples=config.batch_size, seconds=seconds)
                 progress.skip(micro_batches)
-                skipping.note(micro_batches)
                 skipping.check(progress.samples, progress.skipped)
                 bar.show(loss=values["total"], lr=max(rates.values()))
                 if _is_due(step, config.log_every, config.steps):
@@ -183,7 +183,7 @@ class _Run:
         self.optimizer.zero_grad()
         device, bf16 = _device(self.model), self.config.precision == "bf16"
         for batch in micro_batches:
-            on_device = {name: _moved(value, device) for name, value in batch.items()}
+            on_device = {k: _moved(value, device) for k, value in batch.items() if k != "skipped"}
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 loss = objective(self.model, on_device, totals)
             torch.autograd.backward(loss.total)

@@ -18,11 +18,13 @@ class Skipping:
         self._most = most
         self._examples: list[str] = []
 
-    def note(self, micro_batches: Sequence[Mapping[str, Any]]) -> None:
-        """Remember some of the rows that these batches name as left out."""
-        for batch in micro_batches:
+    def take_names(self, micro_batches: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """The batches without `skipped_rows`, of which the first few are remembered."""
+        taken = [dict(batch) for batch in micro_batches]
+        for batch in taken:
             room = EXAMPLES - len(self._examples)
-            self._examples += batch.get("skipped_rows", [])[:room]
+            self._examples += batch.pop("skipped_rows", [])[:room]
+        return taken
 
     def check(self, samples: int, skipped: Mapping[str, int]) -> None:
         """RunFailed when of so many samples of the run too many rows were left out."""
