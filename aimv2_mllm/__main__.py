@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from aimv2_mllm.errors import RunFailed, UsageError, nearest
 
@@ -101,7 +101,9 @@ def sample(args: argparse.Namespace) -> None:
     from aimv2_mllm.folders import stages_of
 
     sources = [
-        stage.get("data", {}).get("source") for stage in stages_of(Path(args.model)).values()
+        kind
+        for stage in stages_of(Path(args.model)).values()
+        for kind in _kinds_of_sources(stage.get("data", {}))
     ]
     if not sources or set(sources) != {"handwriting"}:
         known = f"were trained on {', '.join(map(str, sources))}" if sources else "are not known"
@@ -118,6 +120,11 @@ def sample(args: argparse.Namespace) -> None:
     _write_picture(Path(args.out), lambda: Image.fromarray(scenes.render(scene, args.size)))
     _note(f"what is on it: {scenes.caption(scene)} (--seed {seed})")
     print(args.out)
+
+
+def _kinds_of_sources(data: dict[str, Any]) -> list[str | None]:
+    """Where a stage's samples came from; records hold one source, or a list of them."""
+    return [source.get("kind") for source in data.get("sources", [])] or [data.get("source")]
 
 
 def _write_picture(path: Path, make: "Callable[[], Image.Image]") -> None:

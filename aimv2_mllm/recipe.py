@@ -6,60 +6,23 @@ recipe means the same on every machine.
 """
 
 import contextlib
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from aimv2_mllm.errors import nearest, show
+from aimv2_mllm.recipe_data import CaptionData, ConversationData, deciding
+from aimv2_mllm.recipe_types import Count, FolderName, Number, Section, Seed, Switch, Text
 
 Place = tuple[str, ...]  # the keys that lead to a value, outermost first
 Mistake = tuple[Place, str]
 
 
-def _number(value: Any) -> Any:
-    # YAML 1.1 reads 1e-3 (no dot, or no sign in the exponent) as text.
-    is_number = isinstance(value, str) and re.fullmatch(
-        r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", value
-    )
-    return float(value) if is_number else value
-
-
-def _switch(value: Any) -> Any:
-    words = {"on": True, "yes": True, "off": False, "no": False}
-    return words.get(value.lower(), value) if isinstance(value, str) else value
-
-
-Number = Annotated[float, BeforeValidator(_number)]
-Switch = Annotated[bool, BeforeValidator(_switch)]
-FolderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_-]{0,99}$")]
-Text = Annotated[str, Field(min_length=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Count = Annotated[int, Field(gt=0)]
-Task = Literal["describe", "backwards", "table", "several", "question"]
-
-
-class _Section(BaseModel):
-    # validate_default: a default can clash with a given value (warmup_steps, num_attention_heads).
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True
-    )
-
-
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """How a stage is optimised: AdamW, linear warm-up, cosine decay.
 
     betas, eps and clip are by default those AIMv2 was pre-trained with.
@@ -109,27 +72,7 @@ class TrainConfig(_Section):
         return value
 
 
-class CaptionData(_Section):
-    """Pictures with one caption each."""
-
-    source: Literal["handwriting"] = Field(
-        default="handwriting", description="where samples come from"
-    )
-    seed: Seed = Field(default=0, description="seed of the samples")
-
-
-class ConversationData(CaptionData):
-    """Conversations, each about one picture."""
-
-    tasks: dict[Task, Annotated[Number, Field(gt=0)]] = Field(
-        default={"describe": 1.0, "question": 1.0},
-        min_length=1,
-        description="weight of each task, relative",
-    )
-    turns: int = Field(default=1, ge=1, le=8, description="questions per picture, 1 to 8")
-
-
-class EncoderChoice(_Section):
+class EncoderChoice(Section):
     """The encoder to pre-train."""
 
     size: Literal[
@@ -141,7 +84,7 @@ class EncoderChoice(_Section):
     native: Switch = Field(default=False, description="positions for any grid of patches")
 
 
-class _Attention(_Section):
+class _Attention(Section):
     hidden_size: Count = Field(description="width, channels")
     intermediate_size: Count = Field(description="width inside SwiGLU, channels")
     num_hidden_layers: Count = Field(description="depth, blocks")
@@ -208,7 +151,7 @@ class LanguageChoice(_Attention):
         return value
 
 
-class LoraChoice(_Section):
+class LoraChoice(Section):
     """Which linear layers of the LLM get low-rank adapters, and how large these are."""
 
     r: Count = Field(default=8, description="rank of the adapters")
@@ -221,7 +164,7 @@ class LoraChoice(_Section):
     )
 
 
-class _Stage(_Section):
+class _Stage(Section):
     PARTS: ClassVar[tuple[str, ...]]  # what is trained, by the names that part_lr may have
 
     @field_validator("train", check_fields=False)
@@ -324,7 +267,7 @@ class LanguageStage(_Stage):
     train: TrainConfig = Field(description="how it is optimised")
 
 
-class EvaluationConfig(_Section):
+class EvaluationConfig(Section):
     """How the result of the last stage is judged."""
 
     questions: Count = Field(default=1200, description="questions asked")
@@ -353,7 +296,7 @@ REFERENCES = {
 }
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """A whole run: its stages in the order in which they are run, and how the result is judged."""
 
     name: FolderName = Field(description="name of the run: letters, digits, - and _")
@@ -389,14 +332,15 @@ def changed_keys(old: Recipe | Mapping[str, Any], new: Recipe) -> list[str]:
     """Return what differs, a line per key: `key: old -> new`, `key: added new`, `key: removed old`.
 
     A mapping that is a valid recipe counts with its defaults; another is compared as it stands.
-    Where the run folder lies is no difference.
+    Where the run folder lies is no difference, nor is what decides nothing (`MACHINE_KEYS`).
     """
     if not isinstance(old, Recipe):
         # not a recipe: written by another version
         with contextlib.suppress(ValidationError):
             old = Recipe.model_validate(old)
     plain = old.model_dump(mode="json") if isinstance(old, Recipe) else old
-    before, after = dict(_leaves(plain)), dict(_leaves(new.model_dump(mode="json")))
+    before = dict(_leaves(deciding(plain)))
+    after = dict(_leaves(deciding(new.model_dump(mode="json"))))
     for leaves in (before, after):
         leaves.pop("output", None)
     lines = []

@@ -28,6 +28,7 @@ from aimv2_mllm.folders import RECIPE_FILE, STAGE_FILE, UNKNOWN, origins_of, sta
 from aimv2_mllm.model.hub import commit_of, locate
 from aimv2_mllm.model.mllm import llm_source
 from aimv2_mllm.recipe import Recipe, Stage, changed_keys, dump_recipe
+from aimv2_mllm.recipe_data import deciding
 from aimv2_mllm.stages import STAGES, Job, Place, check_inputs, inputs
 
 Narrate = Callable[[str], None]
@@ -65,6 +66,8 @@ def run_stage(name: str, stage: Stage, place: Place, narrate: Narrate) -> None:
     torch.manual_seed(_number(place.recipe.seed, name))
     job = STAGES[stage.kind].build(stage, place)
     narrate(_as_text(job.table()))
+    for note in job.data.notes:
+        narrate(f"  {note}")
     outcome = train(
         job.model,
         job.parts,
@@ -73,8 +76,10 @@ def run_stage(name: str, stage: Stage, place: Place, narrate: Narrate) -> None:
         config=stage.train,
         seed=place.recipe.seed,
         folder=result.parent,
-        fingerprint=fingerprint,
+        fingerprint=fingerprint + job.data.digest,
         narrate=narrate,
+        workers=job.data.workers,
+        max_skipped=job.data.max_skipped,
     )
     record = {
         "stage": name,
@@ -194,7 +199,7 @@ def _fingerprint(name: str, place: Place) -> str:
     # Their files and not their records, which hold the seconds they took.
     parents = [stage_record(place.result(other))["files"] for other in _earlier(name, place)]
     outside = [_digest(_folder(source, stage)) for source in inputs(stage, place)]
-    settings = stage.model_dump(mode="json")
+    settings = deciding(stage.model_dump(mode="json"))
     text = json.dumps([name, place.recipe.seed, settings, parents, outside], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -4,7 +4,7 @@
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch import nn
 from aimv2_mllm.data import scenes
 from aimv2_mllm.data.batches import caption_batches, conversation_batches, world_seed
 from aimv2_mllm.data.conversations import conversation
+from aimv2_mllm.data.sources import open_sources
 from aimv2_mllm.data.tokenizer import train_tokenizer
 from aimv2_mllm.engine.optimizer import Parts
 from aimv2_mllm.errors import UsageError, nearest
@@ -50,6 +51,17 @@ class Place:
         return str(self.result(name)) if name in self.recipe.stages else name
 
 
+@dataclass(frozen=True)
+class DataFacts:
+    """What of a stage's samples the loop must know, and the user: how many processes prepare them,
+    how many may be unusable, which they are (by a digest), and what is odd about them."""
+
+    workers: int = 0
+    max_skipped: float = 1.0
+    digest: str = ""
+    notes: Sequence[str] = ()
+
+
 @dataclass
 class Job:
     """A stage ready to be trained: a model, its trainable parts by name, what is minimised, on
@@ -63,6 +75,7 @@ class Job:
     objective: Any
     batches: Callable[[int], list[Any]]
     save: Callable[[Path], None]
+    data: DataFacts = DataFacts()
 
     def table(self) -> list[tuple[str, int, bool]]:
         """The parts of the model as (name, number of parameters, trainable or not)."""
@@ -82,12 +95,14 @@ def inputs(stage: Stage, place: Place) -> list[str]:
 
 
 def check_inputs(place: Place) -> None:
-    """UsageError for a model from outside, or a layer of it, that a stage will not find.
+    """UsageError for a model from outside, a layer of it, or data, that a stage will not find.
 
     Said before the first stage is trained, since it would cost that stage's time later.
     """
     for name, stage in place.recipe.stages.items():
         try:
+            if isinstance(stage, PretrainStage) and not place.result(name).is_dir():
+                open_sources(stage.data)
             if isinstance(stage, AlignStage) and stage.tower not in place.recipe.stages:
                 load_encoder(stage.tower)
             for source in inputs(stage, place):
@@ -143,26 +158,23 @@ def build_pretrain(stage: PretrainStage, place: Place) -> Job:
         }
         save_file(rest, folder / DECODER_FILE, metadata={"decoder": json.dumps(asdict(decoder))})
 
-    return Job(
-        model,
-        {
-            "encoder": _part(model, "encoder."),
-            "decoder": [
-                (n, p) for n, p in model.named_parameters() if not n.startswith("encoder.")
-            ],
-        },
-        PreTrainingObjective(config.patch_size, tokenizer.eos_token_id, stage.alpha),
-        caption_batches(
-            stage.data,
-            stage.train,
-            seed=place.recipe.seed,
-            tokenizer=tokenizer,
-            preprocessing=preprocessing,
-            num_patches=config.num_patches,
-            max_text_tokens=decoder.max_text_tokens,
-        ),
-        save,
+    parts = {
+        "encoder": _part(model, "encoder."),
+        "decoder": [(n, p) for n, p in model.named_parameters() if not n.startswith("encoder.")],
+    }
+    batches = caption_batches(
+        stage.data,
+        stage.train,
+        seed=place.recipe.seed,
+        tokenizer=tokenizer,
+        preprocessing=preprocessing,
+        num_patches=config.num_patches,
+        max_text_tokens=decoder.max_text_tokens,
     )
+    objective = PreTrainingObjective(config.patch_size, tokenizer.eos_token_id, stage.alpha)
+    corpus = batches.corpus
+    facts = DataFacts(stage.data.workers, stage.data.max_skipped, corpus.digest, corpus.notes)
+    return Job(model, parts, objective, batches, save, facts)
 
 
 def build_align(stage: AlignStage, place: Place) -> Job:

@@ -22,6 +22,8 @@ RECIPES = sorted((HOUSE.parent / "recipes").glob("*.yaml"))
 TABLE = (
     "errors",
     "folders",
+    "recipe_types",
+    "recipe_data",
     "recipe",
     "recipe_file",
     "model.packed",

@@ -1,10 +1,11 @@
-"""The batches of a stage as a pure function of the step: which sheets, which words, which prefixes.
+"""The batches of a stage as a pure function of the step: which pictures, words and prefixes.
 
-The samples of step s are the world's from s * batch_size on, whatever the number of micro-batches;
-so the whole state of the data is the step.
+The samples of step s are those from number s * batch_size on, whatever the number of micro-batches,
+ranks and workers; so the whole state of the data is the step.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -12,12 +13,21 @@ import torch
 
 from aimv2_mllm.data import scenes
 from aimv2_mllm.data.conversations import Encoded, conversation, encode, pad
+from aimv2_mllm.data.corpus import Corpus, Skipped
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.model.preprocessing import Preprocessing
 from aimv2_mllm.objective import ConversationBatch, PreTrainingBatch
-from aimv2_mllm.recipe import CaptionData, ConversationData, TrainConfig
+from aimv2_mllm.recipe import TrainConfig
+from aimv2_mllm.recipe_data import CaptionData, ConversationData
 
 Sample = TypeVar("Sample")
+
+
+class CaptionBatch(PreTrainingBatch, total=False):
+    """A pre-training batch with what was left out for it, where something was."""
+
+    skipped: dict[str, int]  # rows by reason
+    skipped_rows: list[str]  # some of them, in words
 
 
 def micro_batches(
@@ -43,9 +53,54 @@ def micro_batches(
     return at
 
 
-def world_seed(run_seed: int, data: CaptionData) -> int:
+def world_seed(run_seed: int, data: CaptionData | ConversationData) -> int:
     """One number for the run's seed and the data's, so that either changes every sheet."""
     return (run_seed << 64) + data.seed
+
+
+@dataclass(frozen=True)
+class CaptionBatches:
+    """One rank's pre-training batches by step; it can be sent to another process."""
+
+    corpus: Corpus
+    train: TrainConfig
+    seed: int
+    tokenizer: Any
+    preprocessing: Preprocessing
+    num_patches: int
+    max_text_tokens: int
+    rank: int = 0
+    world_size: int = 1
+
+    def __call__(self, step: int) -> list[CaptionBatch]:
+        """The rank's contiguous share of the step's samples, in micro-batches."""
+        batch = self.train.batch_size
+        first, last = (batch * part // self.world_size for part in (self.rank, self.rank + 1))
+        size = self.train.micro_batch_size or batch
+        return [
+            self._batch(range(step * batch + begin, step * batch + min(begin + size, last)))
+            for begin in range(first, last, size)
+        ]
+
+    def _batch(self, numbers: Sequence[int]) -> CaptionBatch:
+        skipped = Skipped()
+        samples = [self.corpus.sample(number, skipped) for number in numbers]
+        prefixes = [
+            int(scenes.generator(self.seed, "prefix", number).integers(1, self.num_patches))
+            for number in numbers
+        ]
+        captions = [sample.caption for sample in samples]
+        ids, length = encode_captions(captions, self.tokenizer, self.max_text_tokens)
+        batch = CaptionBatch(
+            pixel_values=self.preprocessing.normalise(np.stack([s.pixels for s in samples])),
+            prefix_length=torch.tensor(prefixes),
+            caption_ids=ids,
+            caption_length=length,
+        )
+        if skipped.counts:
+            batch["skipped"] = dict(skipped.counts)
+            batch["skipped_rows"] = skipped.examples
+        return batch
 
 
 def caption_batches(
@@ -57,34 +112,39 @@ def caption_batches(
     preprocessing: Preprocessing,
     num_patches: int,
     max_text_tokens: int,
-) -> Callable[[int], list[PreTrainingBatch]]:
-    """The pre-training batches by step: sheets, captions, and a prefix length of 1..num_patches-1
-    for each sheet."""
+    rank: int = 0,
+    world_size: int = 1,
+) -> CaptionBatches:
+    """The pre-training batches by step: pictures, captions, and a prefix length of
+    1..num_patches-1 for each picture.
+
+    Opens the sources of `data`; UsageError where one cannot be read. Rank `rank` of `world_size`
+    gets its contiguous share of every step.
+    """
     world = world_seed(seed, data)
-
-    def collate(indices: Sequence[int]) -> PreTrainingBatch:
-        sheets = [scenes.scene(world, "train", index) for index in indices]
-        lengths = [
-            int(scenes.generator(world, "prefix", i).integers(1, num_patches)) for i in indices
-        ]
-        captions = [scenes.caption(sheet) for sheet in sheets]
-        ids, length = encode_captions(captions, tokenizer, max_text_tokens)
-        return PreTrainingBatch(
-            pixel_values=picture_batch(sheets, preprocessing),
-            prefix_length=torch.tensor(lengths),
-            caption_ids=ids,
-            caption_length=length,
-        )
-
-    return micro_batches(train, lambda indices: indices, collate)
+    size = preprocessing.image_size
+    corpus = Corpus(data, world, image_size=size, max_text_tokens=max_text_tokens)
+    return CaptionBatches(
+        corpus,
+        train,
+        world,
+        tokenizer,
+        preprocessing,
+        num_patches,
+        max_text_tokens,
+        rank,
+        world_size,
+    )
 
 
 def encode_captions(
     captions: list[str], tokenizer: Any, max_text_tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Captions as ids (B, T) and lengths (B,), cut at `max_text_tokens` and padded with zeros."""
-    # The leading space makes a first word the token that it is elsewhere.
-    rows = [ids[:max_text_tokens] for ids in tokenizer([f" {text}" for text in captions]).input_ids]
+    # The leading space makes a first word the token that it is elsewhere; a caption that says
+    # <|end|> means these letters.
+    encoded = tokenizer([f" {text}" for text in captions], split_special_tokens=True, verbose=False)
+    rows = [ids[:max_text_tokens] for ids in encoded.input_ids]
     padded = np.zeros((len(rows), max(map(len, rows))), dtype=np.int64)
     for row, ids in enumerate(rows):
         padded[row, : len(ids)] = ids

@@ -11,6 +11,7 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -44,6 +45,7 @@ class Progress:
     samples: int = 0
     seconds: float = 0.0
     targets: dict[str, int] = field(default_factory=dict)
+    skipped: dict[str, int] = field(default_factory=dict)
     last: dict[str, Any] = field(default_factory=dict)
     window: _Window = field(default_factory=_Window)
 
@@ -61,6 +63,11 @@ class Progress:
         _add_to(self.targets, targets)
         _add_to(self.window.sums, values)
 
+    def skip(self, micro_batches: Sequence[Mapping[str, Any]]) -> None:
+        """Count the rows that were left out for these batches, by reason."""
+        for batch in micro_batches:
+            _add_to(self.skipped, batch.get("skipped", {}))
+
     def close_line(self, rates: dict[str, float]) -> dict[str, Any]:
         """The line to log now; loss parts and gradient norm are means since the line before."""
         window, self.window = self.window, _Window()
@@ -69,6 +76,7 @@ class Progress:
             "samples": self.samples,
             "tokens": sum(self.targets.values()),
             **{f"targets_{kind}": count for kind, count in self.targets.items()},
+            **{f"skipped_{reason}": count for reason, count in sorted(self.skipped.items())},
             **{name: total / window.steps for name, total in window.sums.items()},
             **{f"lr_{part}": rate for part, rate in rates.items()},
             "samples_per_s": round(window.samples / window.seconds, 3),
