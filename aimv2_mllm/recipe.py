@@ -26,6 +26,20 @@ from pydantic_core import PydanticCustomError
 
 from aimv2_mllm.errors import nearest, show
 
+# Keys of `train` that say how and not what is computed: a run may go on under others.
+EXECUTION_KEYS = frozenset(
+    {
+        "micro_batch_size",
+        "device",
+        "strategy",
+        "activation_checkpointing",
+        "compile",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "trackers",
+    }
+)
+
 Place = tuple[str, ...]  # the keys that lead to a value, outermost first
 Mistake = tuple[Place, str]
 
@@ -68,7 +82,8 @@ class TrainConfig(_Section):
     steps: Count = Field(description="optimiser steps in all")
     batch_size: Count = Field(description="samples per optimiser step, over all devices")
     micro_batch_size: Count | None = Field(
-        default=None, description="samples per forward pass, at most batch_size; null: all of them"
+        default=None,
+        description="samples per forward pass on a device, at most batch_size; null: all of them",
     )
     lr: Number = Field(gt=0, description="peak learning rate")
     final_lr: Number = Field(default=0.0, ge=0, description="learning rate after the last step")
@@ -85,12 +100,27 @@ class TrainConfig(_Section):
     eps: Number = Field(default=1e-8, gt=0, description="AdamW's epsilon")
     weight_decay: Number = Field(default=0.0, ge=0, description="decay per step, times lr")
     clip: Number = Field(default=1.0, gt=0, description="largest norm of the gradient")
-    precision: Literal["fp32", "bf16"] = Field(default="fp32", description="arithmetic")
+    precision: Literal["fp32", "bf16"] = Field(
+        default="fp32", description="arithmetic; the weights are fp32 either way"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="where it is trained; auto: cuda if there is one"
+    )
+    strategy: Literal["auto", "ddp", "fsdp2"] = Field(
+        default="auto", description="how several processes share it; auto: ddp"
+    )
+    activation_checkpointing: Switch = Field(
+        default=False, description="compute activations twice and keep fewer of them"
+    )
+    compile: Switch = Field(default=False, description="torch.compile for every block")
     log_every: Count = Field(default=10, description="steps from one line of metrics to the next")
     checkpoint_every: Count = Field(
         default=100, description="steps from one checkpoint to the next"
     )
     keep_checkpoints: Count = Field(default=2, description="newest checkpoints that are kept")
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+        default=[], description="where the lines of metrics go besides metrics.jsonl"
+    )
 
     @field_validator("micro_batch_size")
     @classmethod
@@ -316,7 +346,7 @@ def changed_keys(old: Recipe | Mapping[str, Any], new: Recipe) -> list[str]:
     """Return what differs, a line per key: `key: old -> new`, `key: added new`, `key: removed old`.
 
     A mapping that is a valid recipe counts with its defaults; another is compared as it stands.
-    Where the run folder lies is no difference.
+    Where the run folder lies and how it is computed (`EXECUTION_KEYS`) is no difference.
     """
     if not isinstance(old, Recipe):
         # not a recipe: written by another version
@@ -325,7 +355,8 @@ def changed_keys(old: Recipe | Mapping[str, Any], new: Recipe) -> list[str]:
     plain = old.model_dump(mode="json") if isinstance(old, Recipe) else old
     before, after = dict(_leaves(plain)), dict(_leaves(new.model_dump(mode="json")))
     for leaves in (before, after):
-        leaves.pop("output", None)
+        for key in [key for key in leaves if _is_execution(key)]:
+            del leaves[key]
     lines = []
     for key, value in after.items():
         if key in before and before[key] != value:
@@ -338,6 +369,20 @@ def changed_keys(old: Recipe | Mapping[str, Any], new: Recipe) -> list[str]:
     if was != now and set(was) == set(now):
         lines.append(f"stages: order {', '.join(was)} -> {', '.join(now)}")
     return lines
+
+
+def deciding(stage: Stage) -> dict[str, Any]:
+    """What of `stage` decides the numbers that come out of it, as plain values."""
+    settings = stage.model_dump(mode="json")
+    train = {k: v for k, v in settings["train"].items() if k not in EXECUTION_KEYS}
+    return {**settings, "train": train}
+
+
+def _is_execution(key: str) -> bool:
+    place = key.split(".")  # stages.NAME.train.KEY
+    return key == "output" or (
+        len(place) > 3 and place[2] == "train" and place[3] in EXECUTION_KEYS
+    )
 
 
 def reference_mistakes(stages: Any) -> Iterator[Mistake]:

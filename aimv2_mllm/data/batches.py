@@ -5,7 +5,7 @@ so the whole state of the data is the step.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -20,25 +20,40 @@ from aimv2_mllm.recipe import CaptionData, ConversationData, TrainConfig
 Sample = TypeVar("Sample")
 
 
+class Share(NamedTuple):
+    """Which part of every step's samples this process reads: the `rank`-th of `size` equal ones."""
+
+    rank: int = 0
+    size: int = 1
+
+
+EVERYTHING = Share()
+
+
 def micro_batches(
     config: TrainConfig,
     read: Callable[[Sequence[int]], Sequence[Sample]],
     collate: Callable[[Sequence[Sample]], Any],
     length: Callable[[Sample], int] | None = None,
+    *,
+    share: Share = EVERYTHING,
 ) -> Callable[[int], list[Any]]:
     """A function from the step to its micro-batches: `read` from the indices, then collated.
 
+    They hold the `share` of the step's samples, in one piece, and `micro_batch_size` counts in it.
     With `length`, samples of like length share a micro-batch: less padding, and the same loss, for
     that is a sum over the whole step.
     """
-    size = config.micro_batch_size or config.batch_size
+    assert config.batch_size % share.size == 0, (config.batch_size, share)
+    count = config.batch_size // share.size
+    size = config.micro_batch_size or count
 
     def at(step: int) -> list[Any]:
-        first = step * config.batch_size
-        samples = read(range(first, first + config.batch_size))
+        first = step * config.batch_size + share.rank * count
+        samples = read(range(first, first + count))
         if length is not None:
             samples = sorted(samples, key=length)
-        return [collate(samples[i : i + size]) for i in range(0, config.batch_size, size)]
+        return [collate(samples[i : i + size]) for i in range(0, count, size)]
 
     return at
 
@@ -57,6 +72,7 @@ def caption_batches(
     preprocessing: Preprocessing,
     num_patches: int,
     max_text_tokens: int,
+    share: Share = EVERYTHING,
 ) -> Callable[[int], list[PreTrainingBatch]]:
     """The pre-training batches by step: sheets, captions, and a prefix length of 1..num_patches-1
     for each sheet."""
@@ -76,7 +92,7 @@ def caption_batches(
             caption_length=length,
         )
 
-    return micro_batches(train, lambda indices: indices, collate)
+    return micro_batches(train, lambda indices: indices, collate, share=share)
 
 
 def encode_captions(
@@ -99,6 +115,7 @@ def conversation_batches(
     tokenizer: Any,
     preprocessing: Preprocessing | None,
     num_image_tokens: int = 0,
+    share: Share = EVERYTHING,
 ) -> Callable[[int], list[ConversationBatch]]:
     """The conversation batches by step: about pictures, or, without `preprocessing`, about sheets
     described in words."""
@@ -130,7 +147,7 @@ def conversation_batches(
             )
         return batch
 
-    return micro_batches(train, read, collate, length=lambda sample: len(sample[1].ids))
+    return micro_batches(train, read, collate, lambda sample: len(sample[1].ids), share=share)
 
 
 def picture_batch(sheets: Sequence[scenes.Scene], preprocessing: Preprocessing) -> torch.Tensor:
