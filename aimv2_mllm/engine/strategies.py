@@ -63,15 +63,13 @@ def ddp(model: nn.Module, config: TrainConfig, device: torch.device) -> Placed:
     call = DistributedDataParallel(
         model,
         device_ids=[device.index] if device.type == "cuda" else None,
-        broadcast_buffers=False,
         gradient_as_bucket_view=True,
     )
-    call.register_comm_hook(None, _added)
+    call.register_comm_hook(None, lambda state, bucket: _added(bucket))  # in place of DDP's mean
     return Placed(model, call, device, config.precision == "bf16", call.no_sync)
 
 
-def _added(state: None, bucket: Any) -> Any:
-    # In place of DDP's mean.
+def _added(bucket: Any) -> Any:
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     return work.get_future().then(lambda future: future.value()[0])
 
