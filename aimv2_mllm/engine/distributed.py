@@ -71,21 +71,22 @@ class Ranks:
     def first(self, task: Callable[[], Value]) -> Value:
         """What `task` returns on rank 0, which alone runs it while the others wait.
 
-        Its `UsageError` or `RunFailed` is raised on every rank.
+        When it raises `UsageError` or `RunFailed` there, the others leave without a word.
         """
         if self.size == 1:
             return task()
-        outcome: list[Any] = [None, None]
+        outcome: list[Any] = [None, 0]
+        failure = None
         if self.is_first:
             try:
                 outcome[0] = task()
             except (UsageError, RunFailed) as error:
-                outcome[1] = error
+                failure, outcome[1] = error, exit_code(error)
         dist.broadcast_object_list(outcome, src=0, group=self.patient)
-        if outcome[1] is not None:
-            raise outcome[1]
-        value: Value = outcome[0]
-        return value
+        value, code = outcome
+        if code:
+            raise failure or SystemExit(code)
+        return value  # type: ignore[no-any-return]
 
     def device(self, wanted: str) -> torch.device:
         """This rank's device for `wanted`: auto, cpu or cuda. Raises `UsageError` without it."""
@@ -140,6 +141,11 @@ def _from_environment() -> tuple[Ranks, float]:
     return ranks, int_of(TIMEOUT, DEFAULT_TIMEOUT)
 
 
+def exit_code(error: UsageError | RunFailed) -> int:
+    """The exit code that `main` makes of `error`."""
+    return 2 if isinstance(error, UsageError) else 1
+
+
 def int_of(name: str, default: int) -> int:
     """The whole number in the environment's variable `name`; `UsageError` for anything else."""
     text = os.environ.get(name, str(default))
@@ -185,5 +191,5 @@ def _leave(error: UsageError | RunFailed, ranks: Ranks, store: Any) -> None:
     except RuntimeError:  # the store went down with its process
         is_new = True
     if not is_new:
-        raise SystemExit(2 if isinstance(error, UsageError) else 1) from None
+        raise SystemExit(exit_code(error)) from None
     raise error if ranks.is_first else type(error)(f"rank {ranks.rank}: {error}") from None
