@@ -155,8 +155,8 @@ def test_a_checkpoint_of_another_shape_or_with_other_names_is_refused(tmp_path: 
     parts = tower_parts(model)
     optimizer = build_optimizer(parts, config())
     saved = training_tensors(model, parts, optimizer)
+    other = stored({**saved, "model/proj.bias": torch.zeros(3)}, tmp_path)
     with pytest.raises(UsageError, match=r"proj.bias is torch.float32 \(3,\) in the checkpoint"):
-        other = {**saved, "model/proj.bias": torch.zeros(3)}
-        restore(model, parts, optimizer, stored(other, tmp_path))
+        restore(model, parts, optimizer, other)
     with pytest.raises(UsageError, match="not in both checkpoint and model: gate"):
         restore(model, parts, optimizer, stored({**saved, "model/gate": torch.zeros(3)}, tmp_path))
