@@ -20,6 +20,7 @@ from torch.distributed import TCPStore
 from aimv2_mllm.engine import checkpoint, metrics
 from aimv2_mllm.engine.distributed import Ranks, joined
 from aimv2_mllm.engine.loop import train
+from aimv2_mllm.engine.pieces import Stored
 from aimv2_mllm.errors import RunFailed, UsageError
 from aimv2_mllm.recipe import TrainConfig
 
@@ -239,6 +240,19 @@ def test_two_ranks_train_as_one_does(tmp_path: Path, alone: Path, variant: str) 
     assert lines[-1]["skipped_empty"] == 9
 
 
+def test_bf16_keeps_weights_of_fp32_also_where_they_are_sharded(
+    tmp_path: Path, alone: Path
+) -> None:
+    words = {"strategy": "fsdp2", "precision": "bf16", "steps": 2}
+    assert ended(started(2, tmp_path, training, **words)) == [0, 0]
+    first, expected = result(tmp_path)[0][0]["total"], result(alone)[0][0]["total"]
+    assert first != expected
+    assert first == pytest.approx(expected, rel=0.02)
+    (path,) = (tmp_path / "checkpoints").glob("step-*")
+    stored = Stored(sorted(path.glob("*.safetensors")))
+    assert {stored.kind(name)[1] for name in stored} == {torch.float32}
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_a_lost_rank_ends_the_other_and_both_go_on_to_the_bit(
     tmp_path: Path, strategy: str
@@ -343,6 +357,6 @@ def test_a_launch_that_makes_no_sense_is_refused(monkeypatch: pytest.MonkeyPatch
 def test_a_device_that_is_not_there_is_refused() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
-    with pytest.raises(UsageError, match=r"train.device is cuda.*finds 0 CUDA devices"):
+    with pytest.raises(UsageError, match=r"train.device is cuda.*no CUDA device"):
         Ranks().device("cuda")
     assert Ranks().device("auto").type == "cpu"

@@ -93,10 +93,12 @@ class Ranks:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if wanted == "cpu" or (wanted == "auto" and count == 0):
             return torch.device("cpu")
+        if count == 0:
+            raise UsageError(f"train.device is {wanted}, and torch finds no CUDA device: give cpu")
         if self.local_rank >= count:
             raise UsageError(
-                f"train.device is {wanted}, and process {self.local_rank} of this machine finds"
-                f" {count} CUDA devices: start at most {count} here, or give train.device=cpu"
+                f"train.device is {wanted}, and this machine has {count} CUDA devices for its"
+                f" processes 0 to {self.local_rank} or more: start at most {count} on it"
             )
         torch.cuda.set_device(self.local_rank)
         return torch.device("cuda", self.local_rank)

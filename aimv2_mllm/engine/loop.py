@@ -51,7 +51,9 @@ def train(
     0-based, is this rank's micro-batches of the step, as many on every rank; it must be a pure
     function of the step with generators of its own, for it may run in another thread. Interrupted
     anywhere and started again, the weights and the metrics (`metrics.TIMED_FIELDS` aside) are those
-    of an uninterrupted run: bit for bit on as many ranks, and within rounding on others. Raises
+    of an uninterrupted run: bit for bit on as many ranks under the same strategy (of more than two
+    as far as the communication library adds in the same order), and within rounding otherwise, also
+    with other micro-batches, activation checkpointing or compilation. Raises
     `RunFailed` (loss not finite, disk full), `UsageError` (checkpoint of another run, unknown part,
     no such device), and after a signal and a saved checkpoint `KeyboardInterrupt` (SIGINT) or
     `SystemExit(143)` (SIGTERM), on all ranks whichever got it.
