@@ -9,10 +9,10 @@ import torch
 
 from aimv2_mllm.data import scenes
 from aimv2_mllm.data.batches import (
+    Share,
     caption_batches,
     conversation_batches,
     encode_captions,
-    Share,
     micro_batches,
 )
 from aimv2_mllm.data.conversations import IGNORED, conversation, encode, pad, turn

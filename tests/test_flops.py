@@ -1,6 +1,5 @@
 """The arithmetic of a step: counted as the formulas of the layers have it."""
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

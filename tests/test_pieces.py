@@ -48,7 +48,7 @@ def test_pieces_that_do_not_make_the_tensor_are_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="the pieces of weight do not make 7 rows"):
             Stored(some)
     write(paths[0], {"weight": Piece(WHOLE[:3], 0, 8)})
-    with pytest.raises(ValueError, match="weight has 7 rows in 1.safetensors, not 8"):
+    with pytest.raises(ValueError, match="weight has 7 rows in 1"):
         Stored(paths)
 
 

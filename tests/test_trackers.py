@@ -38,12 +38,14 @@ def test_a_tracker_is_started_fed_and_finished_also_when_the_run_fails(
     assert hasattr(tracking, TRACKERS[name][0])
     monkeypatch.setattr(tracking, TRACKERS[name][0], Fake)
     folder = tmp_path / "quick" / "pretrain"
-    with (
-        pytest.raises(KeyboardInterrupt),
-        tracked([name], folder, {"lr": 0.1, "part_lr": {}}) as to,
-    ):
-        to.log({"step": 3, "total": 0.5})
-        raise KeyboardInterrupt
+
+    def failing() -> None:
+        with tracked([name], folder, {"lr": 0.1, "part_lr": {}}) as to:
+            to.log({"step": 3, "total": 0.5})
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        failing()
     place = ("tensorboard", folder) if name == "tensorboard" else ("quick-pretrain",)
     assert Fake.calls == [
         ("init", *place),
