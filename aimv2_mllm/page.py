@@ -11,7 +11,7 @@ from typing import Any
 from aimv2_mllm import charts
 from aimv2_mllm.charts import Picture
 from aimv2_mllm.data import scenes
-from aimv2_mllm.engine.loop import METRICS
+from aimv2_mllm.engine.metrics import METRICS
 from aimv2_mllm.evaluation import answers
 from aimv2_mllm.evaluation.answers import Asked
 from aimv2_mllm.evaluation.summary import Findings, Painting, last_stage

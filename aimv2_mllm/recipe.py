@@ -6,7 +6,7 @@ recipe means the same on every machine.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -15,8 +15,25 @@ from pydantic import Field, ValidationError, ValidationInfo, field_validator, mo
 from pydantic_core import PydanticCustomError
 
 from aimv2_mllm.errors import nearest, show
-from aimv2_mllm.recipe_data import CaptionData, ConversationData, deciding
+from aimv2_mllm.recipe_data import CaptionData, ConversationData
 from aimv2_mllm.recipe_types import Count, FolderName, Number, Section, Seed, Switch, Text
+
+# Keys of a stage's sections that say how and not what is computed: a run may go on under others.
+EXECUTION_KEYS = {
+    "train": frozenset(
+        {
+            "micro_batch_size",
+            "device",
+            "strategy",
+            "activation_checkpointing",
+            "compile",
+            "checkpoint_every",
+            "keep_checkpoints",
+            "trackers",
+        }
+    ),
+    "data": frozenset({"workers", "cache", "cache_gib"}),
+}
 
 Place = tuple[str, ...]  # the keys that lead to a value, outermost first
 Mistake = tuple[Place, str]
@@ -31,7 +48,8 @@ class TrainConfig(Section):
     steps: Count = Field(description="optimiser steps in all")
     batch_size: Count = Field(description="samples per optimiser step, over all devices")
     micro_batch_size: Count | None = Field(
-        default=None, description="samples per forward pass, at most batch_size; null: all of them"
+        default=None,
+        description="samples per forward pass on a device, at most batch_size; null: all of them",
     )
     lr: Number = Field(gt=0, description="peak learning rate")
     final_lr: Number = Field(default=0.0, ge=0, description="learning rate after the last step")
@@ -48,12 +66,27 @@ class TrainConfig(Section):
     eps: Number = Field(default=1e-8, gt=0, description="AdamW's epsilon")
     weight_decay: Number = Field(default=0.0, ge=0, description="decay per step, times lr")
     clip: Number = Field(default=1.0, gt=0, description="largest norm of the gradient")
-    precision: Literal["fp32", "bf16"] = Field(default="fp32", description="arithmetic")
+    precision: Literal["fp32", "bf16"] = Field(
+        default="fp32", description="arithmetic; the weights are fp32 either way"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="where it is trained; auto: cuda if there is one"
+    )
+    strategy: Literal["auto", "ddp", "fsdp2"] = Field(
+        default="auto", description="how several processes share it; auto: ddp"
+    )
+    activation_checkpointing: Switch = Field(
+        default=False, description="compute activations twice and keep fewer of them"
+    )
+    compile: Switch = Field(default=False, description="torch.compile for every block")
     log_every: Count = Field(default=10, description="steps from one line of metrics to the next")
     checkpoint_every: Count = Field(
         default=100, description="steps from one checkpoint to the next"
     )
     keep_checkpoints: Count = Field(default=2, description="newest checkpoints that are kept")
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+        default=[], description="where the lines of metrics go besides metrics.jsonl"
+    )
 
     @field_validator("micro_batch_size")
     @classmethod
@@ -109,7 +142,7 @@ class DecoderChoice(_Attention):
     max_text_tokens: Count = Field(default=77, description="longest caption, tokens")
 
 
-class StartChoice(_Section):
+class StartChoice(Section):
     """The weights to go on from; what is not named starts from random ones.
 
     Sizes must be those of the stage. Learned positions are resized where image_size differs.
@@ -332,17 +365,17 @@ def changed_keys(old: Recipe | Mapping[str, Any], new: Recipe) -> list[str]:
     """Return what differs, a line per key: `key: old -> new`, `key: added new`, `key: removed old`.
 
     A mapping that is a valid recipe counts with its defaults; another is compared as it stands.
-    Where the run folder lies is no difference, nor is what decides nothing (`MACHINE_KEYS`).
+    Where the run folder lies and how it is computed (`EXECUTION_KEYS`) is no difference.
     """
     if not isinstance(old, Recipe):
         # not a recipe: written by another version
         with contextlib.suppress(ValidationError):
             old = Recipe.model_validate(old)
     plain = old.model_dump(mode="json") if isinstance(old, Recipe) else old
-    before = dict(_leaves(deciding(plain)))
-    after = dict(_leaves(deciding(new.model_dump(mode="json"))))
-    for leaves in (before, after):
-        leaves.pop("output", None)
+    before, after = (
+        dict(_leaves({**recipe, "output": None, "stages": _deciding_of_each(recipe)}))
+        for recipe in (plain, new.model_dump(mode="json"))
+    )
     lines = []
     for key, value in after.items():
         if key in before and before[key] != value:
@@ -355,6 +388,32 @@ def changed_keys(old: Recipe | Mapping[str, Any], new: Recipe) -> list[str]:
     if was != now and set(was) == set(now):
         lines.append(f"stages: order {', '.join(was)} -> {', '.join(now)}")
     return lines
+
+
+def deciding(stage: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a stage's plain values decides the numbers that come out of it.
+
+    That is all but `EXECUTION_KEYS`; of a lit stage, which contrasts within a micro-batch, its size
+    too.
+    """
+    kept = {"micro_batch_size"} if stage.get("kind") == "lit" else set()
+    return {
+        name: _without(section, EXECUTION_KEYS[name] - kept) if name in EXECUTION_KEYS else section
+        for name, section in stage.items()
+    }
+
+
+def _without(plain: Any, keys: Set[str]) -> Any:
+    if isinstance(plain, Mapping):
+        return {key: _without(value, keys) for key, value in plain.items() if key not in keys}
+    return [_without(value, keys) for value in plain] if isinstance(plain, list) else plain
+
+
+def _deciding_of_each(recipe: Mapping[str, Any]) -> Any:
+    stages = recipe.get("stages")
+    if not isinstance(stages, Mapping):
+        return stages
+    return {n: deciding(s) if isinstance(s, Mapping) else s for n, s in stages.items()}
 
 
 def reference_mistakes(stages: Any) -> Iterator[Mistake]:

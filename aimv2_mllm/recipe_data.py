@@ -3,7 +3,6 @@
 Whether a named file is there is not looked up here: a recipe means the same on every machine.
 """
 
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -11,8 +10,6 @@ from pydantic import BeforeValidator, Field
 from aimv2_mllm.recipe_types import Number, Section, Seed, Switch, Text
 
 Task = Literal["describe", "backwards", "table", "several", "question"]
-# Keys that say where and how fast samples are made, never which: a run goes on when they change.
-MACHINE_KEYS = frozenset({"workers", "cache", "cache_gib"})
 
 
 def _listed(value: Any) -> Any:
@@ -126,10 +123,3 @@ class ConversationData(Section):
         description="weight of each task, relative",
     )
     turns: int = Field(default=1, ge=1, le=8, description="questions per picture, 1 to 8")
-
-
-def deciding(plain: Any) -> Any:
-    """A section's plain values without those that decide nothing of a result, `MACHINE_KEYS`."""
-    if isinstance(plain, Mapping):
-        return {key: deciding(v) for key, v in plain.items() if key not in MACHINE_KEYS}
-    return [deciding(value) for value in plain] if isinstance(plain, list) else plain

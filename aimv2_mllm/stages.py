@@ -14,7 +14,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from aimv2_mllm.data import scenes
-from aimv2_mllm.data.batches import caption_batches, conversation_batches, world_seed
+from aimv2_mllm.data.batches import (
+    EVERYTHING,
+    Share,
+    caption_batches,
+    conversation_batches,
+    world_seed,
+)
 from aimv2_mllm.data.conversations import conversation
 from aimv2_mllm.data.sources import open_sources
 from aimv2_mllm.data.tokenizer import train_tokenizer
@@ -35,11 +41,12 @@ TOKENIZER_TEXTS = 3000  # conversations from which a tokenizer is learned
 
 @dataclass(frozen=True)
 class Place:
-    """Where a stage stands: the whole recipe and the run folder with the results of the stages
-    before it."""
+    """Where a stage stands: the whole recipe, the run folder with the results of the stages before
+    it, and which share of its samples this process trains on."""
 
     recipe: Recipe
     folder: Path
+    share: Share = EVERYTHING
 
     def result(self, stage: str) -> Path:
         """The folder with the result of the stage of that name."""
@@ -170,6 +177,7 @@ def build_pretrain(stage: PretrainStage, place: Place) -> Job:
         preprocessing=preprocessing,
         num_patches=config.num_patches,
         max_text_tokens=decoder.max_text_tokens,
+        share=place.share,
     )
     objective = PreTrainingObjective(config.patch_size, tokenizer.eos_token_id, stage.alpha)
     corpus = batches.corpus
@@ -245,6 +253,7 @@ def _conversation_job(
         tokenizer=processor.tokenizer,
         preprocessing=preprocessing,
         num_image_tokens=(preprocessing.image_size // processor.patch_size) ** 2,
+        share=place.share,
     )
     return Job(model, parts, AnswerObjective(), batches, save)
 
@@ -284,7 +293,12 @@ def build_language(stage: LanguageStage, place: Place) -> Job:
         tokenizer.save_pretrained(folder)
 
     batches = conversation_batches(
-        stage.data, stage.train, seed=place.recipe.seed, tokenizer=tokenizer, preprocessing=None
+        stage.data,
+        stage.train,
+        seed=place.recipe.seed,
+        tokenizer=tokenizer,
+        preprocessing=None,
+        share=place.share,
     )
     return Job(model, {"llm": list(model.named_parameters())}, AnswerObjective(), batches, save)
 

@@ -237,7 +237,8 @@ def test_the_shipped_llm_is_what_its_recipe_makes() -> None:
     folder = HOUSE / "assets" / "tiny_llm"
     record = json.loads((folder / "stage.json").read_text(encoding="utf-8"))
     recipe = load_recipe(HOUSE.parent / "recipes" / "tiny_llm.yaml")
-    assert record["recipe"] == recipe.stages["llm"].model_dump(mode="json")
+    # Keys that are newer than the record count with their defaults.
+    assert type(recipe.stages["llm"]).model_validate(record["recipe"]) == recipe.stages["llm"]
     for name, digest in record["files"].items():
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest, name
     assert sum(file.stat().st_size for file in folder.iterdir()) <= 5 * 10**6

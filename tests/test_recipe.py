@@ -10,12 +10,14 @@ from pydantic import BaseModel, ValidationError
 
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.recipe import (
+    EXECUTION_KEYS,
     STAGES,
     DecoderChoice,
     EvaluationConfig,
     Recipe,
     TrainConfig,
     changed_keys,
+    deciding,
     dump_recipe,
 )
 from aimv2_mllm.recipe_data import SOURCE_SECTIONS
@@ -296,6 +298,22 @@ def test_changed_keys_tell_old_and_new_values(file: Path) -> None:
 def test_a_rate_for_a_part_that_the_stage_does_not_train_is_refused(file: Path) -> None:
     said = mistake(file, "stages.tune.train.part_lr.conector=1")
     assert re.search(r"stages\.tune\.train: .* lora, connector; did you mean connector\?", said)
+
+
+def test_how_a_run_is_executed_is_no_change_and_decides_nothing(file: Path) -> None:
+    def own(recipe: Recipe) -> dict[str, Any]:
+        return deciding(recipe.stages["see"].model_dump(mode="json"))
+
+    words = ["device=cpu", "strategy=fsdp2", "compile=on", "activation_checkpointing=on"]
+    words += ["micro_batch_size=1", "checkpoint_every=7", "keep_checkpoints=9"]
+    words += ["trackers=[wandb]"]
+    assert {word.split("=")[0] for word in words} == EXECUTION_KEYS["train"]
+    old, new = load_recipe(file), load_recipe(file, [f"stages.see.train.{word}" for word in words])
+    assert old != new
+    assert changed_keys(old, new) == []
+    assert own(old) == own(new)
+    other = load_recipe(file, ["stages.see.train.precision=bf16"])
+    assert own(old) != own(other)
 
 
 def test_another_output_is_no_change(file: Path) -> None:

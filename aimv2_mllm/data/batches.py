@@ -6,7 +6,7 @@ ranks and workers; so the whole state of the data is the step.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -30,25 +30,44 @@ class CaptionBatch(PreTrainingBatch, total=False):
     skipped_rows: list[str]  # some of them, in words
 
 
+class Share(NamedTuple):
+    """Which part of every step's samples this process reads: the `rank`-th of `size` equal ones."""
+
+    rank: int = 0
+    size: int = 1
+
+    def of(self, step: int, train: TrainConfig) -> tuple[int, int]:
+        """The first sample of this part of a step, and how many it has."""
+        assert train.batch_size % self.size == 0, (train.batch_size, self)
+        count = train.batch_size // self.size
+        return step * train.batch_size + self.rank * count, count
+
+
+EVERYTHING = Share()
+
+
 def micro_batches(
     config: TrainConfig,
     read: Callable[[Sequence[int]], Sequence[Sample]],
     collate: Callable[[Sequence[Sample]], Any],
     length: Callable[[Sample], int] | None = None,
+    *,
+    share: Share = EVERYTHING,
 ) -> Callable[[int], list[Any]]:
     """A function from the step to its micro-batches: `read` from the indices, then collated.
 
+    They hold the `share` of the step's samples, in one piece, and `micro_batch_size` counts in it.
     With `length`, samples of like length share a micro-batch: less padding, and the same loss, for
     that is a sum over the whole step.
     """
-    size = config.micro_batch_size or config.batch_size
 
     def at(step: int) -> list[Any]:
-        first = step * config.batch_size
-        samples = read(range(first, first + config.batch_size))
+        first, count = share.of(step, config)
+        size = config.micro_batch_size or count
+        samples = read(range(first, first + count))
         if length is not None:
             samples = sorted(samples, key=length)
-        return [collate(samples[i : i + size]) for i in range(0, config.batch_size, size)]
+        return [collate(samples[i : i + size]) for i in range(0, count, size)]
 
     return at
 
@@ -69,17 +88,14 @@ class CaptionBatches:
     preprocessing: Preprocessing
     num_patches: int
     max_text_tokens: int
-    rank: int = 0
-    world_size: int = 1
+    share: Share = EVERYTHING
 
     def __call__(self, step: int) -> list[CaptionBatch]:
         """The rank's contiguous share of the step's samples, in micro-batches."""
-        batch = self.train.batch_size
-        first, last = (batch * part // self.world_size for part in (self.rank, self.rank + 1))
-        size = self.train.micro_batch_size or batch
+        size, (first, count) = self.train.micro_batch_size, self.share.of(step, self.train)
         return [
-            self._batch(range(step * batch + begin, step * batch + min(begin + size, last)))
-            for begin in range(first, last, size)
+            self._batch(range(begin, min(begin + (size or count), first + count)))
+            for begin in range(first, first + count, size or count)
         ]
 
     def _batch(self, numbers: Sequence[int]) -> CaptionBatch:
@@ -112,14 +128,13 @@ def caption_batches(
     preprocessing: Preprocessing,
     num_patches: int,
     max_text_tokens: int,
-    rank: int = 0,
-    world_size: int = 1,
+    share: Share = EVERYTHING,
 ) -> CaptionBatches:
     """The pre-training batches by step: pictures, captions, and a prefix length of
     1..num_patches-1 for each picture.
 
-    Opens the sources of `data`; UsageError where one cannot be read. Rank `rank` of `world_size`
-    gets its contiguous share of every step.
+    Opens the sources of `data`; UsageError where one cannot be read. A rank gets its
+    contiguous `share` of every step.
     """
     world = world_seed(seed, data)
     size = preprocessing.image_size
@@ -132,8 +147,7 @@ def caption_batches(
         preprocessing,
         num_patches,
         max_text_tokens,
-        rank,
-        world_size,
+        share,
     )
 
 
@@ -159,6 +173,7 @@ def conversation_batches(
     tokenizer: Any,
     preprocessing: Preprocessing | None,
     num_image_tokens: int = 0,
+    share: Share = EVERYTHING,
 ) -> Callable[[int], list[ConversationBatch]]:
     """The conversation batches by step: about pictures, or, without `preprocessing`, about sheets
     described in words."""
@@ -190,7 +205,7 @@ def conversation_batches(
             )
         return batch
 
-    return micro_batches(train, read, collate, length=lambda sample: len(sample[1].ids))
+    return micro_batches(train, read, collate, lambda sample: len(sample[1].ids), share=share)
 
 
 def picture_batch(sheets: Sequence[scenes.Scene], preprocessing: Preprocessing) -> torch.Tensor:
