@@ -119,11 +119,12 @@ def test_what_is_no_folder_and_cannot_be_a_hub_id_is_refused(source: str) -> Non
         load_encoder(source)
 
 
-def test_a_file_and_a_revision_of_a_folder_are_refused(folder: Path) -> None:
+def test_a_file_and_a_revision_of_a_folder_are_refused(tmp_path: Path) -> None:
+    save_encoder(tiny_encoder(), tmp_path)
     with pytest.raises(UsageError, match=r"model.safetensors is a file: give the folder"):
-        load_encoder(folder / "model.safetensors")
+        load_encoder(tmp_path / "model.safetensors")
     with pytest.raises(UsageError, match="is a folder, which has no revision v1"):
-        load_encoder(folder, revision="v1")
+        load_encoder(tmp_path, revision="v1")
 
 
 def test_a_hub_that_cannot_be_reached_is_said_within_seconds(tmp_path: Path) -> None:

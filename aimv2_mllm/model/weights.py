@@ -120,7 +120,7 @@ def _encoder_part(tensors: State, key: str, prefix: str) -> tuple[State, list[st
         raise UsageError(f"{next(iter(rest))} is left over: give an encoder without a classifier")
     if not prefix:
         rest = {IMAGE[key] + name: tensor for name, tensor in rest.items()}
-    return part, [*restore_lit(rest, key)] if rest else []
+    return part, sorted(restore_lit(rest, key)) if rest else []
 
 
 def _resized(config: EncoderConfig, image_size: int, folder: Path) -> EncoderConfig:
