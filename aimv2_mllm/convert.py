@@ -19,9 +19,10 @@ from aimv2_mllm.errors import UsageError
 from aimv2_mllm.folders import STAGE_FILE, origin_of, origins_of
 from aimv2_mllm.model.encoder import EncoderConfig
 from aimv2_mllm.model.hub import commit_of, locate
-from aimv2_mllm.model.layouts import CLIP_MEAN, CLIP_STD, CONFIG_FILE, read_config, timm_config
+from aimv2_mllm.model.layouts import CONFIG_FILE, read_config
 from aimv2_mllm.model.preprocessing import PREPROCESSOR_FILE, Preprocessing
 from aimv2_mllm.model.shards import weight_files, write_json
+from aimv2_mllm.model.timm_layout import CLIP_MEAN, CLIP_STD, timm_config
 from aimv2_mllm.model.weights import read_encoder, save_encoder
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

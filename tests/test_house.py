@@ -26,6 +26,7 @@ TABLE = (
     "recipe_file",
     "model.encoder",
     "model.namings",
+    "model.timm_layout",
     "model.layouts",
     "model.shards",
     "model.hub",
@@ -58,7 +59,8 @@ TABLE = (
 ONLY = {
     "model.encoder": set(),
     "model.namings": {"errors"},
-    "model.layouts": {"errors", "model.encoder"},
+    "model.timm_layout": {"errors", "model.encoder"},
+    "model.layouts": {"errors", "model.encoder", "model.timm_layout"},
     "model.shards": {"errors", "model.namings"},
     "model.hub": {"errors"},
     "model.weights": {
@@ -147,9 +149,11 @@ def test_the_networks_and_their_names_need_torch_and_nothing_else(module: str) -
     assert imports(module)[1] - sys.stdlib_module_names == {"torch"}
 
 
-@pytest.mark.parametrize("module", ["model.weights", "model.layouts", "model.shards"])
+@pytest.mark.parametrize(
+    "module", ["model.weights", "model.layouts", "model.timm_layout", "model.shards"]
+)
 def test_weights_need_only_what_every_host_has(module: str) -> None:
-    assert imports(module)[1] - sys.stdlib_module_names <= BASE
+    assert imports(f"model.{module}")[1] - sys.stdlib_module_names <= BASE
 
 
 def test_the_hub_is_reached_only_where_it_is_asked_for() -> None:

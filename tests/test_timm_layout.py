@@ -8,7 +8,8 @@ from test_weights import change_config
 
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.model.encoder import SIZES, EncoderConfig
-from aimv2_mllm.model.layouts import TIMM_MODELS, encoder_config, timm_config
+from aimv2_mllm.model.layouts import encoder_config
+from aimv2_mllm.model.timm_layout import TIMM_MODELS, timm_config
 from aimv2_mllm.model.weights import load_encoder, save_encoder
 
 
@@ -45,7 +46,10 @@ def test_a_network_without_a_timm_name_is_told_to_timm_to_the_last_number(width:
     [
         ({"architecture": "aimv2_large_patch16_224"}, "did you mean aimv2_large_patch14_224"),
         ({"model_args": {"class_token": True}}, "model_args has class_token, and may have img_"),
-        ({"model_args": {"img_size": [56, 70]}}, "sizes are square"),
+        (
+            {"model_args": {"img_size": [56, 70]}},
+            r"image_size must be a whole number .*\[56, 70\]",
+        ),
         ({"model_args": {"depth": 0}}, "num_hidden_layers must be a whole number"),
     ],
 )
