@@ -149,9 +149,7 @@ def test_the_networks_and_their_names_need_torch_and_nothing_else(module: str) -
     assert imports(module)[1] - sys.stdlib_module_names == {"torch"}
 
 
-@pytest.mark.parametrize(
-    "module", ["model.weights", "model.layouts", "model.timm_layout", "model.shards"]
-)
+@pytest.mark.parametrize("module", ["weights", "layouts", "timm_layout", "shards"])
 def test_weights_need_only_what_every_host_has(module: str) -> None:
     assert imports(f"model.{module}")[1] - sys.stdlib_module_names <= BASE
 
