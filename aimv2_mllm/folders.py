@@ -17,6 +17,7 @@ TALKING = ("align", "tune")  # kinds of stages whose result sees and talks
 MUTE = {
     "pretrain": "an encoder, which cannot talk",
     "convert": "an encoder, which cannot talk",
+    "lit": "a LiT model, which tells what fits and cannot talk",
     "language": "an LLM, which has no eyes",
 }
 GIVE = "give a run folder, or the model folder of an align or tune stage"
@@ -120,9 +121,11 @@ def origin_of(folder: Path, name: str, revision: str | None = None) -> dict[str,
     `revision` is the commit where they were downloaded; else the folder's own record tells it.
     """
     record = stage_record(folder)
+    source = name.partition("@")[0] if revision else name
+    if Path(name).is_absolute():  # a path of this machine tells nobody else anything
+        source = Path(name).name
     return {
-        # A path of this machine tells nobody else anything.
-        "source": Path(name).name if Path(name).is_absolute() else name.partition("@")[0],
+        "source": source,
         "revision": revision or record.get("revision") or record.get("fingerprint") or UNKNOWN,
         "licence": licence_of(folder) or UNKNOWN,
     }

@@ -16,7 +16,7 @@ from aimv2_mllm.evaluation import answers
 from aimv2_mllm.evaluation.answers import Asked
 from aimv2_mllm.evaluation.summary import Findings, Painting, last_stage
 from aimv2_mllm.folders import STAGE_FILE
-from aimv2_mllm.stages import Place
+from aimv2_mllm.job import Place
 
 GALLERY = 6  # right answers shown, and wrong ones
 # what was looked at -> its numbers: told by neighbours, told by a linear classifier

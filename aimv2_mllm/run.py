@@ -27,10 +27,11 @@ from aimv2_mllm.engine.loop import train
 from aimv2_mllm.engine.trackers import require
 from aimv2_mllm.errors import RunFailed, UsageError
 from aimv2_mllm.folders import RECIPE_FILE, STAGE_FILE, UNKNOWN, origins_of, stage_record
+from aimv2_mllm.job import Job, Place
 from aimv2_mllm.model.hub import commit_of, locate
 from aimv2_mllm.model.mllm import llm_source
 from aimv2_mllm.recipe import Recipe, Stage, changed_keys, deciding, dump_recipe
-from aimv2_mllm.stages import STAGES, Job, Place, check_inputs, inputs
+from aimv2_mllm.stages import STAGES, check_inputs, inputs, towers
 
 Narrate = Callable[[str], None]
 ALONE = Ranks()
@@ -244,7 +245,7 @@ def _fingerprint(name: str, place: Place) -> str:
     stage = place.recipe.stages[name]
     # Their files and not their records, which hold the seconds they took.
     parents = [stage_record(place.result(other))["files"] for other in _earlier(name, place)]
-    outside = [_digest(_folder(source, stage)) for source in inputs(stage, place)]
+    outside = [_digest(_folder(source, stage, place)) for source in inputs(stage, place)]
     own = deciding(stage.model_dump(mode="json"))
     text = json.dumps([name, place.recipe.seed, own, parents, outside], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -255,9 +256,9 @@ def _earlier(name: str, place: Place) -> list[str]:
     return stages[: stages.index(name)]
 
 
-def _folder(source: str, stage: Stage) -> Path:
+def _folder(source: str, stage: Stage, place: Place) -> Path:
     """Where a model from outside lies; an LLM of the hub has no folder, only its id."""
-    return locate(source) if source == getattr(stage, "tower", None) else Path(llm_source(source))
+    return locate(source) if source in towers(stage, place) else Path(llm_source(source))
 
 
 def _digest(folder: Path) -> str | dict[str, str]:
@@ -274,7 +275,7 @@ def _lineage(name: str, place: Place) -> dict[str, Any]:
     earlier = [stage_record(place.result(other)) for other in _earlier(name, place)]
     origins = [one for record in earlier for one in record.get("origins", [])]
     for source in inputs(stage, place):
-        folder = _folder(source, stage)
+        folder = _folder(source, stage, place)
         origins += origins_of(folder, source, commit_of(source, folder))
     origins = list({json.dumps(one): one for one in origins}.values())
     found = [record["licence"] for record in earlier]

@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 from aimv2_mllm.data.tokenizer import train_tokenizer
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.evaluation.dreams import load_pretrainer, paint, unpatchify, write_caption
+from aimv2_mllm.model.decoder_weights import DECODER_FILE
 from aimv2_mllm.model.encoder import AIMv2Encoder, EncoderConfig
 from aimv2_mllm.model.preprocessing import Preprocessing
 from aimv2_mllm.model.pretrainer import AIMv2ForPreTraining, DecoderConfig, Predictions
 from aimv2_mllm.model.weights import save_encoder
 from aimv2_mllm.objective import patchify
-from aimv2_mllm.stages import DECODER_FILE
 
 SIDE, PATCH, MAX_WORDS = 42, 14, 6  # 3 x 3 patches
 

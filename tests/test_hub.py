@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -129,16 +128,18 @@ def test_a_file_and_a_revision_of_a_folder_are_refused(tmp_path: Path) -> None:
 
 def test_a_hub_that_cannot_be_reached_is_said_within_seconds(tmp_path: Path) -> None:
     """Not told to be offline: it tries, at a port of this machine where nobody listens."""
-    code = "from aimv2_mllm import load_encoder; load_encoder('apple/aimv2-large-patch14-224')"
+    code = (
+        "import time, huggingface_hub.errors\n"
+        "from aimv2_mllm import load_encoder\n"
+        "begun = time.monotonic()\n"
+        "try: load_encoder('apple/aimv2-large-patch14-224')\n"
+        "except ValueError as error: print(time.monotonic() - begun, error)\n"
+    )
     unreachable = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
-    begun = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **unreachable, "PYTHONPATH": str(Path(hub.__file__).parents[2])},
-    )
-    assert "UsageError: apple/aimv2-large-patch14-224 is no folder here, and the hub cannot be" in (
-        done.stderr
-    )
-    assert time.monotonic() - begun < 30  # most of it is torch's import
+    environment = {**os.environ, **unreachable, "PYTHONPATH": str(Path(hub.__file__).parents[2])}
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, check=True)
+    seconds, _, said = done.stdout.partition(" ")
+    assert float(seconds) < 10
+    assert said.startswith("apple/aimv2-large-patch14-224 is no folder here, and the hub cannot be")
+    assert said.count("\n") == 1

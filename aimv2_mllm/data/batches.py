@@ -88,6 +88,7 @@ class CaptionBatches:
     preprocessing: Preprocessing
     num_patches: int
     max_text_tokens: int
+    full_prefix: bool = False
     share: Share = EVERYTHING
 
     def __call__(self, step: int) -> list[CaptionBatch]:
@@ -101,10 +102,7 @@ class CaptionBatches:
     def _batch(self, numbers: Sequence[int]) -> CaptionBatch:
         skipped = Skipped()
         samples = [self.corpus.sample(number, skipped) for number in numbers]
-        prefixes = [
-            int(scenes.generator(self.seed, "prefix", number).integers(1, self.num_patches))
-            for number in numbers
-        ]
+        prefixes = [self._prefix(number) for number in numbers]
         captions = [sample.caption for sample in samples]
         ids, length = encode_captions(captions, self.tokenizer, self.max_text_tokens)
         batch = CaptionBatch(
@@ -118,6 +116,12 @@ class CaptionBatches:
             batch["skipped_rows"] = skipped.examples
         return batch
 
+    def _prefix(self, number: int) -> int:
+        """How many patches of a sample the encoder may see at once: 1..num_patches - 1, or all."""
+        if self.full_prefix:
+            return self.num_patches
+        return int(scenes.generator(self.seed, "prefix", number).integers(1, self.num_patches))
+
 
 def caption_batches(
     data: CaptionData,
@@ -128,10 +132,11 @@ def caption_batches(
     preprocessing: Preprocessing,
     num_patches: int,
     max_text_tokens: int,
+    full_prefix: bool = False,
     share: Share = EVERYTHING,
 ) -> CaptionBatches:
     """The pre-training batches by step: pictures, captions, and a prefix length of
-    1..num_patches-1 for each picture.
+    1..num_patches-1 for each picture, or with `full_prefix` of all its patches.
 
     Opens the sources of `data`; UsageError where one cannot be read. A rank gets its
     contiguous `share` of every step.
@@ -147,6 +152,7 @@ def caption_batches(
         preprocessing,
         num_patches,
         max_text_tokens,
+        full_prefix,
         share,
     )
 

@@ -34,6 +34,7 @@ NO_DECAY = frozenset(
         "text_positions",
         "position_embedding",
         "position_embeddings",
+        "positional_embedding",
         "start",
         "cls_token",
         "register_tokens",

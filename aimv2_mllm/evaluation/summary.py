@@ -17,7 +17,7 @@ from aimv2_mllm.data.batches import picture_batch
 from aimv2_mllm.data.conversations import DESCRIBE
 from aimv2_mllm.evaluation import answers, dreams, probes
 from aimv2_mllm.evaluation.answers import Asked, Speaker
-from aimv2_mllm.stages import Place
+from aimv2_mllm.job import Place
 
 Narrate = Callable[[str], None]
 HIDDEN_GREY = 214  # what a patch outside the prefix looks like in the report

@@ -159,7 +159,10 @@ def restore_lit(state: Mapping[str, Tensor], key: str) -> State:
     restored: State = {}
     prefixes = [theirs for theirs, _ in LIT_NAMINGS[key].values()]
     for ours, (theirs, naming) in LIT_NAMINGS[key].items():
-        part = restore(_part(state, theirs, prefixes), naming)
+        try:
+            part = restore(_part(state, theirs, prefixes), naming)
+        except UsageError as error:
+            raise UsageError(f"{theirs}{error}") from None
         restored |= {ours + name: tensor for name, tensor in part.items()}
     return restored
 

@@ -79,9 +79,6 @@ def write_tensors(state: Mapping[str, Tensor], folder: Path) -> None:
     for name, shard in zip(names, shards, strict=True):
         part = folder / f"{name}.part"
         save_file({n: state[n].contiguous() for n in shard}, part, metadata={"format": "pt"})
-    stale = {*folder.glob("model-*-of-*.safetensors"), folder / WEIGHTS_FILE, folder / INDEX_FILE}
-    for path in stale - {folder / name for name in names}:
-        path.unlink(missing_ok=True)
     for name in names:
         os.replace(folder / f"{name}.part", folder / name)
     if len(shards) > 1:
@@ -89,6 +86,11 @@ def write_tensors(state: Mapping[str, Tensor], folder: Path) -> None:
         weight_map = {n: name for name, shard in zip(names, shards, strict=True) for n in shard}
         content = {"metadata": {"total_size": size}, "weight_map": weight_map}
         write_json(folder / INDEX_FILE, content)
+        names.append(INDEX_FILE)
+    # Last: whoever is stopped before has both forms, which is refused, and has lost nothing.
+    stale = {*folder.glob("model-*-of-*.safetensors"), folder / WEIGHTS_FILE, folder / INDEX_FILE}
+    for path in stale - {folder / name for name in names}:
+        path.unlink(missing_ok=True)
 
 
 def demand_fit(

@@ -77,8 +77,8 @@ def save_encoder(encoder: AIMv2Encoder, folder: str | Path, *, layout: str = "or
     """Write `encoder` to `folder`, made if need be, with the names and config of `layout`.
 
     `original` is ours; `transformers` loads as its Aimv2VisionModel; `timm` loads as
-    `timm.create_model("local-dir:FOLDER")`, and has no native encoders (UsageError). An encoder may
-    be saved where it was loaded from.
+    `timm.create_model("local-dir:FOLDER")` in recent timm, and has no native encoders (UsageError).
+    An encoder may be saved where it was loaded from.
     """
     if layout not in LAYOUTS:
         raise UsageError(
@@ -113,9 +113,12 @@ def resize_positions(table: Tensor, side: int) -> Tensor:
 def _encoder_part(tensors: State, key: str, prefix: str) -> tuple[State, list[str]]:
     """The encoder's tensors without a LiT checkpoint's prefix, and our names of all others;
     UsageError for one that no LiT checkpoint has."""
-    mine = [n for n in tensors if n.startswith(prefix) and not n.startswith(prefix + HEAD)]
-    part = {name.removeprefix(prefix): tensors[name] for name in mine}
-    rest = {name: tensor for name, tensor in tensors.items() if name not in set(mine)}
+    part, rest = State(), State()
+    for name, tensor in tensors.items():
+        if name.startswith(prefix) and not name.startswith(prefix + HEAD):
+            part[name.removeprefix(prefix)] = tensor
+        else:
+            rest[name] = tensor
     if rest and key not in IMAGE:  # timm, which has no LiT: its head is a classifier's
         raise UsageError(f"{next(iter(rest))} is left over: give an encoder without a classifier")
     if not prefix:
