@@ -144,9 +144,5 @@ def _lighten(module: nn.Module, config: TrainConfig) -> None:
         for block in blocks(module):
             block.forward = torch.compile(block.forward)
     if config.activation_checkpointing:
-        switch = getattr(module, "gradient_checkpointing_enable", None)
-        if switch is not None:  # transformers' own
-            switch(gradient_checkpointing_kwargs={"use_reentrant": False})
-            return
         for block in blocks(module):
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)

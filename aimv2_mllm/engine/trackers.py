@@ -57,8 +57,9 @@ def tracked(names: Sequence[str], folder: Path, settings: dict[str, Any]) -> Ite
 
 
 def _started(name: str, folder: Path, settings: dict[str, Any]) -> Any:
-    from accelerate import tracking
+    from accelerate import PartialState, tracking
 
+    PartialState(cpu=True)  # without one accelerate's logger, which a tracker calls, raises
     make = getattr(tracking, TRACKERS[name][0])
     if name == "tensorboard":
         tracker = make("tensorboard", folder)

@@ -7,7 +7,9 @@ its processes at once: every other time at a random moment, every other time whi
 being written. Half of the kills hit a run of always 2 ranks, which must end equal to the bit; half
 one that goes on with 2 and 1 ranks and either strategy, which must end within 1e-5.
 
-On 2 CPU cores: not yet run without other load.
+On 2 CPU cores, both busy with other work (15 minutes; 98 s of CPU time): undisturbed, 2 ranks
+differ from 1 by 7e-7; killed five times, a run of 2 ranks by nothing from the undisturbed one, and
+one of 2, 2 and 1 ranks in turn by 7e-7 from that of 1.
 """
 
 from __future__ import annotations
