@@ -26,6 +26,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
 
 from aimv2_mllm.engine import checkpoint, metrics
+from aimv2_mllm.engine.memory import keep_freed_memory
 from aimv2_mllm.engine.optimizer import (
     Parts,
     build_optimizer,
@@ -33,6 +34,7 @@ from aimv2_mllm.engine.optimizer import (
     set_learning_rates,
     training_tensors,
 )
+from aimv2_mllm.engine.precision import autocast
 from aimv2_mllm.errors import RunFailed, UsageError
 
 if TYPE_CHECKING:
@@ -84,6 +86,7 @@ def train(
     unknown part), and after a signal and a saved checkpoint `KeyboardInterrupt` (SIGINT) or
     `SystemExit(143)` (SIGTERM).
     """
+    keep_freed_memory()
     run = _Run(model.train(), parts, build_optimizer(parts, config), config, folder, fingerprint)
     with _StopRequest() as stop:
         progress = run.resume(narrate)
@@ -171,10 +174,10 @@ class _Run:
                 totals[kind] = totals.get(kind, 0) + count
         sums: dict[str, Tensor] = {}
         self.optimizer.zero_grad()
-        device, bf16 = _device(self.model), self.config.precision == "bf16"
+        device = _device(self.model)
         for batch in micro_batches:
             on_device = {name: _moved(value, device) for name, value in batch.items()}
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            with autocast(device, self.config.precision):
                 loss = objective(self.model, on_device, totals)
             torch.autograd.backward(loss.total)
             for name, value in loss._asdict().items():
