@@ -464,7 +464,10 @@ def test_a_metrics_file_that_cannot_be_written_is_a_failed_run(tmp_path: Path) -
         metrics.append_line(tmp_path, {"step": 1})
 
 
-def test_bf16_runs_the_model_under_autocast_and_fp32_does_not(tmp_path: Path) -> None:
+def test_bf16_runs_the_model_under_autocast_and_fp32_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aimv2_mllm.engine.precision.has_bf16", lambda device: True)
     seen: list[torch.dtype] = []
     for precision in ("bf16", "fp32"):
         model = new_model()

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from aimv2_mllm.engine.precision import has_bf16
+
 # Dense bf16 operations per second, by the name that torch gives the device. Source: NVIDIA's data
 # sheets (those with sparsity halved).
 PEAKS = {
@@ -41,7 +43,8 @@ def peak(device: torch.device, precision: str) -> float:
         known = PEAKS.get(torch.cuda.get_device_name(device))
         if known is not None:
             return known
-    return _measured(device, torch.bfloat16 if precision == "bf16" else torch.float32)
+    half = precision == "bf16" and has_bf16(device)
+    return _measured(device, torch.bfloat16 if half else torch.float32)
 
 
 @lru_cache

@@ -19,6 +19,7 @@ from torch import nn
 from aimv2_mllm.engine.checkpoint import what_is_kept
 from aimv2_mllm.engine.distributed import Ranks
 from aimv2_mllm.engine.journal import Journal, is_due
+from aimv2_mllm.engine.memory import keep_freed_memory
 from aimv2_mllm.engine.optimizer import Parts, set_learning_rates
 from aimv2_mllm.engine.skipping import Skipping
 from aimv2_mllm.engine.stopping import StopRequest
@@ -67,6 +68,7 @@ def train(
     checkpoint `KeyboardInterrupt` (SIGINT) or `SystemExit(143)` (SIGTERM), on all ranks whichever
     got it.
     """
+    keep_freed_memory()
     run = Run(config, folder, fingerprint, ranks)
     with StopRequest(ranks) as stop:
         training = Training(model.train(), parts, run)

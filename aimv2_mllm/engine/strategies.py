@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from aimv2_mllm.engine.distributed import Ranks
+from aimv2_mllm.engine.precision import has_bf16
 
 if TYPE_CHECKING:
     from aimv2_mllm.recipe import TrainConfig
@@ -40,7 +41,7 @@ class Placed:
     module: nn.Module  # owns the parameters, under the model's own names
     call: nn.Module  # what the objective calls
     device: torch.device
-    autocast: bool
+    precision: str  # of forward and loss, see `precision.autocast`
     hold_back: Callable[[], AbstractContextManager[None]]  # no exchange of gradients inside
 
 
@@ -54,7 +55,7 @@ def place(model: nn.Module, config: TrainConfig, ranks: Ranks) -> Placed:
 def single(model: nn.Module, config: TrainConfig, device: torch.device) -> Placed:
     """The model itself on one device."""
     _lighten(model.to(device), config)
-    return Placed(model, model, device, config.precision == "bf16", nullcontext)
+    return Placed(model, model, device, config.precision, nullcontext)
 
 
 def ddp(model: nn.Module, config: TrainConfig, device: torch.device) -> Placed:
@@ -66,7 +67,7 @@ def ddp(model: nn.Module, config: TrainConfig, device: torch.device) -> Placed:
         gradient_as_bucket_view=True,
     )
     call.register_comm_hook(None, lambda state, bucket: _added(bucket))  # in place of DDP's mean
-    return Placed(model, call, device, config.precision == "bf16", call.no_sync)
+    return Placed(model, call, device, config.precision, call.no_sync)
 
 
 def _added(bucket: Any) -> Any:
@@ -85,7 +86,7 @@ def fsdp2(model: nn.Module, config: TrainConfig, device: torch.device) -> Placed
     _lighten(module, config)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    policy = bf16 if config.precision == "bf16" else MixedPrecisionPolicy()
+    policy = bf16 if config.precision == "bf16" and has_bf16(device) else MixedPrecisionPolicy()
     for part in (*blocks(module), module):
         fully_shard(part, mesh=mesh, mp_policy=policy)
     for part in module.modules():
@@ -102,7 +103,7 @@ def fsdp2(model: nn.Module, config: TrainConfig, device: torch.device) -> Placed
         finally:
             module.set_requires_gradient_sync(True)
 
-    return Placed(module, module, device, False, hold_back)
+    return Placed(module, module, device, "fp32", hold_back)
 
 
 STRATEGIES: dict[str, Callable[[nn.Module, TrainConfig, torch.device], Placed]] = {

@@ -18,6 +18,7 @@ from aimv2_mllm.engine.disk import sync
 from aimv2_mllm.engine.distributed import Ranks
 from aimv2_mllm.engine.flops import FlopCounter
 from aimv2_mllm.engine.optimizer import Parts, build_optimizer, restore, training_tensors
+from aimv2_mllm.engine.precision import autocast
 from aimv2_mllm.engine.strategies import give_back, place, whole
 from aimv2_mllm.errors import UsageError
 
@@ -168,8 +169,7 @@ class Training:
     ) -> Loss:
         device, placed = self.device, self._placed
         on_device = {name: _moved(value, device) for name, value in batch.items()}
-        autocast = torch.autocast(device.type, torch.bfloat16, enabled=placed.autocast)
-        with autocast, counter or nullcontext():
+        with autocast(device, placed.precision), counter or nullcontext():
             return objective(placed.call, on_device, totals)
 
     def _added_and_clipped(self, sums: dict[str, Tensor]) -> dict[str, float]:
