@@ -22,12 +22,15 @@ RECIPES = sorted((HOUSE.parent / "recipes").glob("*.yaml"))
 TABLE = (
     "errors",
     "folders",
+    "files",
     "recipe",
     "recipe_file",
     "model.encoder",
     "model.weights",
+    "model.lit_weights",
     "model.preprocessing",
     "model.pretrainer",
+    "model.cache",
     "model.connectors",
     "model.mllm",
     "objective",
@@ -39,6 +42,7 @@ TABLE = (
     "page",
     "report",
     "run",
+    "seeing",
     "prompts",
     "chat",
     "export",
@@ -144,8 +148,23 @@ def test_verbs_and_flags_are_frozen() -> None:
         "run": ["--help", "RECIPE", "key.sub=value"],
         "chat": ["--help", "MODEL", "--image", "--prompt", "--max-new-tokens"],
         "sample": ["--help", "MODEL", "OUT", "--seed", "--size"],
-    }
+        "probe": [
+            "--help", "ENCODER", "DATA", "--kind", "--out", "--pca", "--templates", "--image-size",
+            "--limit", "--k", "--epochs", "--seed",
+        ],
+        "dream": [
+            "--help", "MODEL", "--image", "--sheet", "--seed", "--prefix", "--statistics", "--out",
+        ],
+    }  # fmt: skip
     assert VERBS.keys() == verbs.choices.keys()
+
+
+def test_the_command_line_offers_the_probes_and_statistics_that_there_are() -> None:
+    from aimv2_mllm import __main__
+    from aimv2_mllm.evaluation import dreams, probes
+
+    assert __main__.PROBES == (*probes.KINDS, "all", "zeroshot")
+    assert tuple(dreams.STATISTICS) == __main__.STATISTICS
 
 
 def test_public_names_are_those_of_the_lazy_table() -> None:
