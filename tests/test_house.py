@@ -163,7 +163,7 @@ def test_the_command_line_offers_the_probes_and_statistics_that_there_are() -> N
     from aimv2_mllm import __main__
     from aimv2_mllm.evaluation import dreams, probes
 
-    assert __main__.PROBES == (*probes.KINDS, "all", "zeroshot")
+    assert (*probes.KINDS, "all", "zeroshot") == __main__.PROBES
     assert tuple(dreams.STATISTICS) == __main__.STATISTICS
 
 

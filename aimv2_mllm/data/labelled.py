@@ -94,17 +94,21 @@ def _scans(scans: np.ndarray, seed: int) -> Pictures:
 
 def _class_folders(folder: Path, seed: int) -> Labelled:
     """`folder`/train/CLASS/… and `folder`/test/CLASS/…, or `folder`/CLASS/… to be split."""
-    if not (folder / TRAIN).is_dir():
-        classes, pictures = _read_classes(folder)
-        return _split(classes, pictures, seed, str(folder))
+    learned = folder / TRAIN if (folder / TRAIN).is_dir() else folder
+    classes, train = _read_classes(learned)
+    counts = Counter(train.labels)
+    empty = [name for label, name in enumerate(classes) if not counts[label]]
+    if len(classes) < 2 or empty:
+        what = f"the class {empty[0]} has no pictures" if empty else _too_few(classes)
+        raise UsageError(f"{learned}: {what}; {GIVE}")
     test = next((folder / name for name in TESTS if (folder / name).is_dir()), None)
-    classes, train = _read_classes(folder / TRAIN)
-    if test is None:
-        return _split(classes, train, seed, str(folder))
+    if test is None or learned == folder:
+        return _split(classes, train, seed, str(learned))
     others, pictures = _read_classes(test)
     unknown = [name for name in others if name not in classes]
-    if unknown:
-        raise UsageError(f"{test / unknown[0]}: there is no such class in {folder / TRAIN}")
+    if unknown or not pictures.labels:
+        what = f"has a class {unknown[0]}, which {learned} has not" if unknown else "has no picture"
+        raise UsageError(f"{test}: {what}")
     labels = [classes.index(others[label]) for label in pictures.labels]
     return Labelled(classes, train, Pictures(labels, pictures.open), f"its {TRAIN} and {test.name}")
 
@@ -118,11 +122,6 @@ def _read_classes(folder: Path) -> tuple[list[str], Pictures]:
         for file in sorted((folder / name).rglob("*"))
         if file.is_file() and not file.name.startswith(".")
     ]
-    counts = Counter(label for label, _ in files)
-    empty = [name for label, name in enumerate(names) if not counts[label]]
-    if len(names) < 2 or empty:
-        what = f"the class {empty[0]} has no pictures" if empty else _too_few(names)
-        raise UsageError(f"{folder}: {what}; {GIVE}")
     return names, Pictures([label for label, _ in files], lambda i, _: open_image(files[i][1]))
 
 
