@@ -115,7 +115,12 @@ def _features(tower: Tower, data: Labelled, seed: int) -> Image.Image:
     shown = (tower.preprocessing.restore(pixels), see(tower, pixels))
     titles = [title for title, _ in decoded]
     png = charts.feature_grid(list(zip(titles, *shown, strict=True)))
-    return Image.open(io.BytesIO(png))
+    return _opened(png)
+
+
+def _opened(png: bytes) -> Image.Image:
+    """The picture as RGB, which every format can hold."""
+    return Image.open(io.BytesIO(png)).convert("RGB")
 
 
 def dream(args: Namespace, picture: Image.Image | None) -> None:
@@ -136,7 +141,6 @@ def dream(args: Namespace, picture: Image.Image | None) -> None:
     if picture is None:
         scene = scenes.scene(args.seed, "heldout", 0)
         picture = Image.fromarray(scenes.render(scene, preprocessing.image_size))
-        print(f"sheet:   {scenes.caption(scene)} (--seed {args.seed})")
     pixels = AIMv2Tower(model.encoder, preprocessing).prepare([picture])
     [original] = preprocessing.restore(pixels)
     columns = []
@@ -148,6 +152,8 @@ def dream(args: Namespace, picture: Image.Image | None) -> None:
     [caption] = dreams.write_caption(model, pixels, tokenizer)
     words = (f"Caption: {caption or '(nothing)'}", NOTE.format(dreams.STATISTICS[args.statistics]))
     png = charts.dream_grid(original, features, columns, words=words)
-    write_picture(Path(args.out), Image.open(io.BytesIO(png)))
+    write_picture(Path(args.out), _opened(png))
+    if args.sheet:
+        print(f"sheet:   {scenes.caption(scene)} (--seed {args.seed})")
     print(f"caption: {caption or '(nothing)'}")
     print(f"picture: {args.out}")
