@@ -17,6 +17,8 @@ if TYPE_CHECKING:
         aimv2_large,
         aimv2_nano,
     )
+    from .model.lit import AIMv2LiT
+    from .model.lit_weights import load_lit
     from .model.pretrainer import AIMv2ForPreTraining
     from .model.weights import load_encoder, save_encoder
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 NAMES = {
     "AIMv2Encoder": "model.encoder",
     "AIMv2ForPreTraining": "model.pretrainer",
+    "AIMv2LiT": "model.lit",
     "aimv2_1b": "model.encoder",
     "aimv2_3b": "model.encoder",
     "aimv2_base": "model.encoder",
@@ -34,6 +37,7 @@ NAMES = {
     "aimv2_nano": "model.encoder",
     "answer": "chat",
     "load_encoder": "model.weights",
+    "load_lit": "model.lit_weights",
     "load_model": "chat",
     "save_encoder": "model.weights",
 }
@@ -41,6 +45,7 @@ NAMES = {
 __all__ = [  # noqa: RUF022 (in the order of NAMES, which a test holds)
     "AIMv2Encoder",
     "AIMv2ForPreTraining",
+    "AIMv2LiT",
     "aimv2_1b",
     "aimv2_3b",
     "aimv2_base",
@@ -49,6 +54,7 @@ __all__ = [  # noqa: RUF022 (in the order of NAMES, which a test holds)
     "aimv2_nano",
     "answer",
     "load_encoder",
+    "load_lit",
     "load_model",
     "save_encoder",
     "__version__",

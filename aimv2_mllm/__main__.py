@@ -31,6 +31,7 @@ SMALLEST_SHEET, LARGEST_SHEET = 28, 4096  # pixels, the sides of images that a r
 MOST_NEW_TOKENS, MOST_SEED, MOST_PICTURES = 100_000, 2**63 - 1, 10**9
 PROBES = ("knn", "linear", "attentive", "all", "zeroshot")
 STATISTICS = ("true", "previous", "prefix")
+LAYOUTS, DTYPES = ("original", "transformers", "timm"), ("fp32", "bf16")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -157,7 +158,22 @@ def dream(args: argparse.Namespace) -> None:
     dream_of(args, picture)
 
 
-VERBS = {"run": run, "chat": chat, "sample": sample, "probe": probe, "dream": dream}
+def convert(args: argparse.Namespace) -> None:
+    """Write an encoder from a folder or the hub in another layout, size or precision."""
+    from aimv2_mllm.convert import convert as write
+
+    words = {"layout": args.layout, "image_size": args.image_size, "dtype": args.dtype}
+    print(write(args.source, Path(args.destination), **words, narrate=_note))
+
+
+VERBS = {
+    "run": run,
+    "chat": chat,
+    "sample": sample,
+    "probe": probe,
+    "dream": dream,
+    "convert": convert,
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -210,6 +226,20 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_probe(verbs)
     _add_dream(verbs)
+
+    words = verbs.add_parser("convert", help="write an AIMv2 encoder in another layout or size")
+    words.add_argument("source", metavar="SRC", help="a folder, or a hub id: org/name[@revision]")
+    words.add_argument("destination", metavar="DST", help="the folder to write, which is new")
+    words.add_argument(
+        "--layout", choices=LAYOUTS, required=True, help=f"names and config: {', '.join(LAYOUTS)}"
+    )
+    words.add_argument(
+        "--image-size",
+        metavar="PIXELS",
+        type=_whole(1, LARGEST_SHEET),
+        help="resize learned positions to images of this side (the source's)",
+    )
+    words.add_argument("--dtype", choices=DTYPES, help="precision: fp32, bf16 (the source's)")
     for parsed in (parser, *verbs.choices.values()):
         parsed.allow_abbrev = False
     return parser

@@ -1,6 +1,7 @@
 """What a folder is: a run, or a model of one stage; told by the files in it, never by its name.
 
-Refuses folders that are neither, and finds in a run the model that talks.
+Refuses folders that are neither, finds in a run the model that talks, and says where weights came
+from and under what licence.
 """
 
 import json
@@ -11,8 +12,13 @@ from typing import Any
 from aimv2_mllm.errors import UsageError
 
 RECIPE_FILE, STAGE_FILE, CONFIG_FILE = "recipe.yaml", "stage.json", "config.json"
+CARD_FILE, UNKNOWN = "README.md", "unknown"
 TALKING = ("align", "tune")  # kinds of stages whose result sees and talks
-MUTE = {"pretrain": "an encoder, which cannot talk", "language": "an LLM, which has no eyes"}
+MUTE = {
+    "pretrain": "an encoder, which cannot talk",
+    "convert": "an encoder, which cannot talk",
+    "language": "an LLM, which has no eyes",
+}
 GIVE = "give a run folder, or the model folder of an align or tune stage"
 
 
@@ -91,3 +97,57 @@ def _finished(folder: Path, wanted: tuple[str, ...], give: str) -> Path:
             f"run `aimv2-mllm run {folder / RECIPE_FILE} output={folder}` to the end first"
         )
     return finished[-1]
+
+
+def stage_record(folder: Path) -> dict[str, Any]:
+    """What the `stage.json` in `folder` says, empty where there is none; UsageError for one that
+    cannot be read."""
+    path = folder / STAGE_FILE
+    if not isfile(path):
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageError(f"{path}: is not a stage's record ({error!r}); {GIVE}") from None
+
+
+def licence_of(folder: Path) -> str | None:
+    """The licence of the weights in `folder`: that of its stage's record, else of its model card's
+    front matter (`license_name`, or `license`); None where neither says."""
+    if licence := stage_record(folder).get("licence"):
+        return str(licence)
+    if not isfile(folder / CARD_FILE):
+        return None
+    card = (folder / CARD_FILE).read_text(encoding="utf-8", errors="replace").splitlines()
+    if not card or card[0].strip() != "---":
+        return None
+    # Plain `key: value` lines, so that no YAML library is needed beside an encoder.
+    said = {}
+    for line in card[1:]:
+        if line.strip() == "---":
+            break
+        key, _, value = line.partition(":")
+        said[key] = value.partition(" #")[0].strip().strip("'\"")
+    return said.get("license_name") or said.get("license") or None
+
+
+def origin_of(folder: Path, name: str, revision: str | None = None) -> dict[str, str]:
+    """What the weights in `folder`, which the user calls `name`, are: source, revision, licence.
+
+    `revision` is the commit where they were downloaded; else the folder's own record tells it.
+    """
+    record = stage_record(folder)
+    source = name.partition("@")[0] if revision else name
+    if Path(name).is_absolute():  # a path of this machine tells nobody else anything
+        source = Path(name).name
+    return {
+        "source": source,
+        "revision": revision or record.get("revision") or record.get("fingerprint") or UNKNOWN,
+        "licence": licence_of(folder) or UNKNOWN,
+    }
+
+
+def origins_of(folder: Path, name: str, revision: str | None = None) -> list[dict[str, str]]:
+    """Where the weights in `folder` first came from: what its record says, else themselves."""
+    origins = stage_record(folder).get("origins")
+    return list(origins) if origins else [origin_of(folder, name, revision)]

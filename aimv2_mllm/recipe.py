@@ -228,7 +228,9 @@ class AlignStage(_Stage):
 
     PARTS = ("connector",)
     kind: Literal["align"] = Field(default="align", description="the kind of the stage")
-    tower: Text = Field(description="an earlier pretrain stage, or a folder with an AIMv2 encoder")
+    tower: Text = Field(
+        description="an earlier pretrain stage, or a folder or hub id of an AIMv2 encoder"
+    )
     llm: Text = Field(description="tiny_llm, an earlier language stage, a folder or a hub id")
     connector: Literal["mlp"] = Field(default="mlp", description="named connector")
     data: ConversationData = Field(default=ConversationData(), description="the samples")

@@ -24,7 +24,8 @@ from safetensors import SafetensorError
 from aimv2_mllm.engine.checkpoint import replace_file
 from aimv2_mllm.engine.loop import train
 from aimv2_mllm.errors import RunFailed, UsageError
-from aimv2_mllm.folders import RECIPE_FILE, STAGE_FILE
+from aimv2_mllm.folders import RECIPE_FILE, STAGE_FILE, UNKNOWN, origins_of, stage_record
+from aimv2_mllm.model.hub import commit_of, locate
 from aimv2_mllm.model.mllm import llm_source
 from aimv2_mllm.recipe import Recipe, Stage, changed_keys, dump_recipe
 from aimv2_mllm.stages import STAGES, Job, Place, check_inputs, inputs
@@ -86,7 +87,7 @@ def run_stage(name: str, stage: Stage, place: Place, narrate: Narrate) -> None:
         "seconds": round(outcome["seconds"], 1),
         "last": outcome["last"],
         "versions": versions,
-        "licence": _licence(name, place),
+        **_lineage(name, place),
     }
     _save(job, result, record)
     narrate(f"stage {name}: done in {outcome['seconds']:.0f} s, saved to {result}")
@@ -191,8 +192,8 @@ def _fingerprint(name: str, place: Place) -> str:
     from, and the models from outside of the recipe."""
     stage = place.recipe.stages[name]
     # Their files and not their records, which hold the seconds they took.
-    parents = [_record(place.result(other))["files"] for other in _earlier(name, place)]
-    outside = [_digest(source) for source in inputs(stage, place)]
+    parents = [stage_record(place.result(other))["files"] for other in _earlier(name, place)]
+    outside = [_digest(_folder(source, stage)) for source in inputs(stage, place)]
     settings = stage.model_dump(mode="json")
     text = json.dumps([name, place.recipe.seed, settings, parents, outside], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -203,25 +204,34 @@ def _earlier(name: str, place: Place) -> list[str]:
     return stages[: stages.index(name)]
 
 
-def _digest(source: str) -> str | dict[str, str]:
-    """A model from outside by the contents of its files; one of a hub by its id."""
-    folder = Path(llm_source(source))
+def _folder(source: str, stage: Stage) -> Path:
+    """Where a model from outside lies; an LLM of the hub has no folder, only its id."""
+    return locate(source) if source == getattr(stage, "tower", None) else Path(llm_source(source))
+
+
+def _digest(folder: Path) -> str | dict[str, str]:
+    """A model from outside by the contents of its files; an LLM of the hub by its id."""
     if not folder.is_dir():
-        return source
+        return str(folder)
     return {f.name: _sha256(f) for f in sorted(folder.iterdir()) if f.is_file()}
 
 
-def _licence(name: str, place: Place) -> str:
-    """That of the world's own weights, with those of all models that went in from outside."""
-    outside = inputs(place.recipe.stages[name], place)
-    found = [_record(Path(llm_source(one))).get("licence", f"that of {one}") for one in outside]
-    found += [_record(place.result(other))["licence"] for other in _earlier(name, place)]
-    return " and ".join(sorted({LICENCE, *(part for one in found for part in one.split(" and "))}))
-
-
-def _record(folder: Path) -> dict[str, Any]:
-    path = folder / STAGE_FILE
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+def _lineage(name: str, place: Place) -> dict[str, Any]:
+    """Which models from outside went in, here or earlier, and the licence that this makes: that of
+    the world's own weights, and theirs."""
+    stage = place.recipe.stages[name]
+    earlier = [stage_record(place.result(other)) for other in _earlier(name, place)]
+    origins = [one for record in earlier for one in record.get("origins", [])]
+    for source in inputs(stage, place):
+        folder = _folder(source, stage)
+        origins += origins_of(folder, source, commit_of(source, folder))
+    origins = list({json.dumps(one): one for one in origins}.values())
+    found = [record["licence"] for record in earlier]
+    for one in origins:
+        known = one["licence"] != UNKNOWN
+        found.append(one["licence"] if known else f"that of {one['source']}")
+    parts = {part for licence in found for part in licence.split(" and ")}
+    return {"origins": origins, "licence": " and ".join(sorted({LICENCE, *parts}))}
 
 
 def _number(seed: int, name: str) -> int:

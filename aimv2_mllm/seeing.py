@@ -22,6 +22,8 @@ from aimv2_mllm.evaluation.probes import KINDS, probe
 from aimv2_mllm.evaluation.vision import AIMv2Tower, Tower, load_tower
 from aimv2_mllm.files import write, write_picture
 from aimv2_mllm.folders import pretrained_folder
+from aimv2_mllm.model.hub import locate
+from aimv2_mllm.model.lit_weights import load_lit
 from aimv2_mllm.model.preprocessing import Preprocessing
 
 SHOWN = 8  # pictures in a picture of features
@@ -47,14 +49,11 @@ def probe_tower(args: Namespace) -> None:
 def probe_zero_shot(args: Namespace) -> None:
     """Print what the LiT model `args.encoder` tells of the pictures `args.data` by the names of
     their classes in the prompts `args.templates`; write what was asked for."""
-    from transformers import AutoTokenizer
-
-    from aimv2_mllm.model.lit_weights import load_lit  # type: ignore[import-untyped]
-
     templates = zeroshot.read_templates(Path(args.templates))
     data = load_labelled(args.data, seed=args.seed, limit=args.limit)
-    tower = zeroshot.LitTower(load_lit(args.encoder), Preprocessing.load(Path(args.encoder)))
-    tokenizer = AutoTokenizer.from_pretrained(args.encoder, trust_remote_code=False)
+    model, preprocessing = load_lit(args.encoder), Preprocessing.load(locate(args.encoder))
+    tower = zeroshot.LitTower(model, preprocessing, model.config.text.max_position_embeddings)
+    tokenizer = zeroshot.load_tokenizer(args.encoder)
     _tell(zeroshot.zero_shot(tower, tokenizer, data, templates), args)
 
 
@@ -74,6 +73,7 @@ def as_table(results: dict[str, Any]) -> str:
     lines = [
         f"encoder  {results['encoder']} ({tower['model_type']}, {tower['image_size']} pixels, "
         f"sha256 {tower['sha256'][:12]})",
+        *(f"         {note}" for note in tower["notes"]),
         f"data     {results['source']}: {len(data['classes']):,} classes, {learned}"
         f"{data['test']:,} to be tested on ({data['split']})"
         + (f"; {skipped:,} skipped as undecodable" if skipped else ""),

@@ -21,6 +21,7 @@ from aimv2_mllm.engine.optimizer import Parts
 from aimv2_mllm.errors import UsageError, nearest
 from aimv2_mllm.model import mllm
 from aimv2_mllm.model.encoder import SIZES, AIMv2Encoder, EncoderConfig
+from aimv2_mllm.model.hub import locate
 from aimv2_mllm.model.preprocessing import Preprocessing
 from aimv2_mllm.model.pretrainer import AIMv2ForPreTraining, DecoderConfig
 from aimv2_mllm.model.weights import load_encoder, save_encoder
@@ -88,7 +89,7 @@ def check_inputs(place: Place) -> None:
     for name, stage in place.recipe.stages.items():
         try:
             if isinstance(stage, AlignStage) and stage.tower not in place.recipe.stages:
-                load_encoder(Path(stage.tower))
+                load_encoder(stage.tower)
             for source in inputs(stage, place):
                 if source != getattr(stage, "tower", None):
                     mllm.load_tokenizer(source)
@@ -166,7 +167,7 @@ def build_pretrain(stage: PretrainStage, place: Place) -> Job:
 
 def build_align(stage: AlignStage, place: Place) -> Job:
     """A Llava of a frozen tower and a frozen LLM, with the connector between them trained."""
-    tower, llm = Path(place.source(stage.tower)), place.source(stage.llm)
+    tower, llm = locate(place.source(stage.tower)), place.source(stage.llm)
     tokenizer = mllm.load_tokenizer(llm)
     model = mllm.assemble(load_encoder(tower), mllm.load_llm(llm), tokenizer)
     model.requires_grad_(False)

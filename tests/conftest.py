@@ -20,7 +20,8 @@ def tiny_recipe(output: Path, *overrides: str) -> Recipe:
     words = [f"output={output}", "evaluation=null"]
     for stage in ("pretrain", "align", "tune"):
         train = f"stages.{stage}.train"
-        words += [f"{train}.steps=3", f"{train}.batch_size=4", f"{train}.warmup_steps=0"]
+        words += [f"{train}.steps=3", f"{train}.batch_size=4", f"{train}.micro_batch_size=null"]
+        words += [f"{train}.warmup_steps=0"]
         words += [f"{train}.log_every=1", f"{train}.checkpoint_every=2"]
     return load_recipe(RECIPES / "quickstart.yaml", [*words, *overrides])
 

@@ -20,7 +20,8 @@ from aimv2_mllm.model.encoder import (
     prefix_mask,
     sincos_positions,
 )
-from aimv2_mllm.model.weights import to_transformers, transformers_config
+from aimv2_mllm.model.layouts import transformers_config
+from aimv2_mllm.model.namings import NAMINGS, rename
 
 TINY = {
     "hidden_size": 32,
@@ -47,7 +48,7 @@ def transformers_twin(encoder: AIMv2Encoder) -> Aimv2VisionModel:
     config = Aimv2VisionConfig(**transformers_config(encoder.config))
     config._attn_implementation = "eager"
     twin = Aimv2VisionModel(config).eval()
-    twin.load_state_dict(to_transformers(encoder.state_dict()), strict=True)
+    twin.load_state_dict(rename(encoder.state_dict(), NAMINGS["transformers"]), strict=True)
     return twin
 
 

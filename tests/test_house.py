@@ -26,13 +26,20 @@ TABLE = (
     "recipe",
     "recipe_file",
     "model.encoder",
+    "model.namings",
+    "model.timm_layout",
+    "model.layouts",
+    "model.shards",
+    "model.hub",
     "model.weights",
+    "model.lit",
     "model.lit_weights",
     "model.preprocessing",
     "model.pretrainer",
     "model.cache",
     "model.connectors",
     "model.mllm",
+    "convert",
     "objective",
     "data",
     "engine",
@@ -54,7 +61,21 @@ TABLE = (
 # Narrower than the table: all that these may import of ours.
 ONLY = {
     "model.encoder": set(),
-    "model.weights": {"errors", "model.encoder"},
+    "model.namings": {"errors"},
+    "model.timm_layout": {"errors", "model.encoder"},
+    "model.layouts": {"errors", "model.encoder", "model.timm_layout"},
+    "model.shards": {"errors", "model.namings"},
+    "model.hub": {"errors"},
+    "model.weights": {
+        "errors",
+        "model.encoder",
+        "model.hub",
+        "model.layouts",
+        "model.namings",
+        "model.shards",
+    },
+    "model.lit": {"model.encoder"},
+    "convert": {"errors", "folders", "model"},
     "objective": set(),
     "engine": {"errors", "recipe", "engine"},
     "folders": {"errors"},
@@ -126,12 +147,28 @@ def test_some_import_still_less(owner: str) -> None:
             assert entries == allowed, f"{module} imports {entries - allowed}"
 
 
-def test_the_encoder_needs_torch_and_nothing_else() -> None:
-    assert imports("model.encoder")[1] - sys.stdlib_module_names == {"torch"}
+@pytest.mark.parametrize("module", ["model.encoder", "model.namings", "model.lit"])
+def test_the_networks_and_their_names_need_torch_and_nothing_else(module: str) -> None:
+    assert imports(module)[1] - sys.stdlib_module_names == {"torch"}
 
 
-def test_weights_need_only_what_every_host_has() -> None:
-    assert imports("model.weights")[1] - sys.stdlib_module_names <= BASE
+@pytest.mark.parametrize("module", ["weights", "layouts", "timm_layout", "shards"])
+def test_weights_need_only_what_every_host_has(module: str) -> None:
+    assert imports(f"model.{module}")[1] - sys.stdlib_module_names <= BASE
+
+
+def test_the_hub_is_reached_only_where_it_is_asked_for() -> None:
+    tree = ast.parse(modules()["model.hub"].read_text(encoding="utf-8"))
+    at_the_top = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert not any("huggingface_hub" in ast.dump(node) for node in at_the_top)
+
+
+def test_the_command_line_offers_the_layouts_and_precisions_that_there_are() -> None:
+    from aimv2_mllm import __main__, convert
+    from aimv2_mllm.model.layouts import LAYOUTS
+
+    assert tuple(LAYOUTS) == __main__.LAYOUTS
+    assert tuple(convert.DTYPES) == __main__.DTYPES
 
 
 def flags(parser: argparse.ArgumentParser) -> list[str]:
@@ -155,6 +192,7 @@ def test_verbs_and_flags_are_frozen() -> None:
         "dream": [
             "--help", "MODEL", "--image", "--sheet", "--seed", "--prefix", "--statistics", "--out",
         ],
+        "convert": ["--help", "SRC", "DST", "--layout", "--image-size", "--dtype"],
     }  # fmt: skip
     assert VERBS.keys() == verbs.choices.keys()
 

@@ -110,7 +110,7 @@ def test_a_finished_stage_that_was_spoilt_is_refused(
 def test_a_stage_made_from_another_llm_is_refused(
     tiny_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runs, "_digest", lambda source: "another")
+    monkeypatch.setattr(runs, "_digest", lambda folder: "another")
     with pytest.raises(UsageError, match="made from another LLM, tower or stage"):
         runs.run(tiny_recipe(tiny_run), lambda _: None)
 
@@ -129,7 +129,7 @@ def test_a_result_tells_where_it_comes_from_and_nothing_of_this_machine(tiny_run
     [
         ("stages.tune.lora.targets=[q_proj, v_porj]", "no v_porj; .* did you mean v_proj?"),
         ("stages.align.llm=./nowhere", "stage align: ./nowhere"),
-        ("stages.align.tower=./nowhere", "stage align: nowhere"),
+        ("stages.align.tower=./nowhere", "stage align: ./nowhere"),
         ("stages.pretrain.tokenizer=./nowhere", "stage pretrain: ./nowhere"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Encoders on disk: round trips bit for bit, the two namings, and every refusal."""
+"""Encoders on disk: round trips bit for bit, the three layouts, shards, and every refusal."""
 
 import json
 from pathlib import Path
@@ -6,38 +6,20 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from test_namings import LAYOUTS, assert_same, tiny_encoder
 from transformers import Aimv2VisionConfig, Aimv2VisionModel
 
 from aimv2_mllm.errors import UsageError
-from aimv2_mllm.model.encoder import AIMv2Encoder, EncoderConfig
-from aimv2_mllm.model.weights import (
-    from_transformers,
-    load_encoder,
-    save_encoder,
-    to_transformers,
-    transformers_config,
-)
-
-
-def tiny_encoder(native: bool = False) -> AIMv2Encoder:
-    torch.manual_seed(0)
-    encoder = AIMv2Encoder(EncoderConfig(16, 24, 2, 2, image_size=56, native=native))
-    with torch.no_grad():
-        for parameter in encoder.parameters():
-            parameter.normal_()
-    return encoder
+from aimv2_mllm.model.encoder import AIMv2Encoder
+from aimv2_mllm.model.layouts import transformers_config
+from aimv2_mllm.model.namings import NAMINGS, rename
+from aimv2_mllm.model.weights import load_encoder, resize_positions, save_encoder
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     save_encoder(tiny_encoder(), tmp_path)
     return tmp_path
-
-
-def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def change_config(folder: Path, **changes: object) -> None:
@@ -111,70 +93,187 @@ def test_the_config_written_has_the_keys_of_the_first_release(tmp_path: Path) ->
     assert native == {k: v for k, v in fixed.items() if k != "image_size"} | {"num_queries": 16}
 
 
-@pytest.mark.parametrize("native", [False, True])
-def test_renaming_there_and_back_changes_nothing(native: bool) -> None:
-    state = tiny_encoder(native).state_dict()
-    before = {name: tensor.clone() for name, tensor in state.items()}
-    assert_same(from_transformers(to_transformers(state)), before)
-    assert_same(state, before)
-
-
-@pytest.mark.parametrize("native", [False, True])
-def test_transformers_loads_the_renamed_tensors_strictly(native: bool) -> None:
-    encoder = tiny_encoder(native)
+def twin(encoder: AIMv2Encoder) -> Aimv2VisionModel:
+    """transformers' own network with the weights of `encoder`."""
     model = Aimv2VisionModel(Aimv2VisionConfig(**transformers_config(encoder.config)))
-    model.load_state_dict(to_transformers(encoder.state_dict()), strict=True)
-    assert_same(from_transformers(model.state_dict()), encoder.state_dict())
+    renamed = rename(encoder.state_dict(), NAMINGS["transformers"])
+    model.load_state_dict(renamed, strict=True)
+    return model.eval()
 
 
 @pytest.mark.parametrize("native", [False, True])
 def test_a_folder_written_by_transformers_is_read(tmp_path: Path, native: bool) -> None:
     encoder = tiny_encoder(native)
-    model = Aimv2VisionModel(Aimv2VisionConfig(**transformers_config(encoder.config)))
-    model.load_state_dict(to_transformers(encoder.state_dict()), strict=True)
-    model.save_pretrained(tmp_path)
+    twin(encoder).save_pretrained(tmp_path)
     loaded = load_encoder(tmp_path)
     assert loaded.config == encoder.config
     assert_same(loaded.state_dict(), encoder.state_dict())
 
 
 @pytest.mark.parametrize("native", [False, True])
-def test_transformers_reads_a_folder_of_renamed_tensors_and_our_config(
+def test_transformers_loads_our_folder_whole_and_computes_the_same(
     tmp_path: Path, native: bool
 ) -> None:
-    encoder = tiny_encoder(native)
-    (tmp_path / "config.json").write_text(json.dumps(transformers_config(encoder.config)))
-    metadata = {"format": "pt"}
-    save_file(to_transformers(encoder.state_dict()), tmp_path / "model.safetensors", metadata)
-    model = Aimv2VisionModel.from_pretrained(tmp_path)
-    assert_same(from_transformers(model.state_dict()), encoder.state_dict())
+    encoder = tiny_encoder(native).eval()
+    save_encoder(encoder, tmp_path, layout="transformers")
+    model, report = Aimv2VisionModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     config = model.config
-    assert (config.use_head, config.is_native, config.tie_last_hidden_states) == (
-        False,
-        native,
-        True,
+    assert (config.use_head, config.is_native) == (False, native)
+    pixels = torch.randn(2, 3, 56, 56)
+    with torch.no_grad():
+        theirs = model.eval()(pixels, output_hidden_states=True)
+        assert torch.allclose(encoder(pixels), theirs.last_hidden_state, atol=1e-5)
+    assert torch.equal(theirs.hidden_states[-1], theirs.last_hidden_state)
+
+
+@pytest.mark.parametrize("first", LAYOUTS)
+@pytest.mark.parametrize("second", LAYOUTS)
+def test_every_layout_to_every_other_is_bit_equal(tmp_path: Path, first: str, second: str) -> None:
+    encoder = tiny_encoder()
+    save_encoder(encoder, tmp_path / "a", layout=first)
+    save_encoder(load_encoder(tmp_path / "a"), tmp_path / "b", layout=second)
+    loaded = load_encoder(tmp_path / "b")
+    assert loaded.config == encoder.config
+    assert_same(loaded.state_dict(), encoder.state_dict())
+
+
+@pytest.mark.parametrize("first", ["original", "transformers"])
+@pytest.mark.parametrize("second", ["original", "transformers"])
+def test_native_encoders_go_between_the_layouts_that_have_them(
+    tmp_path: Path, first: str, second: str
+) -> None:
+    encoder = tiny_encoder(native=True)
+    save_encoder(encoder, tmp_path / "a", layout=first)
+    save_encoder(load_encoder(tmp_path / "a"), tmp_path / "b", layout=second)
+    loaded = load_encoder(tmp_path / "b")
+    assert loaded.config == encoder.config
+    assert_same(loaded.state_dict(), encoder.state_dict())
+
+
+def test_one_folder_can_change_its_layout(folder: Path) -> None:
+    encoder = load_encoder(folder)
+    for layout in LAYOUTS:
+        save_encoder(encoder, folder, layout=layout)
+        encoder = load_encoder(folder)
+    assert_same(encoder.state_dict(), tiny_encoder().state_dict())
+
+
+def test_timm_has_no_native_encoder_and_the_refusal_says_why(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no native AIMv2: timm's have learned positions"):
+        save_encoder(tiny_encoder(native=True), tmp_path / "new", layout="timm")
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_unknown_layout_gets_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"must be one of original, .*did you mean transformers"):
+        save_encoder(tiny_encoder(), tmp_path / "new", layout="transformer")
+
+
+def test_a_timm_folder_with_a_classifier_is_refused(tmp_path: Path) -> None:
+    save_encoder(tiny_encoder(), tmp_path, layout="timm")
+    add_tensor(tmp_path, "head.weight")
+    with pytest.raises(UsageError, match=r"head.weight is left over: give an encoder without"):
+        load_encoder(tmp_path)
+
+
+def test_names_under_a_prefix_are_an_encoder_too(tmp_path: Path) -> None:
+    save_encoder(tiny_encoder(), tmp_path, layout="transformers")
+    state = load_file(tmp_path / "model.safetensors")
+    save_file({f"vision_model.{n}": t for n, t in state.items()}, tmp_path / "model.safetensors")
+    assert_same(load_encoder(tmp_path).state_dict(), tiny_encoder().state_dict())
+
+
+def add_tensor(folder: Path, name: str) -> None:
+    state = {n: tensor.clone() for n, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(state | {name: torch.zeros(2, 2)}, folder / "model.safetensors")
+
+
+def test_a_pooling_head_beside_the_encoder_is_left_aside_aloud(tmp_path: Path) -> None:
+    """transformers' vision model has one by default."""
+    encoder = tiny_encoder()
+    raw = transformers_config(encoder.config) | {"use_head": True}
+    model = Aimv2VisionModel(Aimv2VisionConfig(**raw))
+    state = rename(encoder.state_dict(), NAMINGS["transformers"])
+    model.load_state_dict(state, strict=False)
+    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=r"left aside: image_encoder.head \(5 tensors\)"):
+        loaded = load_encoder(tmp_path)
+    assert_same(loaded.state_dict(), encoder.state_dict())
+
+
+# Resolution
+
+
+def test_a_resized_table_is_transformers_bicubic_and_the_rest_is_untouched(folder: Path) -> None:
+    """transformers resizes other learned positions so: the same grid, seen through another way."""
+    from transformers.models.siglip.modeling_siglip import SiglipVisionEmbeddings
+
+    with pytest.warns(UserWarning, match=r"resized to 84 px \(6 x 6\)"):
+        resized = load_encoder(folder, image_size=84)
+    assert resized.config.image_size == 84
+    before, after = tiny_encoder().state_dict(), resized.state_dict()
+    table = before.pop("preprocessor.pos_embed")
+    new = after.pop("preprocessor.pos_embed")
+    assert_same(before, after)
+
+    class Embeddings:
+        patch_size = 14
+        position_embedding = torch.nn.Embedding.from_pretrained(table[0])
+        num_positions = 16
+
+    expected = SiglipVisionEmbeddings.interpolate_pos_encoding(
+        Embeddings(), torch.empty(1, 36, 16), 84, 84
     )
+    assert torch.allclose(new, expected, atol=1e-6)
+    assert resized(torch.randn(1, 3, 84, 84)).shape == (1, 36, 16)
 
 
-def test_the_queries_keys_and_values_are_split_in_that_order() -> None:
-    state = {"trunk.blocks.11.attn.qkv.weight": torch.arange(12.0).view(6, 2)}
-    split = to_transformers(state)
-    layer = "encoder.layers.11.attention"
-    assert {name: tensor[0, 0].item() for name, tensor in split.items()} == {
-        f"{layer}.q_proj.weight": 0,
-        f"{layer}.k_proj.weight": 4,
-        f"{layer}.v_proj.weight": 8,
-    }
+def test_rows_and_columns_keep_their_places_when_resized() -> None:
+    """A table that only grows along the row must still do so, and be flat along the column."""
+    row = torch.arange(4.0).repeat_interleave(4)  # the row of each of 16 patches
+    table = resize_positions(torch.stack([row, 0 * row], dim=-1)[None], 8)  # (1, 64, 2)
+    grid = table[0, :, 0].view(8, 8)
+    assert (grid.diff(dim=0)[1:-1] > 0).all()
+    assert torch.allclose(grid.diff(dim=1), torch.zeros(8, 7), atol=1e-6)
 
 
-def test_names_of_something_else_are_refused_in_both_directions() -> None:
-    with pytest.raises(UsageError, match=r"trunk.blocks.0.attn.q_norm.weight is not a tensor"):
-        to_transformers({"trunk.blocks.0.attn.q_norm.weight": torch.zeros(1)})
-    with pytest.raises(UsageError, match=r"head.cls_token is not a tensor"):
-        from_transformers({"head.cls_token": torch.zeros(1)})
-    name = "encoder.layers.0.attention.k_proj.weight"
-    with pytest.raises(UsageError, match=r"q_proj.weight, .*v_proj.weight is missing"):
-        from_transformers({name: torch.zeros(1, 1)})
+@pytest.mark.parametrize("side", [16, 24, 32])
+def test_released_sizes_turn_into_each_other_in_their_dtype(side: int) -> None:
+    for before in (16, 24, 32):
+        table = torch.randn(1, before**2, 8).bfloat16()
+        resized = resize_positions(table, side)
+        assert resized.shape == (1, side**2, 8)
+        assert resized.dtype == torch.bfloat16
+        assert before != side or resized is table
+
+
+def test_the_size_that_it_has_changes_nothing(folder: Path, recwarn: object) -> None:
+    assert_same(load_encoder(folder, image_size=56).state_dict(), tiny_encoder().state_dict())
+    assert not list(recwarn)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        (225, "image_size 225 is not a multiple of the patch size 14: give 224 or 238"),
+        (0, "must be a whole number of at least 14, not 0"),
+        (-14, "must be a whole number of at least 14, not -14"),
+        (13, "must be a whole number of at least 14, not 13"),
+    ],
+)
+def test_a_size_that_cannot_be_is_refused(folder: Path, size: int, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        load_encoder(folder, image_size=size)
+
+
+def test_a_native_encoder_is_not_resized(tmp_path: Path) -> None:
+    save_encoder(tiny_encoder(native=True), tmp_path)
+    with pytest.raises(UsageError, match="computes its positions and takes any size"):
+        load_encoder(tmp_path, image_size=84)
+
+
+# What is refused
 
 
 def test_a_path_that_is_not_a_folder_is_refused(tmp_path: Path) -> None:
@@ -199,7 +298,7 @@ def test_a_config_that_is_not_json_is_refused(folder: Path) -> None:
     [
         ({"model_type": "clip"}, "model_type is 'clip', and must be one of aimv2, aimv2_vision"),
         ({"model_type": None}, "model_type is None"),
-        ({"vision_config": {}}, "image-text .LiT. model"),
+        ({"vision_config": []}, "vision_config is .., and must be a config"),
         ({"hidden_size": None}, "lacks hidden_size"),
         ({"image_size": None}, "lacks image_size"),
         ({"qkv_bias": True}, "qkv_bias is True"),
@@ -253,13 +352,29 @@ def test_each_tensor_that_does_not_fit_is_named(folder: Path) -> None:
 
 
 def test_a_tensor_is_named_as_its_file_names_it(tmp_path: Path) -> None:
-    encoder = tiny_encoder()
-    (tmp_path / "config.json").write_text(json.dumps(transformers_config(encoder.config)))
-    state = to_transformers(encoder.state_dict())
+    save_encoder(tiny_encoder(), tmp_path, layout="transformers")
+    state = load_file(tmp_path / "model.safetensors")
     state.pop("encoder.layers.0.attention.k_proj.weight")
     save_file(state, tmp_path / "model.safetensors")
     with pytest.raises(UsageError, match=r"layers.0.attention.k_proj.weight is missing"):
         load_encoder(tmp_path)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_extra_tensor_is_named(tmp_path: Path, layout: str) -> None:
+    save_encoder(tiny_encoder(), tmp_path, layout=layout)
+    add_tensor(tmp_path, "extra")
+    with pytest.raises(UsageError, match="extra is"):
+        load_encoder(tmp_path)
+
+
+def test_whole_numbers_are_no_weights(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    state = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    state["trunk.post_trunk_norm.weight"] = torch.ones(16, dtype=torch.int8)
+    save_file(state, path)
+    with pytest.raises(UsageError, match=r"post_trunk_norm.weight is int8, which is no floating"):
+        load_encoder(folder)
 
 
 def test_a_native_file_does_not_load_into_learned_positions(tmp_path: Path) -> None:

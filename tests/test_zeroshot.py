@@ -17,7 +17,7 @@ CLASSES = ["red", "dark_green", "blue"]
 class Words:
     """A tokenizer whose tokens are letters."""
 
-    def __call__(self, texts, padding, truncation, return_tensors):
+    def __call__(self, texts, padding, truncation, max_length, return_tensors):
         rows = [[ord(letter) for letter in text] for text in texts]
         longest = max(map(len, rows))
         return {"input_ids": torch.tensor([row + [0] * (longest - len(row)) for row in rows])}
@@ -49,7 +49,7 @@ def data(labels: list[int]) -> Labelled:
 
 
 def test_classes_are_told_by_their_names() -> None:
-    tower = LitTower(Stand(), Preprocessing(8, (0.5,) * 3, (0.5,) * 3))
+    tower = LitTower(Stand(), Preprocessing(8, (0.5,) * 3, (0.5,) * 3), 77)
     found = zero_shot(tower, Words(), data([0, 1, 2, 2]), ["a {} thing", "{}"])
     assert found["probes"]["zeroshot"]["accuracy"] == 1.0
     assert found["probes"]["zeroshot"]["protocol"]["templates"] == ["a {} thing", "{}"]
@@ -62,7 +62,7 @@ def test_a_class_is_the_mean_of_its_normalised_prompts() -> None:
         def encode_text(self, ids):
             return torch.tensor([[3.0, 0.0], [0.0, 0.5], [1.0, 1.0], [1.0, 1.0]])
 
-    vectors = class_vectors(Long(), Words(), ["a", "b"], ["{}", "{}!"])
+    vectors = class_vectors(Long(), Words(), ["a", "b"], ["{}", "{}!"], 77)
     torch.testing.assert_close(vectors, torch.full((2, 2), 0.5**0.5))
 
 

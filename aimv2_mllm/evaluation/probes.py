@@ -170,8 +170,12 @@ def majority(labels: Sequence[int], truth: Tensor) -> dict[str, Any]:
 
 def describe(tower: Tower) -> dict[str, Any]:
     """What a tower is, for the record: its kind, what it looks at, the hash of its weights."""
-    preprocessing = asdict(tower.preprocessing)
-    return {"model_type": tower.kind, **preprocessing, "sha256": weights_sha256(tower.module)}
+    return {
+        "model_type": tower.kind,
+        **asdict(tower.preprocessing),
+        "sha256": weights_sha256(tower.module),
+        "notes": list(tower.notes),
+    }
 
 
 def fresh_encoder(config: EncoderConfig, seed: int) -> AIMv2Encoder:

@@ -9,7 +9,7 @@ Letters in shapes: B pictures, N patches, D width.
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from os.path import isdir
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -22,8 +22,10 @@ from aimv2_mllm.errors import UsageError
 from aimv2_mllm.folders import CONFIG_FILE, pretrained_folder
 from aimv2_mllm.model import mllm
 from aimv2_mllm.model.encoder import AIMv2Encoder
+from aimv2_mllm.model.hub import locate
+from aimv2_mllm.model.layouts import MODEL_TYPES, encoder_config, read_config
 from aimv2_mllm.model.preprocessing import Preprocessing
-from aimv2_mllm.model.weights import NAMINGS, load_encoder
+from aimv2_mllm.model.weights import read_encoder
 
 
 class Tower(Protocol):
@@ -31,6 +33,7 @@ class Tower(Protocol):
 
     kind: str  # the model_type of its config.json
     preprocessing: Preprocessing  # the side of what it looks at, and how its pixels are normalised
+    notes: Sequence[str]  # what to know of how it was loaded, such as resized positions
 
     @property
     def module(self) -> nn.Module:
@@ -55,8 +58,10 @@ class AIMv2Tower:
 
     kind = "aimv2"
 
-    def __init__(self, encoder: AIMv2Encoder, preprocessing: Preprocessing) -> None:
-        self.module, self.preprocessing = encoder.eval(), preprocessing
+    def __init__(
+        self, encoder: AIMv2Encoder, preprocessing: Preprocessing, notes: Sequence[str] = ()
+    ) -> None:
+        self.module, self.preprocessing, self.notes = encoder.eval(), preprocessing, notes
 
     def prepare(self, pictures: Sequence[Image.Image]) -> Tensor:
         return fit(pictures, self.preprocessing)
@@ -100,6 +105,8 @@ FOREIGN: dict[str, Foreign] = {
 class ForeignTower:
     """A tower of `FOREIGN` with its own image processor."""
 
+    notes: Sequence[str] = ()
+
     def __init__(self, kind: str, module: Any, processor: Any, image_size: int) -> None:
         self.kind, self.module, self.processor = kind, module, processor
         mean, std = tuple(processor.image_mean), tuple(processor.image_std)
@@ -124,25 +131,28 @@ class ForeignTower:
 def load_tower(source: str, image_size: int | None = None) -> Tower:
     """The tower in the folder `source` (a model, or a run with a pretrain stage), or of a hub id.
 
-    With `image_size` it looks at pictures of that side in pixels; by default, of the side that its
-    preprocessor_config.json says. Raises UsageError on what is no tower that we know.
+    With `image_size` it looks at pictures of that side in pixels, to which learned positions are
+    resized; by default, of the side that its preprocessor_config.json says. Raises UsageError on
+    what is no tower that we know.
     """
-    folder = pretrained_folder(Path(source)) if isdir(source) else Path(source)
+    folder = pretrained_folder(locate(source))
     kind = _model_type(folder)
     if kind in FOREIGN:
         return _load_foreign(kind, folder, image_size)
-    if kind is not None and kind not in NAMINGS:
-        known = ", ".join([*NAMINGS, *FOREIGN])
+    if kind not in (*MODEL_TYPES, None):  # None: timm's layout
+        known = ", ".join([*MODEL_TYPES, *FOREIGN])
         raise UsageError(f"{folder}: its model_type is {kind!r}; the known towers are {known}")
-    encoder = load_encoder(folder if isdir(folder) else source)
+    config = encoder_config(read_config(folder), folder / CONFIG_FILE)
+    # A native encoder takes any size as it is.
+    encoder, notes = read_encoder(folder, None if config.native else image_size)
     preprocessing = Preprocessing.load(folder)
     config, side = encoder.config, image_size or preprocessing.image_size
-    if side % config.patch_size or (not config.native and side != config.image_size):
-        allowed = f"{config.image_size} pixels"
-        if config.native:
-            allowed = f"multiples of its patch size, {config.patch_size}"
-        raise UsageError(f"{source}: cannot look at pictures of {side} pixels, only of {allowed}")
-    return AIMv2Tower(encoder, Preprocessing(side, preprocessing.mean, preprocessing.std))
+    if side % config.patch_size or not (config.native or side == config.image_size):
+        raise UsageError(
+            f"{source}: cannot look at pictures of {side} pixels: its encoder is for "
+            f"{config.image_size}, in patches of {config.patch_size}"
+        )
+    return AIMv2Tower(encoder, replace(preprocessing, image_size=side), notes)
 
 
 def weights_sha256(module: nn.Module) -> str:
@@ -155,7 +165,7 @@ def weights_sha256(module: nn.Module) -> str:
 
 
 def _model_type(folder: Path) -> str | None:
-    """What config.json calls the model; None where there is none, as for a hub id."""
+    """What config.json calls the model; None where it does not, or is not there."""
     path = folder / CONFIG_FILE
     if not path.is_file():
         return None
@@ -163,7 +173,7 @@ def _model_type(folder: Path) -> str | None:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: is not JSON ({error}): download it again") from None
-    return str(config.get("model_type")) if isinstance(config, Mapping) else None
+    return config.get("model_type") if isinstance(config, Mapping) else None
 
 
 def _load_foreign(kind: str, folder: Path, image_size: int | None) -> ForeignTower:

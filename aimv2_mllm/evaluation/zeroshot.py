@@ -7,6 +7,7 @@ Letters in shapes: B pictures, K classes, E the width that both towers share.
 """
 
 from collections.abc import Sequence
+from os.path import isdir
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -40,9 +41,11 @@ class LitTower:
     """The picture side of a LiT model as a tower that has one token, its vector."""
 
     kind = "aimv2 (LiT)"
+    notes: Sequence[str] = ()
 
-    def __init__(self, model: Any, preprocessing: Preprocessing) -> None:
-        self.model, self.preprocessing = model, preprocessing
+    def __init__(self, model: Any, preprocessing: Preprocessing, max_tokens: int) -> None:
+        self.model, self.preprocessing = model.eval(), preprocessing
+        self.max_tokens = max_tokens  # of a prompt, for which the text tower has positions
 
     @property
     def module(self) -> nn.Module:
@@ -56,6 +59,20 @@ class LitTower:
     def __call__(self, pixel_values: Tensor) -> Tensor:
         vectors: Tensor = self.model.encode_image(pixel_values)
         return vectors.float()[:, None]  # (B, 1, E)
+
+
+def load_tokenizer(source: str) -> Any:
+    """The tokenizer of a LiT model, by folder or hub id (`org/name@revision`)."""
+    from transformers import AutoTokenizer
+
+    name, revision = source, None
+    if not isdir(source) and "@" in source:
+        name, _, revision = source.partition("@")
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"{source}: no tokenizer can be loaded from there ({line})") from None
 
 
 def read_templates(path: Path) -> list[str]:
@@ -75,19 +92,25 @@ def read_templates(path: Path) -> list[str]:
 
 @torch.inference_mode()
 def class_vectors(
-    model: TwoTowers, tokenizer: Any, classes: Sequence[str], templates: Sequence[str]
+    model: TwoTowers,
+    tokenizer: Any,
+    classes: Sequence[str],
+    templates: Sequence[str],
+    max_tokens: int,
 ) -> Tensor:
     """A unit vector for each class, the mean of those of its prompts: (K, E).
 
-    Underscores in the names of classes become spaces.
+    Underscores in the names of classes become spaces; prompts are cut at `max_tokens`.
     """
     names = [name.replace("_", " ") for name in classes]
     prompts = [template.replace(NAME, name) for name in names for template in templates]
     vectors = []
     for first in range(0, len(prompts), PROMPTS_AT_ONCE):
         texts = prompts[first : first + PROMPTS_AT_ONCE]
-        ids = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")["input_ids"]
-        vectors.append(F.normalize(model.encode_text(ids).float(), dim=-1))
+        tokens = tokenizer(
+            texts, padding=True, truncation=True, max_length=max_tokens, return_tensors="pt"
+        )
+        vectors.append(F.normalize(model.encode_text(tokens["input_ids"]).float(), dim=-1))
     averaged = torch.cat(vectors).view(len(names), len(templates), -1).mean(1)
     return F.normalize(averaged, dim=-1)
 
@@ -100,7 +123,7 @@ def zero_shot(
     The model's scale does not change which is the nearest, and is left out.
     """
     test = look(tower, data.test, "test pictures")
-    vectors = class_vectors(tower.model, tokenizer, data.classes, templates)
+    vectors = class_vectors(tower.model, tokenizer, data.classes, templates, tower.max_tokens)
     told = (F.normalize(test.features, dim=-1) @ vectors.T).argmax(-1)
     protocol = {"templates": list(templates), "prompts": "normalised, averaged, normalised"}
     return {

@@ -12,8 +12,9 @@ import torch
 
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.model.encoder import AIMv2Encoder
+from aimv2_mllm.model.layouts import transformers_config
+from aimv2_mllm.model.namings import NAMINGS, rename
 from aimv2_mllm.model.preprocessing import Preprocessing
-from aimv2_mllm.model.weights import to_transformers, transformers_config
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedModel
@@ -125,7 +126,8 @@ def assemble(
         tie_word_embeddings=llm.config.tie_word_embeddings,
     )
     model = LlavaForConditionalGeneration(config)
-    model.model.vision_tower.load_state_dict(to_transformers(encoder.state_dict()), strict=True)
+    tower = rename(encoder.state_dict(), NAMINGS["transformers"])
+    model.model.vision_tower.load_state_dict(tower, strict=True)
     model.model.language_model.load_state_dict(llm.base_model.state_dict(), strict=True)
     model.lm_head.load_state_dict(llm.get_output_embeddings().state_dict(), strict=True)
     model.config.text_config.name_or_path = ""  # a path of this machine

@@ -1,0 +1,86 @@
+"""Where weights lie: a folder, or a repository of the Hugging Face hub, downloaded.
+
+Only configs, safetensors, the card and the licence are ever downloaded; no code is.
+"""
+
+import re
+from os.path import exists, isdir  # pathlib's raise on a name that is too long
+from pathlib import Path
+
+from ..errors import UsageError
+
+# `model*`: the same repositories hold the weights of other frameworks too.
+HUB_FILES = [
+    "config.json",
+    "preprocessor_config.json",
+    "stage.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "README.md",
+    "LICENSE*",
+]
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
+TIMEOUT = 10  # seconds until the hub must have answered
+
+
+def locate(source: str | Path, revision: str | None = None) -> Path:
+    """The folder of `source`: itself, or what was downloaded from the hub for it.
+
+    A text `org/name` or `org/name@revision` that is no folder here is the hub's; a Path never is.
+    What was downloaded before serves when the hub cannot be reached. Raises UsageError when there
+    is nothing.
+    """
+    if isdir(source):
+        if revision is not None:
+            raise UsageError(
+                f"{source} is a folder, which has no revision {revision}: leave it out"
+            )
+        return Path(source)
+    if exists(source):
+        raise UsageError(f"{source} is a file: give the folder that holds it")
+    if isinstance(source, Path) or not HUB_ID.fullmatch(source):
+        raise UsageError(
+            f"{source} is not a folder: give one that holds config.json and model.safetensors, or "
+            "a hub id such as apple/aimv2-large-patch14-224"
+        )
+    repository, _, named = source.partition("@")
+    if named and revision is not None and named != revision:
+        raise UsageError(f"{source} names a revision, and another is asked for: {revision}")
+    return _download(repository, revision or named or None)
+
+
+def commit_of(source: str | Path, folder: Path) -> str | None:
+    """The commit of `folder` where it was downloaded for `source`, else None: the hub's cache has
+    its folders as `snapshots/COMMIT`."""
+    downloaded = not isdir(source) and folder.parent.name == "snapshots"
+    return folder.name if downloaded else None
+
+
+def _download(repository: str, revision: str | None) -> Path:
+    try:
+        from huggingface_hub import errors, snapshot_download
+    except ImportError:
+        raise UsageError(
+            f"{repository} is no folder here, and a download from the hub needs huggingface_hub: "
+            "pip install 'aimv2-mllm[hub]'"
+        ) from None
+    page = f"https://huggingface.co/{repository}"
+    try:
+        path = snapshot_download(
+            repository, revision=revision, allow_patterns=HUB_FILES, etag_timeout=TIMEOUT
+        )
+        return Path(path)
+    # It raises types of the network libraries below it too, others with every release.
+    except Exception as error:
+        known = {
+            errors.GatedRepoError: f"is gated: accept its terms at {page}, then `hf auth login`",
+            errors.RevisionNotFoundError: f"has no revision {revision}: see {page}/commits/main",
+            errors.RepositoryNotFoundError: "is neither a folder here nor a repository that the "
+            "hub shows: correct the name, or `hf auth login` if it is private",
+            errors.LocalEntryNotFoundError: "is no folder here, and the hub cannot be reached: "
+            "download it where there is a network and give the folder",
+        }
+        said = next((text for kind, text in known.items() if isinstance(error, kind)), None)
+        lines = str(error).strip().splitlines()
+        said = said or f"cannot be downloaded ({lines[0] if lines else type(error).__name__})"
+        raise UsageError(f"{repository} {said}") from None
