@@ -29,7 +29,7 @@ HIDDEN_GREY = 214  # what a patch outside the prefix looks like
 STATISTICS = {
     "true": "the true patch's, which the model does not know",
     "previous": "those of the last patch shown",
-    "prefix": "the mean ones of the patches shown",
+    "prefix": "their averages over the patches shown",
 }
 
 
