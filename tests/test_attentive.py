@@ -70,17 +70,25 @@ def test_a_setting_trained_among_others_is_what_it_is_alone() -> None:
 
 def test_the_setting_is_chosen_by_training_pictures_that_were_not_trained_on(monkeypatch) -> None:
     tokens, labels = examples(90)
-    trained = set[int]()
-    real = attentive._batches
+    trained, asked = set[int](), []
+    real, classes = attentive._batches, attentive._classes
 
     def spied(learning, *rest):
         trained.update(learning.tolist())
         return real(learning, *rest)
 
+    def overheard(sweep, seen, indices):
+        asked.append((seen is tokens, set(indices.tolist())))
+        return classes(sweep, seen, indices)
+
     monkeypatch.setattr(attentive, "_batches", spied)
+    monkeypatch.setattr(attentive, "_classes", overheard)
     told = attentive_probe(tokens, labels, tokens[:5], seed=0, epochs=1)
     assert (told.num_learned, told.num_choosing) == (81, 9)
     assert len(trained) == 81
+    [(of_training, choosing), (of_test, _)] = asked
+    assert (of_training, of_test) == (True, False)
+    assert choosing == set(range(90)) - trained
     held = [index for index in range(90) if index not in trained]
     assert sorted(labels[held].tolist()) == [0] * 3 + [1] * 3 + [2] * 3
     best = max(told.right.values())
@@ -96,18 +104,24 @@ def test_what_is_asked_does_not_change_what_is_learned() -> None:
     assert torch.equal(second.classes, first.classes[:4])
 
 
-def test_the_rate_falls_to_the_last_one() -> None:
-    seen = []
+def test_each_setting_has_its_own_falling_rate_and_clipping(monkeypatch) -> None:
+    seen, clipped = [], []
+    real = torch.nn.utils.clip_grad_norm_
+
+    def clip(parameters, largest):
+        clipped.append((len(parameters), largest))
+        return real(parameters, largest)
 
     class Spy(torch.optim.AdamW):
         def step(self, closure=None):
             seen.append([group["lr"] for group in self.param_groups])
             return super().step(closure)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.optim, "AdamW", Spy)
-        tokens, labels = examples(90)
-        attentive_probe(tokens, labels, tokens[:1], seed=0, epochs=10)
+    monkeypatch.setattr(torch.optim, "AdamW", Spy)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+    tokens, labels = examples(90)
+    attentive_probe(tokens, labels, tokens[:1], seed=0, epochs=10)
+    assert clipped == [(5, 3.0)] * 12 * 90
     assert seen[0] == pytest.approx([one.lr for one in GRID])
     assert all(1e-5 <= rate < 1.1e-5 for rate in seen[-1])
     assert len(seen) == 90  # of the 81 pictures to learn from a batch is the tenth part
