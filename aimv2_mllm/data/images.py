@@ -7,7 +7,6 @@ import os
 import struct
 import warnings
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -19,15 +18,13 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP")  # Pillow starts a progr
 MAX_SQUARE_SIDE = 8000  # pixels; a long strip is scaled down to it, for its square would be huge
 
 
-def open_image(source: str | Path | BinaryIO) -> Image.Image:
+def open_image(path: str | Path) -> Image.Image:
     """The picture in a file as RGB, turned as its EXIF tag says, transparency laid on white.
-
-    `source` is the file's path, or the file itself, open for reading.
 
     Raises UsageError on anything that is not a whole picture of at most `MAX_PIXELS` pixels.
     """
-    file = Path(source) if isinstance(source, str | Path) else source
-    if isinstance(file, Path) and os.path.isdir(file):
+    file = Path(path)
+    if os.path.isdir(file):
         raise UsageError(f"{file}: is a folder; give a picture file such as PNG or JPEG")
     try:
         with warnings.catch_warnings():

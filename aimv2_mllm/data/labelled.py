@@ -4,7 +4,7 @@ Owns what is a class and which pictures are for training and which for the test.
 without two classes, and leaves decoding to whoever asks for a picture.
 """
 
-import io
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -213,7 +213,12 @@ def _rows(rows: Any, image: str, label: str, source: str) -> Pictures:
 
     def open_row(index: int, _: int) -> Image.Image:
         cell = raw[index][image]
-        return open_image(io.BytesIO(cell["bytes"]) if cell["bytes"] else cell["path"])
+        if not cell["bytes"]:
+            return open_image(cell["path"])
+        with tempfile.NamedTemporaryFile() as file:  # pictures are opened, and refused, as files
+            file.write(cell["bytes"])
+            file.flush()
+            return open_image(file.name)
 
     labels = list(rows[label])
     if any(value is None or value < 0 for value in labels):
