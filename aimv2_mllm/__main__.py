@@ -40,12 +40,20 @@ def run(args: argparse.Namespace) -> None:
 
     from aimv2_mllm.recipe_file import load_recipe
 
-    recipe = load_recipe(args.recipe, args.overrides)
+    try:
+        recipe = load_recipe(args.recipe, args.overrides)
+    except UsageError:
+        # Of the processes that a launcher started here, one tells what all of them find.
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            raise SystemExit(2) from None
+        raise
     # After the recipe is known to be right: it takes seconds.
     from aimv2_mllm.folders import TALKING
     from aimv2_mllm.run import run as run_stages
 
     folder = run_stages(recipe, _note)
+    if folder is None:
+        return
     report = folder / "report.md"
     print(f"report: {report}" if report.is_file() else f"result: {folder}")
     if any(stage.kind in TALKING for stage in recipe.stages.values()):
@@ -112,10 +120,19 @@ def sample(args: argparse.Namespace) -> None:
     print(args.out)
 
 
+def _kinds_of_sources(data: dict[str, Any]) -> list[str | None]:
+    """Where a stage's samples came from; records hold one source, or a list of them."""
+    return [source.get("kind") for source in data.get("sources", [])] or [data.get("source")]
+
+
 def _demand_handwriting(model: Path) -> None:
     from aimv2_mllm.folders import stages_of
 
-    sources = [stage.get("data", {}).get("source") for stage in stages_of(model).values()]
+    sources = [
+        kind
+        for stage in stages_of(model).values()
+        for kind in _kinds_of_sources(stage.get("data", {}))
+    ]
     if not sources or set(sources) != {"handwriting"}:
         known = f"were trained on {', '.join(map(str, sources))}" if sources else "are not known"
         raise UsageError(
@@ -358,7 +375,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2
         raise
     except KeyboardInterrupt:
-        _complain("interrupted")
+        if os.environ.get("RANK", "0") == "0":
+            _complain("interrupted")
         return 130
     except BrokenPipeError:
         # The interpreter flushes once more on its way out, and would complain.

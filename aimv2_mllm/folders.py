@@ -17,6 +17,7 @@ TALKING = ("align", "tune")  # kinds of stages whose result sees and talks
 MUTE = {
     "pretrain": "an encoder, which cannot talk",
     "convert": "an encoder, which cannot talk",
+    "lit": "a LiT model, which tells what fits and cannot talk",
     "language": "an LLM, which has no eyes",
 }
 GIVE = "give a run folder, or the model folder of an align or tune stage"

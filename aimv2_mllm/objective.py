@@ -8,6 +8,7 @@ and the gradient of the whole batch.
 Letters in shapes: B samples, I patches, T caption tokens, L conversation tokens, V words.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
@@ -22,6 +23,15 @@ class PreTrainingBatch(TypedDict):
     """Images with captions; `caption_ids` is padded with anything, `prefix_length` in 1..I-1."""
 
     pixel_values: Tensor  # (B, 3, H, W)
+    prefix_length: Tensor  # (B,) int64
+    caption_ids: Tensor  # (B, T) int64
+    caption_length: Tensor  # (B,) int64
+
+
+class MixedSizesBatch(TypedDict):
+    """As `PreTrainingBatch`, with images of different sizes."""
+
+    pixel_values: Sequence[Tensor]  # B of (3, H, W)
     prefix_length: Tensor  # (B,) int64
     caption_ids: Tensor  # (B, T) int64
     caption_length: Tensor  # (B,) int64
@@ -42,6 +52,14 @@ class Loss(NamedTuple):
     total: Tensor
     image: Tensor
     text: Tensor
+
+
+class PairLoss(NamedTuple):
+    """The contrastive loss, scalars: choosing the text for an image, and the image for a text."""
+
+    total: Tensor
+    text: Tensor
+    image: Tensor
 
 
 class AnswerLoss(NamedTuple):
@@ -72,47 +90,97 @@ def standardise(patches: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class PreTrainingObjective:
-    """Next-patch regression and caption cross-entropy: total = text + alpha * image.
+    """Next-patch regression and caption cross-entropy: total = text_weight * text + alpha * image.
 
-    `alpha` is 0.4 in the paper, flat between 0.2 and 0.6.
+    `alpha` is 0.4 in the paper, flat between 0.2 and 0.6, and `text_weight` 1. With a weight of 0
+    captions are not looked at: that is the objective of AIM, the predecessor.
     """
 
     patch_size: int
     end_token_id: int
     alpha: float = 0.4
+    text_weight: float = 1.0
 
-    def targets(self, batch: PreTrainingBatch) -> dict[str, int]:
+    def targets(self, batch: PreTrainingBatch | MixedSizesBatch) -> dict[str, int]:
         """What this batch scores: how many patches outside prefixes, caption and end tokens."""
-        height, width = batch["pixel_values"].shape[-2:]
-        num_patches = (height // self.patch_size) * (width // self.patch_size)
+        areas = [image.shape[-2] * image.shape[-1] for image in batch["pixel_values"]]
+        num_patches = torch.tensor(areas) // self.patch_size**2  # (B,)
+        scored = num_patches - batch["prefix_length"].cpu()
         return {
-            "image": int((num_patches - batch["prefix_length"]).clamp(min=0).sum()),
-            "text": int((batch["caption_length"] + 1).sum()),
+            "image": int(scored.clamp(min=0).sum()),
+            "text": int((batch["caption_length"] + 1).sum()) if self.text_weight else 0,
         }
 
-    def __call__(self, model: nn.Module, batch: PreTrainingBatch, totals: dict[str, int]) -> Loss:
+    def __call__(
+        self, model: nn.Module, batch: PreTrainingBatch | MixedSizesBatch, totals: dict[str, int]
+    ) -> Loss:
         """This micro-batch's share of the loss; `totals` are the whole step's `targets`, added."""
-        patches, words = model(**batch, scored_only=True)
+        seen: Any = batch if self.text_weight else {**batch, **_without_words(batch)}
+        patches, words = model(**seen, scored_only=True)
         image_targets = self._patch_targets(batch)  # (P, 588)
         errors = F.mse_loss(patches.float(), image_targets, reduction="sum")
         image = errors / (image_targets.shape[-1] * max(totals["image"], 1))
         # [start] w1 … wT predicts w1 … wT [end].
-        text = F.cross_entropy(words.float(), self._word_targets(batch), reduction="sum")
-        text = text / max(totals["text"], 1)
-        return Loss(text + self.alpha * image, image, text)
+        text = F.cross_entropy(words.float(), self._word_targets(seen), reduction="sum")
+        # Without words only the end is left to predict: nothing to learn, and nothing to report.
+        text = text / max(totals["text"], 1) if self.text_weight else text * 0
+        return Loss(self.text_weight * text + self.alpha * image, image, text)
 
-    def _patch_targets(self, batch: PreTrainingBatch) -> Tensor:
+    def _patch_targets(self, batch: PreTrainingBatch | MixedSizesBatch) -> Tensor:
         """The standardised patches j >= M in (sample, patch) order: (P, 588)."""
-        patches = patchify(batch["pixel_values"].float(), self.patch_size)  # (B, I, 588)
+        images, size = batch["pixel_values"], self.patch_size
+        if not isinstance(images, Tensor):
+            pairs = zip(images, batch["prefix_length"].tolist(), strict=True)
+            scored = [patchify(image[None].float(), size)[0, m:] for image, m in pairs]
+            return standardise(torch.cat(scored))
+        patches = patchify(images.float(), size)  # (B, I, 588)
         positions = torch.arange(patches.shape[1], device=patches.device)
         return standardise(patches[positions >= batch["prefix_length"][:, None]])
 
-    def _word_targets(self, batch: PreTrainingBatch) -> Tensor:
+    def _word_targets(self, batch: PreTrainingBatch | MixedSizesBatch) -> Tensor:
         """w1 … wT [end] of each sample, one after the other: (Q,)."""
-        ids, length = batch["caption_ids"], batch["caption_length"][:, None]
-        # By length, never by padding id: a tokenizer may pad with its end token.
-        targets = F.pad(ids, (0, 1)).scatter(1, length, self.end_token_id)  # (B, T + 1)
-        return targets[torch.arange(targets.shape[1], device=ids.device) <= length]
+        targets = _ended(batch, self.end_token_id)  # (B, T + 1)
+        places = torch.arange(targets.shape[1], device=targets.device)
+        return targets[places <= batch["caption_length"][:, None]]
+
+
+def _without_words(batch: PreTrainingBatch | MixedSizesBatch) -> dict[str, Tensor]:
+    ids, length = batch["caption_ids"], batch["caption_length"]
+    return {"caption_ids": ids[:, :0], "caption_length": torch.zeros_like(length)}
+
+
+def _ended(batch: PreTrainingBatch | MixedSizesBatch, end_token_id: int) -> Tensor:
+    """w1 … wT [end] of each sample, and anything after it: (B, T + 1)."""
+    # By length, never by padding id: a tokenizer may pad with its end token.
+    ids, length = batch["caption_ids"], batch["caption_length"][:, None]
+    return F.pad(ids, (0, 1)).scatter(1, length, end_token_id)
+
+
+@dataclass(frozen=True)
+class ContrastiveObjective:
+    """Which text belongs to which image, and the other way round (CLIP's loss, LiT's here).
+
+    The wrong ones are those of the same micro-batch, on the same rank: its size is part of what is
+    learned. A batch is that of pre-training; its prefixes are not looked at.
+    """
+
+    end_token_id: int
+
+    def targets(self, batch: PreTrainingBatch) -> dict[str, int]:
+        """What this batch scores: its pairs."""
+        return {"pairs": len(batch["caption_ids"])}
+
+    def __call__(
+        self, model: nn.Module, batch: PreTrainingBatch, totals: dict[str, int]
+    ) -> PairLoss:
+        """This micro-batch's share of the loss; `totals` are the whole step's `targets`, added."""
+        texts = _ended(batch, self.end_token_id)
+        logits = model(batch["pixel_values"], texts).float()  # (B, B): images by texts
+        right = torch.arange(len(logits), device=logits.device)
+        count = max(totals["pairs"], 1)
+        text = F.cross_entropy(logits, right, reduction="sum") / count
+        image = F.cross_entropy(logits.t(), right, reduction="sum") / count
+        return PairLoss((text + image) / 2, text, image)
 
 
 class AnswerObjective:

@@ -11,12 +11,12 @@ from typing import Any
 from aimv2_mllm import charts
 from aimv2_mllm.charts import Picture
 from aimv2_mllm.data import scenes
-from aimv2_mllm.engine.loop import METRICS
+from aimv2_mllm.engine.metrics import METRICS
 from aimv2_mllm.evaluation import answers
 from aimv2_mllm.evaluation.answers import Asked
 from aimv2_mllm.evaluation.summary import Findings, Painting, last_stage
 from aimv2_mllm.folders import STAGE_FILE
-from aimv2_mllm.stages import Place
+from aimv2_mllm.job import Place
 
 GALLERY = 6  # right answers shown, and wrong ones
 # what was looked at -> its numbers: told by neighbours, told by a linear classifier

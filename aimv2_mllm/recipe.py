@@ -6,60 +6,40 @@ recipe means the same on every machine.
 """
 
 import contextlib
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from aimv2_mllm.errors import nearest, show
+from aimv2_mllm.recipe_data import CaptionData, ConversationData
+from aimv2_mllm.recipe_types import Count, FolderName, Number, Section, Seed, Switch, Text
+
+# Keys of a stage's sections that say how and not what is computed: a run may go on under others.
+EXECUTION_KEYS = {
+    "train": frozenset(
+        {
+            "micro_batch_size",
+            "device",
+            "strategy",
+            "activation_checkpointing",
+            "compile",
+            "checkpoint_every",
+            "keep_checkpoints",
+            "trackers",
+        }
+    ),
+    "data": frozenset({"workers", "cache", "cache_gib"}),
+}
 
 Place = tuple[str, ...]  # the keys that lead to a value, outermost first
 Mistake = tuple[Place, str]
 
 
-def _number(value: Any) -> Any:
-    # YAML 1.1 reads 1e-3 (no dot, or no sign in the exponent) as text.
-    is_number = isinstance(value, str) and re.fullmatch(
-        r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", value
-    )
-    return float(value) if is_number else value
-
-
-def _switch(value: Any) -> Any:
-    words = {"on": True, "yes": True, "off": False, "no": False}
-    return words.get(value.lower(), value) if isinstance(value, str) else value
-
-
-Number = Annotated[float, BeforeValidator(_number)]
-Switch = Annotated[bool, BeforeValidator(_switch)]
-FolderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_-]{0,99}$")]
-Text = Annotated[str, Field(min_length=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Count = Annotated[int, Field(gt=0)]
-Task = Literal["describe", "backwards", "table", "several", "question"]
-
-
-class _Section(BaseModel):
-    # validate_default: a default can clash with a given value (warmup_steps, num_attention_heads).
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True
-    )
-
-
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """How a stage is optimised: AdamW, linear warm-up, cosine decay.
 
     betas, eps and clip are by default those AIMv2 was pre-trained with.
@@ -68,7 +48,8 @@ class TrainConfig(_Section):
     steps: Count = Field(description="optimiser steps in all")
     batch_size: Count = Field(description="samples per optimiser step, over all devices")
     micro_batch_size: Count | None = Field(
-        default=None, description="samples per forward pass, at most batch_size; null: all of them"
+        default=None,
+        description="samples per forward pass on a device, at most batch_size; null: all of them",
     )
     lr: Number = Field(gt=0, description="peak learning rate")
     final_lr: Number = Field(default=0.0, ge=0, description="learning rate after the last step")
@@ -85,12 +66,27 @@ class TrainConfig(_Section):
     eps: Number = Field(default=1e-8, gt=0, description="AdamW's epsilon")
     weight_decay: Number = Field(default=0.0, ge=0, description="decay per step, times lr")
     clip: Number = Field(default=1.0, gt=0, description="largest norm of the gradient")
-    precision: Literal["fp32", "bf16"] = Field(default="fp32", description="arithmetic")
+    precision: Literal["fp32", "bf16"] = Field(
+        default="fp32", description="arithmetic; the weights are fp32 either way"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="where it is trained; auto: cuda if there is one"
+    )
+    strategy: Literal["auto", "ddp", "fsdp2"] = Field(
+        default="auto", description="how several processes share it; auto: ddp"
+    )
+    activation_checkpointing: Switch = Field(
+        default=False, description="compute activations twice and keep fewer of them"
+    )
+    compile: Switch = Field(default=False, description="torch.compile for every block")
     log_every: Count = Field(default=10, description="steps from one line of metrics to the next")
     checkpoint_every: Count = Field(
         default=100, description="steps from one checkpoint to the next"
     )
     keep_checkpoints: Count = Field(default=2, description="newest checkpoints that are kept")
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+        default=[], description="where the lines of metrics go besides metrics.jsonl"
+    )
 
     @field_validator("micro_batch_size")
     @classmethod
@@ -109,27 +105,7 @@ class TrainConfig(_Section):
         return value
 
 
-class CaptionData(_Section):
-    """Pictures with one caption each."""
-
-    source: Literal["handwriting"] = Field(
-        default="handwriting", description="where samples come from"
-    )
-    seed: Seed = Field(default=0, description="seed of the samples")
-
-
-class ConversationData(CaptionData):
-    """Conversations, each about one picture."""
-
-    tasks: dict[Task, Annotated[Number, Field(gt=0)]] = Field(
-        default={"describe": 1.0, "question": 1.0},
-        min_length=1,
-        description="weight of each task, relative",
-    )
-    turns: int = Field(default=1, ge=1, le=8, description="questions per picture, 1 to 8")
-
-
-class EncoderChoice(_Section):
+class EncoderChoice(Section):
     """The encoder to pre-train."""
 
     size: Literal[
@@ -141,7 +117,7 @@ class EncoderChoice(_Section):
     native: Switch = Field(default=False, description="positions for any grid of patches")
 
 
-class _Attention(_Section):
+class _Attention(Section):
     hidden_size: Count = Field(description="width, channels")
     intermediate_size: Count = Field(description="width inside SwiGLU, channels")
     num_hidden_layers: Count = Field(description="depth, blocks")
@@ -166,6 +142,30 @@ class DecoderChoice(_Attention):
     max_text_tokens: Count = Field(default=77, description="longest caption, tokens")
 
 
+class StartChoice(Section):
+    """The weights to go on from; what is not named starts from random ones.
+
+    Sizes must be those of the stage. Learned positions are resized where image_size differs.
+    """
+
+    encoder: Text | None = Field(
+        default=None, description="an earlier pretrain stage, a folder or a hub id"
+    )
+    decoder: Text | None = Field(
+        default=None, description="an earlier pretrain stage, or the folder of its result"
+    )
+
+
+class TextTowerChoice(_Attention):
+    """The text tower of LiT; defaults as the released one."""
+
+    hidden_size: Count = Field(default=768, description="width, channels")
+    intermediate_size: Count = Field(default=2048, description="width inside SwiGLU, channels")
+    num_hidden_layers: Count = Field(default=12, description="depth, blocks")
+    num_attention_heads: Count = Field(default=6, description="heads, a divisor of hidden_size")
+    max_position_embeddings: int = Field(default=77, ge=2, description="longest caption, tokens")
+
+
 class LanguageChoice(_Attention):
     """A Llama, by its sizes."""
 
@@ -184,7 +184,7 @@ class LanguageChoice(_Attention):
         return value
 
 
-class LoraChoice(_Section):
+class LoraChoice(Section):
     """Which linear layers of the LLM get low-rank adapters, and how large these are."""
 
     r: Count = Field(default=8, description="rank of the adapters")
@@ -197,7 +197,7 @@ class LoraChoice(_Section):
     )
 
 
-class _Stage(_Section):
+class _Stage(Section):
     PARTS: ClassVar[tuple[str, ...]]  # what is trained, by the names that part_lr may have
 
     @field_validator("train", check_fields=False)
@@ -219,8 +219,49 @@ class PretrainStage(_Stage):
     encoder: EncoderChoice = Field(description="the encoder to pre-train")
     decoder: DecoderChoice = Field(default=DecoderChoice(), description="used here only")
     tokenizer: Text = Field(description="tiny_llm, an earlier language stage, a folder or a hub id")
-    alpha: Number = Field(default=0.4, ge=0, description="weight of the image loss")
+    start: StartChoice = Field(default=StartChoice(), description="the weights to go on from")
+    alpha: Number = Field(
+        default=0.4, ge=0, description="weight of the image loss; 0: captions alone"
+    )
+    text_weight: Number = Field(
+        default=1.0, ge=0, description="weight of the caption loss; 0: pictures alone, as in AIM"
+    )
+    prefix: Literal["uniform", "full"] = Field(
+        default="uniform",
+        description="length of the visible prefix; full: bidirectional attention, for alpha 0",
+    )
     train: TrainConfig = Field(description="how it is optimised")
+
+    @field_validator("text_weight")
+    @classmethod
+    def _something_is_learned(cls, value: float, info: ValidationInfo) -> float:
+        if value == 0 and info.data.get("alpha") == 0:
+            raise ValueError("must be above 0 where alpha is 0: nothing would be learned")
+        return value
+
+    @field_validator("prefix")
+    @classmethod
+    def _no_patch_is_scored_that_was_seen(cls, value: str, info: ValidationInfo) -> str:
+        if value == "full" and info.data.get("alpha"):
+            raise ValueError(
+                "must be uniform where alpha is above 0: full hides no patch to predict"
+            )
+        return value
+
+
+class LitStage(_Stage):
+    """Trains a text tower and a pooling head beside a frozen encoder (LiT), for zero-shot use."""
+
+    PARTS = ("head", "text")
+    kind: Literal["lit"] = Field(default="lit", description="the kind of the stage")
+    tower: Text = Field(description="an earlier pretrain stage, a folder or a hub id")
+    text: TextTowerChoice = Field(default=TextTowerChoice(), description="the text tower")
+    projection_dim: Count = Field(default=768, description="width of the joint space, channels")
+    tokenizer: Text = Field(description="tiny_llm, an earlier language stage, a folder or a hub id")
+    data: CaptionData = Field(default=CaptionData(), description="the samples")
+    train: TrainConfig = Field(
+        description="how it is optimised; contrasts are within a micro-batch"
+    )
 
 
 class AlignStage(_Stage):
@@ -259,7 +300,7 @@ class LanguageStage(_Stage):
     train: TrainConfig = Field(description="how it is optimised")
 
 
-class EvaluationConfig(_Section):
+class EvaluationConfig(Section):
     """How the result of the last stage is judged."""
 
     questions: Count = Field(default=1200, description="questions asked")
@@ -267,22 +308,28 @@ class EvaluationConfig(_Section):
     seed: Seed = Field(default=0, description="seed of the questions")
 
 
-Stage = PretrainStage | AlignStage | TuneStage | LanguageStage
+Stage = PretrainStage | LitStage | AlignStage | TuneStage | LanguageStage
 STAGES: dict[str, type[Stage]] = {
     "pretrain": PretrainStage,
+    "lit": LitStage,
     "align": AlignStage,
     "tune": TuneStage,
     "language": LanguageStage,
 }
 # kind of a stage -> its keys that name an earlier stage -> the kind which that stage must have
 REFERENCES = {
-    "pretrain": {"tokenizer": "language"},
+    "pretrain": {
+        "tokenizer": "language",
+        "start.encoder": "pretrain",
+        "start.decoder": "pretrain",
+    },
+    "lit": {"tower": "pretrain", "tokenizer": "language"},
     "align": {"tower": "pretrain", "llm": "language"},
     "tune": {"start": "align"},
 }
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """A whole run: its stages in the order in which they are run, and how the result is judged."""
 
     name: FolderName = Field(description="name of the run: letters, digits, - and _")
@@ -318,16 +365,17 @@ def changed_keys(old: Recipe | Mapping[str, Any], new: Recipe) -> list[str]:
     """Return what differs, a line per key: `key: old -> new`, `key: added new`, `key: removed old`.
 
     A mapping that is a valid recipe counts with its defaults; another is compared as it stands.
-    Where the run folder lies is no difference.
+    Where the run folder lies and how it is computed (`EXECUTION_KEYS`) is no difference.
     """
     if not isinstance(old, Recipe):
         # not a recipe: written by another version
         with contextlib.suppress(ValidationError):
             old = Recipe.model_validate(old)
     plain = old.model_dump(mode="json") if isinstance(old, Recipe) else old
-    before, after = dict(_leaves(plain)), dict(_leaves(new.model_dump(mode="json")))
-    for leaves in (before, after):
-        leaves.pop("output", None)
+    before, after = (
+        dict(_leaves({**recipe, "output": None, "stages": _deciding_of_each(recipe)}))
+        for recipe in (plain, new.model_dump(mode="json"))
+    )
     lines = []
     for key, value in after.items():
         if key in before and before[key] != value:
@@ -342,6 +390,32 @@ def changed_keys(old: Recipe | Mapping[str, Any], new: Recipe) -> list[str]:
     return lines
 
 
+def deciding(stage: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a stage's plain values decides the numbers that come out of it.
+
+    That is all but `EXECUTION_KEYS`; of a lit stage, which contrasts within a micro-batch, its size
+    too.
+    """
+    kept = {"micro_batch_size"} if stage.get("kind") == "lit" else set()
+    return {
+        name: _without(section, EXECUTION_KEYS[name] - kept) if name in EXECUTION_KEYS else section
+        for name, section in stage.items()
+    }
+
+
+def _without(plain: Any, keys: Set[str]) -> Any:
+    if isinstance(plain, Mapping):
+        return {key: _without(value, keys) for key, value in plain.items() if key not in keys}
+    return [_without(value, keys) for value in plain] if isinstance(plain, list) else plain
+
+
+def _deciding_of_each(recipe: Mapping[str, Any]) -> Any:
+    stages = recipe.get("stages")
+    if not isinstance(stages, Mapping):
+        return stages
+    return {n: deciding(s) if isinstance(s, Mapping) else s for n, s in stages.items()}
+
+
 def reference_mistakes(stages: Any) -> Iterator[Mistake]:
     """The stages that name others which do not come earlier, with what is wrong.
 
@@ -351,19 +425,20 @@ def reference_mistakes(stages: Any) -> Iterator[Mistake]:
     for name, stage in stages.items() if isinstance(stages, dict) else ():
         kind = stage.get("kind") if isinstance(stage, dict) else None
         for key, wanted in REFERENCES.get(kind if isinstance(kind, str) else "", {}).items():
-            said = stage.get(key)
+            said: Any = stage
+            for part in key.split("."):
+                said = said.get(part) if isinstance(said, dict) else None
             names = [other for other, its_kind in earlier.items() if its_kind == wanted]
             if not isinstance(said, str) or said in names:
                 continue
-            # a word is a stage, for an llm also a hub id; a tower with a / is a folder
-            if (key in ("llm", "tokenizer") and said not in stages) or (
-                key == "tower" and "/" in said
-            ):
+            # a word is a stage, for an llm also a hub id; with a / it is a folder or a hub id
+            weights = key in ("tower", "start.encoder", "start.decoder")
+            if (key in ("llm", "tokenizer") and said not in stages) or (weights and "/" in said):
                 continue
-            folder = "; a folder is written with a /, as in ./NAME" if key == "tower" else ""
+            folder = "; a folder is written with a /, as in ./NAME" if weights else ""
             known = f"there {'are' if names else 'is'} {', '.join(names) or 'none'}"
             text = f"is {show(said)}, must be an earlier {wanted} stage: {known}"
-            yield ("stages", name, key), f"{text}{folder}{nearest(said, names)}"
+            yield ("stages", name, *key.split(".")), f"{text}{folder}{nearest(said, names)}"
         earlier[name] = kind
 
 

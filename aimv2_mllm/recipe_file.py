@@ -16,9 +16,10 @@ from pydantic.fields import FieldInfo
 
 from aimv2_mllm.errors import UsageError, nearest, show
 from aimv2_mllm.recipe import STAGES, Mistake, Place, Recipe, reference_mistakes
+from aimv2_mllm.recipe_data import SOURCE_SECTIONS
 
 MAX_BYTES = 256 * 1024  # a recipe is a page; parsing this much takes about a second
-MAX_DEPTH = 32  # levels of nesting; the deepest key of the schema has five
+MAX_DEPTH = 32  # levels of nesting; the deepest key of the schema has six
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -148,6 +149,8 @@ def _plain(
         except ValueError:  # more digits than Python turns into a number
             return node.value
     if isinstance(node, yaml.SequenceNode):
+        for i, item in enumerate(node.value):
+            lines[(*place, str(i))] = item.start_mark.line + 1
         return [
             _plain(loader, item, (*place, str(i)), lines, mistakes)
             for i, item in enumerate(node.value)
@@ -196,6 +199,8 @@ def _override(raw: dict[str, Any], word: str) -> tuple[Place, list[Mistake]]:
     return place, [((*place, *inner), said) for inner, said in mistakes]
 
 
+# keys whose entries are of several kinds, which pydantic puts into a place as a mark of its own
+TAGGED: dict[str, Mapping[str, type[BaseModel]]] = {"stages": STAGES, "sources": SOURCE_SECTIONS}
 # what pydantic calls a mistake -> what we say, where its own words would puzzle
 RULES = {
     "string_pattern_mismatch": "must be a name: letters, digits, - and _, not - first, at most 100",
@@ -225,7 +230,9 @@ def _explained(error: ValidationError) -> Iterator[Mistake]:
             case "missing":
                 yield place, f"missing{about}"
             case "union_tag_not_found":
-                yield (*place, "kind"), f"missing (the kind of the stage: {', '.join(STAGES)})"
+                kinds = SOURCE_SECTIONS if "sources" in place else STAGES
+                what = "source" if "sources" in place else "stage"
+                yield (*place, "kind"), f"missing (the kind of the {what}: {', '.join(kinds)})"
             case "union_tag_invalid":
                 tag = str(context["tag"])
                 known = f"{', '.join(allowed)}{nearest(tag, allowed)}"
@@ -246,20 +253,23 @@ def _explained(error: ValidationError) -> Iterator[Mistake]:
 def _located(location: Sequence[int | str]) -> tuple[Place, type[BaseModel], FieldInfo | None]:
     # -> the place without pydantic's marks, the class that holds its last key, that key's field
     parts = [str(part) for part in (location[:-1] if location[-1] == "[key]" else location)]
+    place: list[str] = []
     owner: type[BaseModel] = Recipe
-    keys = parts
-    if parts[0] == "stages" and len(parts) > 2:
-        owner = STAGES[parts.pop(2)]  # the tag of the union
-        keys = parts[2:]
-    field = owner.model_fields.get(keys[0])
-    for key in keys[1:]:
+    field: FieldInfo | None = None
+    while parts:
+        key = parts.pop(0)
+        place.append(key)
+        field = owner.model_fields.get(key)
+        if field is not None and key in TAGGED and len(parts) > 1:
+            place.append(parts.pop(0))  # the entry's own name or number
+            owner = TAGGED[key][parts.pop(0)]
+            continue
         kinds = (field.annotation, *get_args(field.annotation)) if field else ()
         inner = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
         if not inner:
             break  # an entry of a dict or list, which is described with it
-        owner = inner[0]
-        field = owner.model_fields.get(key)
-    return tuple(parts), owner, field
+        owner = inner[0] if parts else owner
+    return (*place, *parts), owner, field
 
 
 def _line(origins: Mapping[Place, str], place: Place, text: str) -> str:

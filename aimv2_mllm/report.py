@@ -19,8 +19,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from aimv2_mllm.errors import RunFailed
 from aimv2_mllm.evaluation.summary import Findings, evaluate
 from aimv2_mllm.folders import STAGE_FILE
+from aimv2_mllm.job import Place
 from aimv2_mllm.page import describe, pictures
-from aimv2_mllm.stages import Place
 
 Narrate = Callable[[str], None]
 TEMPLATES = Path(__file__).parent / "assets"

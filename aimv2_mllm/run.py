@@ -8,11 +8,10 @@ recipe began.
 import fcntl
 import hashlib
 import json
-import os
 import platform
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,30 +20,41 @@ import torch
 import yaml
 from safetensors import SafetensorError
 
-from aimv2_mllm.engine.checkpoint import replace_file
+from aimv2_mllm.data.batches import Share
+from aimv2_mllm.engine.disk import replace_file, sync
+from aimv2_mllm.engine.distributed import Ranks, joined
 from aimv2_mllm.engine.loop import train
+from aimv2_mllm.engine.trackers import require
 from aimv2_mllm.errors import RunFailed, UsageError
 from aimv2_mllm.folders import RECIPE_FILE, STAGE_FILE, UNKNOWN, origins_of, stage_record
+from aimv2_mllm.job import Job, Place
 from aimv2_mllm.model.hub import commit_of, locate
 from aimv2_mllm.model.mllm import llm_source
-from aimv2_mllm.recipe import Recipe, Stage, changed_keys, dump_recipe
-from aimv2_mllm.stages import STAGES, Job, Place, check_inputs, inputs
+from aimv2_mllm.recipe import Recipe, Stage, changed_keys, deciding, dump_recipe
+from aimv2_mllm.stages import STAGES, check_inputs, inputs, towers
 
 Narrate = Callable[[str], None]
+ALONE = Ranks()
 LICENCE = "Apache-2.0"
 
 
-def run(recipe: Recipe, narrate: Narrate) -> Path:
+def run(recipe: Recipe, narrate: Narrate) -> Path | None:
     """Run what of `recipe` is not done yet, then judge and report it; the run folder.
 
-    Raises UsageError for a folder of another recipe or in use, RunFailed when a stage cannot go on.
+    Started by a launcher, this is one of several processes that train together; rank 0 alone
+    writes, narrates and reports, and the others return None. Raises UsageError for a folder of
+    another recipe or in use, RunFailed when a stage cannot go on.
     """
-    place = Place(recipe, recipe.output)
-    check_inputs(place)
-    with _locked(place.folder):
-        _claim(place, narrate)
-        for name, stage in recipe.stages.items():
-            run_stage(name, stage, place, narrate)
+    with ExitStack() as held:
+        with joined() as ranks:
+            place = Place(recipe, recipe.output, Share(ranks.rank, ranks.size))
+            tell = narrate if ranks.is_first else _say_nothing
+            _check(place, ranks)
+            ranks.first(lambda: _enter(place, held, tell))
+            for name, stage in recipe.stages.items():
+                run_stage(name, stage, place, tell, ranks)
+        if not ranks.is_first:
+            return None
         if recipe.evaluation is not None:
             from aimv2_mllm.report import write_report
 
@@ -52,11 +62,13 @@ def run(recipe: Recipe, narrate: Narrate) -> Path:
     return place.folder
 
 
-def run_stage(name: str, stage: Stage, place: Place, narrate: Narrate) -> None:
+def run_stage(
+    name: str, stage: Stage, place: Place, narrate: Narrate, ranks: Ranks = ALONE
+) -> None:
     """Build, train and save one stage, unless it is finished."""
     result = place.result(name)
-    fingerprint = _fingerprint(name, place)
-    if _is_finished(name, place, fingerprint):
+    fingerprint, is_finished = ranks.first(lambda: _state(name, place))
+    if is_finished:
         narrate(f"stage {name}: finished, see {result}")
         return
     packages = {name: version(name) for name in ("torch", "transformers", "aimv2-mllm")}
@@ -65,6 +77,8 @@ def run_stage(name: str, stage: Stage, place: Place, narrate: Narrate) -> None:
     torch.manual_seed(_number(place.recipe.seed, name))
     job = STAGES[stage.kind].build(stage, place)
     narrate(_as_text(job.table()))
+    for note in job.data.notes:
+        narrate(f"  {note}")
     outcome = train(
         job.model,
         job.parts,
@@ -73,8 +87,11 @@ def run_stage(name: str, stage: Stage, place: Place, narrate: Narrate) -> None:
         config=stage.train,
         seed=place.recipe.seed,
         folder=result.parent,
-        fingerprint=fingerprint,
+        fingerprint=fingerprint + job.data.digest,
         narrate=narrate,
+        ranks=ranks,
+        workers=job.data.workers,
+        max_skipped=job.data.max_skipped,
     )
     record = {
         "stage": name,
@@ -89,7 +106,7 @@ def run_stage(name: str, stage: Stage, place: Place, narrate: Narrate) -> None:
         "versions": versions,
         **_lineage(name, place),
     }
-    _save(job, result, record)
+    ranks.first(lambda: _save(job, result, record))
     narrate(f"stage {name}: done in {outcome['seconds']:.0f} s, saved to {result}")
 
 
@@ -105,9 +122,9 @@ def _save(job: Job, result: Path, record: dict[str, Any]) -> None:
         record["files"] = {str(f.relative_to(unfinished)): _sha256(f) for f in files}
         (unfinished / STAGE_FILE).write_text(json.dumps(record, indent=2) + "\n")
         for file in [*files, unfinished / STAGE_FILE, unfinished]:
-            _sync(file)
+            sync(file)
         unfinished.rename(result)
-        _sync(result.parent)
+        sync(result.parent)
     except BaseException as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         # The tokenizers library says with a bare Exception that the disk is full.
@@ -117,6 +134,37 @@ def _save(job: Job, result: Path, record: dict[str, Any]) -> None:
                 "beside it is whole: mend that and run the same command again"
             ) from None
         raise
+
+
+def _check(place: Place, ranks: Ranks) -> None:
+    """UsageError for what would stop a stage later: a model, package or batch size."""
+    check_inputs(place)
+    for name, stage in place.recipe.stages.items():
+        batch = stage.train.batch_size
+        if batch % ranks.size:
+            above = batch + ranks.size - batch % ranks.size
+            fitting = [size for size in (above - ranks.size, above) if size]
+            raise UsageError(
+                f"stages.{name}.train.batch_size is {batch}, which {ranks.size} processes cannot"
+                f" share evenly; {' or '.join(map(str, fitting))} they can"
+            )
+        require(stage.train.trackers)
+
+
+def _say_nothing(text: str) -> None:
+    """What narrates on ranks other than 0."""
+
+
+def _enter(place: Place, held: ExitStack, narrate: Narrate) -> None:
+    """Make and hold the run folder, and claim it for the recipe."""
+    held.enter_context(_locked(place.folder))
+    _claim(place, narrate)
+
+
+def _state(name: str, place: Place) -> tuple[str, bool]:
+    """The stage's fingerprint, and whether its result is there."""
+    fingerprint = _fingerprint(name, place)
+    return fingerprint, _is_finished(name, place, fingerprint)
 
 
 def _is_finished(name: str, place: Place, fingerprint: str) -> bool:
@@ -141,7 +189,8 @@ def _is_finished(name: str, place: Place, fingerprint: str) -> bool:
 
 def _claim(place: Place, narrate: Narrate) -> None:
     path = place.folder / RECIPE_FILE
-    if path.exists():
+    is_new = not path.exists()
+    if not is_new:
         try:
             old = yaml.safe_load(path.read_text(encoding="utf-8"))
             changes = changed_keys(dict(old), place.recipe)
@@ -155,12 +204,15 @@ def _claim(place: Place, narrate: Narrate) -> None:
                 f"{place.folder} was begun with another recipe:\n{lines}\n"
                 "Give another folder (output=FOLDER), or remove this one."
             )
-        return
+    text = dump_recipe(place.recipe)
     try:
-        replace_file(path, dump_recipe(place.recipe).encode())
+        # Also what says how it is executed, which may be new.
+        if is_new or path.read_text(encoding="utf-8") != text:
+            replace_file(path, text.encode())
     except OSError as error:
         raise RunFailed(f"{path}: cannot be written ({error.strerror})") from None
-    narrate(f"run folder {place.folder}")
+    if is_new:
+        narrate(f"run folder {place.folder}")
 
 
 @contextmanager
@@ -188,14 +240,14 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _fingerprint(name: str, place: Place) -> str:
-    """What decides a stage's numbers: its own part of the recipe, the seed, the results it starts
-    from, and the models from outside of the recipe."""
+    """What decides a stage's numbers: its own part of the recipe (not how that is executed), the
+    seed, the results it starts from, and the models from outside of the recipe."""
     stage = place.recipe.stages[name]
     # Their files and not their records, which hold the seconds they took.
     parents = [stage_record(place.result(other))["files"] for other in _earlier(name, place)]
-    outside = [_digest(_folder(source, stage)) for source in inputs(stage, place)]
-    settings = stage.model_dump(mode="json")
-    text = json.dumps([name, place.recipe.seed, settings, parents, outside], sort_keys=True)
+    outside = [_digest(_folder(source, stage, place)) for source in inputs(stage, place)]
+    own = deciding(stage.model_dump(mode="json"))
+    text = json.dumps([name, place.recipe.seed, own, parents, outside], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -204,9 +256,9 @@ def _earlier(name: str, place: Place) -> list[str]:
     return stages[: stages.index(name)]
 
 
-def _folder(source: str, stage: Stage) -> Path:
+def _folder(source: str, stage: Stage, place: Place) -> Path:
     """Where a model from outside lies; an LLM of the hub has no folder, only its id."""
-    return locate(source) if source == getattr(stage, "tower", None) else Path(llm_source(source))
+    return locate(source) if source in towers(stage, place) else Path(llm_source(source))
 
 
 def _digest(folder: Path) -> str | dict[str, str]:
@@ -223,7 +275,7 @@ def _lineage(name: str, place: Place) -> dict[str, Any]:
     earlier = [stage_record(place.result(other)) for other in _earlier(name, place)]
     origins = [one for record in earlier for one in record.get("origins", [])]
     for source in inputs(stage, place):
-        folder = _folder(source, stage)
+        folder = _folder(source, stage, place)
         origins += origins_of(folder, source, commit_of(source, folder))
     origins = list({json.dumps(one): one for one in origins}.values())
     found = [record["licence"] for record in earlier]
@@ -249,11 +301,3 @@ def _as_text(table: list[tuple[str, int, bool]]) -> str:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

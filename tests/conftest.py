@@ -23,6 +23,7 @@ def tiny_recipe(output: Path, *overrides: str) -> Recipe:
         words += [f"{train}.steps=3", f"{train}.batch_size=4", f"{train}.micro_batch_size=null"]
         words += [f"{train}.warmup_steps=0"]
         words += [f"{train}.log_every=1", f"{train}.checkpoint_every=2"]
+        words += [f"{train}.micro_batch_size=null"]
     return load_recipe(RECIPES / "quickstart.yaml", [*words, *overrides])
 
 

@@ -9,6 +9,7 @@ import torch
 
 from aimv2_mllm.data import scenes
 from aimv2_mllm.data.batches import (
+    Share,
     caption_batches,
     conversation_batches,
     encode_captions,
@@ -18,7 +19,8 @@ from aimv2_mllm.data.conversations import IGNORED, conversation, encode, pad, tu
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.model.mllm import load_tokenizer
 from aimv2_mllm.model.preprocessing import Preprocessing
-from aimv2_mllm.recipe import CaptionData, ConversationData, TrainConfig
+from aimv2_mllm.recipe import TrainConfig
+from aimv2_mllm.recipe_data import CaptionData, ConversationData
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +120,16 @@ def test_micro_batches_cover_the_batch_in_order_whatever_their_size() -> None:
         got = micro_batches(config, list, list)(2)
         assert len(got) == parts
         assert [index for part in got for index in part] == list(range(20, 30))
+
+
+def test_the_shares_of_ranks_make_the_batch_in_order() -> None:
+    config = TrainConfig(steps=3, batch_size=12, micro_batch_size=4, lr=1.0)
+    whole = [index for batch in micro_batches(config, list, list)(2) for index in batch]
+    for size in (2, 3, 4):
+        shares = [micro_batches(config, list, list, share=Share(r, size))(2) for r in range(size)]
+        assert [index for share in shares for batch in share for index in batch] == whole
+        assert all(len(batch) <= 4 for share in shares for batch in share)
+        assert len({len(share) for share in shares}) == 1
 
 
 def test_samples_of_like_length_share_a_micro_batch() -> None:

@@ -19,12 +19,12 @@ from aimv2_mllm.evaluation.dreams import (
     unpatchify,
     write_caption,
 )
+from aimv2_mllm.model.decoder_weights import DECODER_FILE
 from aimv2_mllm.model.encoder import AIMv2Encoder, EncoderConfig
 from aimv2_mllm.model.preprocessing import Preprocessing
 from aimv2_mllm.model.pretrainer import AIMv2ForPreTraining, DecoderConfig
 from aimv2_mllm.model.weights import save_encoder
 from aimv2_mllm.objective import patchify
-from aimv2_mllm.stages import DECODER_FILE
 
 SIDE, PATCH, MAX_WORDS = 42, 14, 6  # 3 x 3 patches
 

@@ -23,8 +23,11 @@ TABLE = (
     "errors",
     "folders",
     "files",
+    "recipe_types",
+    "recipe_data",
     "recipe",
     "recipe_file",
+    "model.packed",
     "model.encoder",
     "model.namings",
     "model.timm_layout",
@@ -37,12 +40,16 @@ TABLE = (
     "model.preprocessing",
     "model.pretrainer",
     "model.cache",
+    "model.decoder_weights",
     "model.connectors",
     "model.mllm",
     "convert",
     "objective",
     "data",
     "engine",
+    "job",
+    "encoder_stages",
+    "llm_stages",
     "stages",
     "evaluation",
     "charts",
@@ -60,7 +67,8 @@ TABLE = (
 )
 # Narrower than the table: all that these may import of ours.
 ONLY = {
-    "model.encoder": set(),
+    "model.packed": set(),
+    "model.encoder": {"model.packed"},
     "model.namings": {"errors"},
     "model.timm_layout": {"errors", "model.encoder"},
     "model.layouts": {"errors", "model.encoder", "model.timm_layout"},
@@ -74,7 +82,7 @@ ONLY = {
         "model.namings",
         "model.shards",
     },
-    "model.lit": {"model.encoder"},
+    "model.lit": {"model.encoder", "model.packed"},
     "convert": {"errors", "folders", "model"},
     "objective": set(),
     "engine": {"errors", "recipe", "engine"},
@@ -147,7 +155,7 @@ def test_some_import_still_less(owner: str) -> None:
             assert entries == allowed, f"{module} imports {entries - allowed}"
 
 
-@pytest.mark.parametrize("module", ["model.encoder", "model.namings", "model.lit"])
+@pytest.mark.parametrize("module", ["model.packed", "model.encoder", "model.namings", "model.lit"])
 def test_the_networks_and_their_names_need_torch_and_nothing_else(module: str) -> None:
     assert imports(module)[1] - sys.stdlib_module_names == {"torch"}
 
@@ -249,7 +257,8 @@ def test_the_shipped_llm_is_what_its_recipe_makes() -> None:
     folder = HOUSE / "assets" / "tiny_llm"
     record = json.loads((folder / "stage.json").read_text(encoding="utf-8"))
     recipe = load_recipe(HOUSE.parent / "recipes" / "tiny_llm.yaml")
-    assert record["recipe"] == recipe.stages["llm"].model_dump(mode="json")
+    # Keys that are newer than the record count with their defaults.
+    assert type(recipe.stages["llm"]).model_validate(record["recipe"]) == recipe.stages["llm"]
     for name, digest in record["files"].items():
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest, name
     assert sum(file.stat().st_size for file in folder.iterdir()) <= 5 * 10**6

@@ -190,7 +190,7 @@ def test_micro_batches_of_any_cut_add_up_to_the_whole_batch() -> None:
     for index in range(3):
         assert sum(part[index].item() for part in parts) == pytest.approx(whole[index].item())
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-6)
 
 
 def test_a_batch_without_a_scored_patch_still_learns_its_words() -> None:

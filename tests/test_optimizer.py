@@ -1,6 +1,7 @@
 """Groups, schedule, and the way of AdamW's state through flat tensors."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from aimv2_mllm.engine.optimizer import (
     set_learning_rates,
     training_tensors,
 )
+from aimv2_mllm.engine.pieces import Stored, to_write, write
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.recipe import TrainConfig
 
@@ -106,14 +108,18 @@ def test_a_parameter_in_two_parts_or_a_part_without_any_is_an_error_of_ours() ->
         build_optimizer({**parts, "empty": []}, config())
 
 
-def test_restored_training_goes_on_bit_for_bit() -> None:
+def stored(tensors: dict[str, torch.Tensor], folder: Path) -> Stored:
+    """`tensors` as they come back from the disk."""
+    write(folder / "tensors.safetensors", to_write(tensors, is_first=True))
+    return Stored([folder / "tensors.safetensors"])
+
+
+def test_restored_training_goes_on_bit_for_bit(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Tower()
     optimizer = build_optimizer(tower_parts(model), config(lr=0.01))
     take_steps(model, optimizer, range(3))
-    saved = {
-        k: v.clone() for k, v in training_tensors(model, tower_parts(model), optimizer).items()
-    }
+    saved = stored(training_tensors(model, tower_parts(model), optimizer), tmp_path)
     kept = {name: tensor.clone() for name, tensor in saved.items()}
     torch.manual_seed(1)
     other = Tower()
@@ -144,12 +150,13 @@ def test_what_is_saved_is_parts_buffers_and_the_state_of_what_had_gradients() ->
     assert "optimizer/extra/step" not in names
 
 
-def test_a_checkpoint_of_another_shape_or_with_other_names_is_refused() -> None:
+def test_a_checkpoint_of_another_shape_or_with_other_names_is_refused(tmp_path: Path) -> None:
     model = Tower()
     parts = tower_parts(model)
     optimizer = build_optimizer(parts, config())
     saved = training_tensors(model, parts, optimizer)
+    other = stored({**saved, "model/proj.bias": torch.zeros(3)}, tmp_path)
     with pytest.raises(UsageError, match=r"proj.bias is torch.float32 \(3,\) in the checkpoint"):
-        restore(model, parts, optimizer, {**saved, "model/proj.bias": torch.zeros(3)})
+        restore(model, parts, optimizer, other)
     with pytest.raises(UsageError, match="not in both checkpoint and model: gate"):
-        restore(model, parts, optimizer, {**saved, "model/gate": torch.zeros(3)})
+        restore(model, parts, optimizer, stored({**saved, "model/gate": torch.zeros(3)}, tmp_path))

@@ -10,14 +10,17 @@ from pydantic import BaseModel, ValidationError
 
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.recipe import (
+    EXECUTION_KEYS,
     STAGES,
     DecoderChoice,
     EvaluationConfig,
     Recipe,
     TrainConfig,
     changed_keys,
+    deciding,
     dump_recipe,
 )
+from aimv2_mllm.recipe_data import SOURCE_SECTIONS
 from aimv2_mllm.recipe_file import MAX_BYTES, load_recipe
 
 TEXT = """\
@@ -297,6 +300,22 @@ def test_a_rate_for_a_part_that_the_stage_does_not_train_is_refused(file: Path) 
     assert re.search(r"stages\.tune\.train: .* lora, connector; did you mean connector\?", said)
 
 
+def test_how_a_run_is_executed_is_no_change_and_decides_nothing(file: Path) -> None:
+    def own(recipe: Recipe) -> dict[str, Any]:
+        return deciding(recipe.stages["see"].model_dump(mode="json"))
+
+    words = ["device=cpu", "strategy=fsdp2", "compile=on", "activation_checkpointing=on"]
+    words += ["micro_batch_size=1", "checkpoint_every=7", "keep_checkpoints=9"]
+    words += ["trackers=[wandb]"]
+    assert {word.split("=")[0] for word in words} == EXECUTION_KEYS["train"]
+    old, new = load_recipe(file), load_recipe(file, [f"stages.see.train.{word}" for word in words])
+    assert old != new
+    assert changed_keys(old, new) == []
+    assert own(old) == own(new)
+    other = load_recipe(file, ["stages.see.train.precision=bf16"])
+    assert own(old) != own(other)
+
+
 def test_another_output_is_no_change(file: Path) -> None:
     assert changed_keys(load_recipe(file), load_recipe(file, ["output=elsewhere"])) == []
 
@@ -328,6 +347,7 @@ def test_a_recipe_is_frozen() -> None:
 
 def test_every_key_of_the_schema_is_described() -> None:
     todo: list[type[BaseModel]] = [Recipe, EvaluationConfig, DecoderChoice, *STAGES.values()]
+    todo += SOURCE_SECTIONS.values()
     for stage in STAGES.values():
         kinds = [field.annotation for field in stage.model_fields.values()]
         todo += [k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)]
@@ -352,3 +372,64 @@ def test_a_mistake_inside_an_overriding_mapping_is_told_of_the_override(file: Pa
     file.write_text(TEXT.replace("start: join", "start: join\n    lora: {r: 1}"))
     line = mistake(file, "stages.tune.lora={r: 0}")
     assert line.startswith(f'{file}, override "stages.tune.lora={{r: 0}}": stages.tune.lora.r: ')
+
+
+SOURCES = """\
+name: tiny
+stages:
+  see:
+    kind: pretrain
+    encoder: {size: aimv2_nano, image_size: 56}
+    tokenizer: tiny_llm
+    data:
+      sources:
+        - {kind: shards, urls: "a/*.tar", weight: 0}
+        - {kind: shard, urls: "a/*.tar"}
+        - {urls: "a/*.tar"}
+        - {kind: jsonl,
+           fil: x}
+        - 3
+        - {kind: shards, urls: []}
+        - {kind: shards, urls: [x, 3]}
+        - {kind: folder, folder: x, weight: -1}
+      workers: -1
+    train: {steps: 10, batch_size: 4, lr: 1e-3}
+"""
+
+
+def test_mistakes_in_sources_are_told_with_line_and_place(file: Path) -> None:
+    file.write_text(SOURCES)
+    known = "must be one of handwriting, shards, datasets, folder, jsonl; did you mean shards?"
+    expected = [
+        (9, "0.weight: is 0, must be greater than 0"),
+        (10, f'1.kind: is "shard", {known}'),
+        (11, "2.kind: missing (the kind of the source: handwriting, shards, datasets"),
+        (12, "3.file: missing (the file)"),
+        (13, "3.fil: unknown key; the keys here are weight, kind, file, root"),
+        (14, "4: is 3, must be a mapping"),
+        (15, "5.urls: is [], must not be empty"),
+        (16, "6.urls.1: is 3, must be text"),
+        (17, "7.weight: is -1, must be greater than 0"),
+    ]
+    found = mistakes(file)
+    assert len(found) == len(expected) + 1, found
+    for line, (number, text) in zip(found, expected, strict=False):
+        assert line.startswith(f"{file}:{number}: stages.see.data.sources.{text}"), line
+    assert f"{file}:18: stages.see.data.workers: is -1" in found[-1]
+
+
+def test_a_single_source_is_short_and_the_world_is_the_shortest(file: Path) -> None:
+    word = "stages.see.data={sources: [{kind: shards, urls: 'a-{000..009}.tar'}]}"
+    [source] = load_recipe(file, [word]).stages["see"].data.sources
+    assert source.urls == ["a-{000..009}.tar"]
+    [world] = load_recipe(file, ["stages.see.data={seed: 1}"]).stages["see"].data.sources
+    assert world.kind == "handwriting"
+
+
+def test_what_only_says_where_and_how_fast_is_no_change(file: Path) -> None:
+    def given(workers: int, cache: str, urls: str = "a.tar") -> Recipe:
+        source = f"{{kind: shards, urls: {urls}, cache: {cache}}}"
+        return load_recipe(file, [f"stages.see.data={{workers: {workers}, sources: [{source}]}}"])
+
+    assert changed_keys(given(0, "x"), given(8, "y")) == []
+    assert len(changed_keys(given(0, "x"), given(0, "x", urls="b.tar"))) == 1

@@ -156,6 +156,30 @@ def test_a_changed_recipe_is_refused_and_the_changed_keys_are_named(tiny_run: Pa
     assert "seed: 0 -> 3" in str(error.value)
 
 
+def test_a_run_goes_on_when_only_how_it_is_executed_has_changed(
+    tiny_run: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_run, tmp_path / "copy")
+    changed = tiny_recipe(
+        folder, "stages.tune.train.strategy=fsdp2", "stages.align.train.device=cpu"
+    )
+    said: list[str] = []
+    runs.run(changed, said.append)
+    assert [line.split(",")[0] for line in said] == [f"stage {name}: finished" for name in STAGES]
+    assert (folder / "recipe.yaml").read_text() == dump_recipe(changed)
+
+
+def test_a_tracker_that_is_not_installed_is_missed_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="wandb is not installed: pip install wandb"):
+        runs.run(
+            tiny_recipe(tmp_path / "run", "stages.tune.train.trackers=[wandb]"), lambda _: None
+        )
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
     with (
         runs._locked(tmp_path),
@@ -178,7 +202,7 @@ def test_a_result_that_cannot_be_written_leaves_nothing_half_done(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "_sync", full)
+        patch.setattr(runs, "sync", full)
         with pytest.raises(RunFailed, match="No space left"):
             runs.run(tiny_recipe(tmp_path / "run"), lambda _: None)
     assert not list((tmp_path / "run" / "pretrain").glob("model*"))

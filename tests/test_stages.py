@@ -11,10 +11,11 @@ from conftest import RECIPES, tiny_recipe
 
 from aimv2_mllm.data import scenes
 from aimv2_mllm.errors import UsageError
+from aimv2_mllm.job import Job, Place
 from aimv2_mllm.model.preprocessing import Preprocessing
 from aimv2_mllm.model.weights import load_encoder
 from aimv2_mllm.recipe_file import load_recipe
-from aimv2_mllm.stages import STAGES, Job, Place
+from aimv2_mllm.stages import STAGES
 
 
 def built(tiny_run: Path, stage: str, *overrides: str) -> Job:

@@ -6,11 +6,15 @@ Refuses what is no picture, what is cut off, and what would not fit into memory,
 import os
 import struct
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from aimv2_mllm.data.files import Unusable
 from aimv2_mllm.errors import UsageError
 
 MAX_PIXELS = 64_000_000  # what is decoded at most: 192 MB as RGB
@@ -27,38 +31,61 @@ def open_image(path: str | Path) -> Image.Image:
     if os.path.isdir(file):
         raise UsageError(f"{file}: is a folder; give a picture file such as PNG or JPEG")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", Image.DecompressionBombWarning
-            )  # our own limit is below it
-            picture = Image.open(file, formats=FORMATS)
-            width, height = picture.size
-            if width * height > MAX_PIXELS:
-                raise UsageError(
-                    f"{file}: has {width:,} x {height:,} pixels, and {MAX_PIXELS:,} are the most; "
-                    "scale it down first"
-                )
+        with file.open("rb") as stream, opened(stream) as picture:
             picture.load()
-            return _as_rgb(_upright(picture))
+            return as_rgb(upright(picture))
     except FileNotFoundError:
         raise UsageError(f"{file}: there is no such picture") from None
+    except OSError as error:
+        raise UsageError(f"{file}: cannot be read ({error.strerror})") from None
+    except Unusable as error:
+        raise UsageError(f"{file}: {error}") from None
+
+
+@contextmanager
+def opened(stream: BinaryIO) -> Iterator[Image.Image]:
+    """The picture in `stream` with its size known and nothing decoded.
+
+    What Pillow raises while it is opened or used becomes `Unusable` (undecodable or too_large), but
+    for errors of the system. A size above `MAX_PIXELS` is refused before anything is decoded.
+    """
+    try:
+        with warnings.catch_warnings():
+            # Odd palettes and metadata are warned of; large sizes too, and our limit is lower.
+            warnings.simplefilter("ignore")
+            with Image.open(stream, formats=FORMATS) as picture:
+                width, height = picture.size
+                if width * height > MAX_PIXELS:
+                    raise Unusable(
+                        "too_large",
+                        f"has {width:,} x {height:,} pixels, and {MAX_PIXELS:,} are the most;"
+                        " scale it down first",
+                    )
+                yield picture
+    except Unusable:
+        raise
     except UnidentifiedImageError:
-        raise UsageError(
-            f"{file}: is not a picture; give a PNG, JPEG, WebP, GIF or TIFF file"
-        ) from None
+        text = "is not a picture; give a PNG, JPEG, WebP, GIF or TIFF file"
+        raise Unusable("undecodable", text) from None
     except Image.DecompressionBombError:
-        raise UsageError(
-            f"{file}: has more than {MAX_PIXELS:,} pixels, which is the most; scale it down first"
-        ) from None
-    except (OSError, SyntaxError, ValueError) as error:
-        if isinstance(error, UsageError):
-            raise
+        text = f"has more than {MAX_PIXELS:,} pixels, which is the most; scale it down first"
+        raise Unusable("too_large", text) from None
+    except (OSError, SyntaxError, ValueError, struct.error, EOFError) as error:
         if isinstance(error, OSError) and error.errno:
-            raise UsageError(f"{file}: cannot be read ({error.strerror})") from None
-        raise UsageError(f"{file}: the picture is damaged or cut off ({error})") from None
+            raise
+        text = f"the picture is damaged or cut off ({error})"
+        raise Unusable("undecodable", text) from None
 
 
-def _upright(picture: Image.Image) -> Image.Image:
+def orientation(picture: Image.Image) -> int:
+    """What the EXIF says of how the picture lies, 1 to 8; 1, as it lies, when it cannot be read."""
+    try:
+        return int(picture.getexif().get(ExifTags.Base.Orientation, 1))
+    except (OSError, SyntaxError, ValueError, TypeError, struct.error):
+        return 1
+
+
+def upright(picture: Image.Image) -> Image.Image:
     """Turned as its EXIF says; as it lies when that cannot be read, for the pixels are sound."""
     try:
         return ImageOps.exif_transpose(picture)
@@ -66,7 +93,8 @@ def _upright(picture: Image.Image) -> Image.Image:
         return picture
 
 
-def _as_rgb(picture: Image.Image) -> Image.Image:
+def as_rgb(picture: Image.Image) -> Image.Image:
+    """`picture` as RGB: transparency laid on white, 16- and 32-bit grey scaled to 8 bits."""
     if picture.mode.startswith(
         ("I", "F")
     ):  # 16- and 32-bit grey: Pillow's own conversion would clip it

@@ -4,7 +4,7 @@ Owns what is a class and which pictures are for training and which for the test.
 without two classes, and leaves decoding to whoever asks for a picture.
 """
 
-import tempfile
+import io
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,8 @@ import numpy as np
 from PIL import Image
 
 from aimv2_mllm.data import scenes
-from aimv2_mllm.data.images import open_image
+from aimv2_mllm.data.files import Unusable
+from aimv2_mllm.data.images import as_rgb, open_image, opened, upright
 from aimv2_mllm.errors import UsageError, nearest
 
 TEST_SHARE = 0.2  # of each class, where a source has no test split of its own
@@ -178,7 +179,7 @@ def _load_splits(source: str) -> dict[str, Any]:
     except ImportError as error:
         raise UsageError(
             f"{source}: {'' if Path(source).is_dir() else 'there is no such folder, and '}"
-            "a dataset needs the datasets library: pip install datasets"
+            "a dataset needs the datasets library: pip install 'aimv2-mllm[data]'"
         ) from error
     try:
         found: Any = (
@@ -215,10 +216,12 @@ def _rows(rows: Any, image: str, label: str, source: str) -> Pictures:
         cell = raw[index][image]
         if not cell["bytes"]:
             return open_image(cell["path"])
-        with tempfile.NamedTemporaryFile() as file:  # pictures are opened, and refused, as files
-            file.write(cell["bytes"])
-            file.flush()
-            return open_image(file.name)
+        try:
+            with opened(io.BytesIO(cell["bytes"])) as picture:
+                picture.load()
+                return as_rgb(upright(picture))
+        except Unusable as error:
+            raise UsageError(f"{source}: row {index} {error}") from None
 
     labels = list(rows[label])
     if any(value is None or value < 0 for value in labels):

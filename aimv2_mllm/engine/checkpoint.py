@@ -1,45 +1,33 @@
 """Checkpoints that are whole or not there: written aside, synced, renamed, checked when read.
 
-Owns `checkpoints/step-N/{tensors.safetensors, state.json}` and `checkpoints/latest`. Refuses
-pickle, damaged files and checkpoints of another run.
+Owns `checkpoints/step-N/{state.json, tensors.safetensors}` and `checkpoints/latest`; of a model
+that is sharded each rank writes its own `tensors-R-of-N.safetensors`. Whatever wrote it, any number
+of ranks can read it. Refuses pickle, damaged files and checkpoints of another run.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
 import re
 import shutil
-import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from aimv2_mllm.engine.disk import remedy, replace_file, sync, why, write_synced
+from aimv2_mllm.engine.distributed import Ranks
+from aimv2_mllm.engine.pieces import Stored, to_write, write
 from aimv2_mllm.errors import RunFailed, UsageError
 
 TENSORS, STATE, LATEST = "tensors.safetensors", "state.json", "latest"
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-# The format's own names of the types.
-DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+ALONE = Ranks()
 
 
 class _DamagedError(Exception):
@@ -52,70 +40,121 @@ def step_name(step: int) -> str:
 
 
 def save(
-    folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], *, keep: int
+    folder: Path,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    state: dict[str, Any],
+    *,
+    keep: int,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Write `folder/step-N`, point `latest` to it, and remove all but the newest `keep`.
 
-    `state` is JSON and holds at least `fingerprint`. Raises `RunFailed` when the disk does not take
-    it; then the checkpoints from before are as they were and nothing half-written is left.
+    `state` is JSON and holds at least `fingerprint`. All ranks call this together and return when
+    it is done. Raises `RunFailed` when the disk does not take it; then the checkpoints from before
+    are as they were and nothing half-written is left.
     """
     assert keep >= 1, keep
     assert "fingerprint" in state, sorted(state)
     final = folder / step_name(step)
-    assert not final.exists(), f"{final} is there already"
-    unfinished = folder / f"{final.name}.tmp-{os.getpid()}"
+    pieces = to_write(tensors, is_first=ranks.is_first)
+    needed = sum(tensor.nbytes for tensor in tensors.values()) / 2**20
+    what = f"checkpoint {final.name} ({needed:.1f} MiB) could not be written"
+    unfinished = ranks.first(lambda: _begun(final, what))
+    file = _file_name(tensors, ranks)
+    files, failure = {}, None
     try:
+        if pieces:
+            files = {file: write(unfinished / file, pieces)}
+    except OSError as error:
+        failure = error
+    outcomes = ranks.gather((files, failure))
+    state = {**state, "step": step}
+
+    def finish() -> None:
+        with _whole_or_refused(unfinished, what):
+            _finish(unfinished, final, state, outcomes)
+            for old in _newest_first(folder)[keep:]:
+                _remove(old)
+
+    ranks.first(finish)
+
+
+def _file_name(tensors: Mapping[str, Tensor], ranks: Ranks) -> str:
+    is_sharded = any(isinstance(tensor, DTensor) for tensor in tensors.values())
+    return f"tensors-{ranks.rank}-of-{ranks.size}.safetensors" if is_sharded else TENSORS
+
+
+def _begun(final: Path, what: str) -> Path:
+    """An empty folder beside `final`, with a name that no checkpoint has."""
+    assert not final.exists(), f"{final} is there already"
+    unfinished = final.with_name(f"{final.name}.tmp-{os.getpid()}")
+    with _whole_or_refused(unfinished, what):
         unfinished.mkdir(parents=True)
-        facts = _write_tensors(unfinished / TENSORS, tensors)
-        text = json.dumps({**state, "step": step, "tensors": facts}, indent=1, allow_nan=False)
-        _write_synced(unfinished / STATE, text.encode())
-        _sync_folder(unfinished)
-        unfinished.rename(final)
-        _sync_folder(folder)
-        replace_file(folder / LATEST, f"{final.name}\n".encode())
-        for old in _newest_first(folder)[keep:]:
-            _remove(old)
+    return unfinished
+
+
+def _finish(unfinished: Path, final: Path, state: dict[str, Any], outcomes: list[Any]) -> None:
+    """Make a checkpoint of what all ranks have written; the `OSError` if one of them failed."""
+    files: dict[str, Any] = {}
+    for written, failure in outcomes:
+        if failure is not None:
+            raise failure
+        files |= written
+    text = json.dumps({**state, "files": files}, indent=1, allow_nan=False)
+    write_synced(unfinished / STATE, text.encode())
+    sync(unfinished)
+    unfinished.rename(final)
+    sync(final.parent)
+    replace_file(final.parent / LATEST, f"{final.name}\n".encode())
+
+
+@contextmanager
+def _whole_or_refused(unfinished: Path, what: str) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         shutil.rmtree(unfinished, ignore_errors=True)
-        needed = sum(tensor.nbytes for tensor in tensors.values()) / 2**20
-        what = f"checkpoint {final.name} ({needed:.1f} MiB) could not be written"
-        raise RunFailed(_refusal(error, folder, what)) from error
+        raise RunFailed(_refusal(error, unfinished.parent, what)) from error
 
 
 def load_newest(
-    folder: Path, fingerprint: str, narrate: Callable[[str], None]
-) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
-    """The newest whole checkpoint as (step, tensors on the CPU, state), or None without one.
+    folder: Path, fingerprint: str, narrate: Callable[[str], None], *, ranks: Ranks = ALONE
+) -> tuple[int, Stored, dict[str, Any]] | None:
+    """The newest whole checkpoint as (step, tensors still on the disk, state), or None without one.
 
     Damaged ones are narrated and removed, leftovers of a killed save too, and `latest` is put
-    right. Raises `UsageError` for a checkpoint with another fingerprint and for one that the system
-    does not let us read; then nothing is removed.
+    right; rank 0 decides for all. Raises `UsageError` for a checkpoint with another fingerprint and
+    for one that the system does not let us read; then nothing is removed.
     """
+    step = ranks.first(lambda: _newest_whole(folder, fingerprint, narrate))
+    if step is None:
+        return None
+    path = folder / step_name(step)
+    try:
+        state = json.loads((path / STATE).read_bytes())
+        return step, Stored([path / name for name in state["files"]]), state
+    except OSError as error:
+        raise UsageError(
+            f"{path} cannot be read here ({error.strerror or error}), but by rank 0 it can: the run"
+            " folder must lie on a disk that all machines share"
+        ) from error
+
+
+def _newest_whole(folder: Path, fingerprint: str, narrate: Callable[[str], None]) -> int | None:
     damaged: list[tuple[Path, str]] = []
-    found = None
+    step = None
     for path in _newest_first(folder):
         try:
-            found = _read(path, fingerprint)
+            step = _checked(path, fingerprint)
             break
-        except _DamagedError as reason:
-            damaged.append((path, str(reason)))
-    onwards = f"going on from {step_name(found[0])}" if found else "starting from the beginning"
-    for path, why in damaged:
-        narrate(f"checkpoint {path.name} is damaged ({why}): {onwards}")
-    _tidy(folder, [path for path, _ in damaged], found[0] if found else None)
-    return found
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Replace `path` with `content`: a reader sees the old or the new. Raises `OSError`."""
-    unfinished = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        _write_synced(unfinished, content)
-        unfinished.replace(path)
-    except OSError:
-        unfinished.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
+        except _DamagedError as error:
+            damaged.append((path, str(error)))
+    onwards = "starting from the beginning" if step is None else f"going on from {step_name(step)}"
+    for path, reason in damaged:
+        narrate(f"checkpoint {path.name} is damaged ({reason}): {onwards}")
+    _tidy(folder, [path for path, _ in damaged], step)
+    return step
 
 
 def what_is_kept(folder: Path) -> str:
@@ -124,43 +163,11 @@ def what_is_kept(folder: Path) -> str:
     return f"the last whole checkpoint, {kept}, is kept" if kept else "there is no checkpoint yet"
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    with path.open("wb") as file:
-        for piece in _serialised(tensors):
-            file.write(piece)
-            digest.update(piece)
-        file.flush()
-        os.fsync(file.fileno())
-        return {"sha256": digest.hexdigest(), "bytes": file.tell()}
-
-
-def _serialised(tensors: dict[str, Tensor]) -> Iterator[Any]:
-    # The library's own writer either holds two more copies of everything or hides a full disk
-    # behind its own error. The format: length of the header (8 bytes, little endian), JSON header,
-    # then the tensors' bytes in its order.
-    # Widest types first keeps every tensor aligned.
-    ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
-    header, offset = {}, 0
-    for name, tensor in ordered:
-        span = [offset, offset + tensor.nbytes]
-        header[name] = {
-            "dtype": DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": span,
-        }
-        offset = span[1]
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    yield struct.pack("<Q", len(text)) + text
-    for _, tensor in ordered:
-        yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-def _read(path: Path, fingerprint: str) -> tuple[int, dict[str, Tensor], dict[str, Any]]:
+def _checked(path: Path, fingerprint: str) -> int:
+    """The step of the checkpoint `path`, every byte of which is as it was written."""
     try:
         state = json.loads((path / STATE).read_bytes())
-        step, facts, owner = state["step"], state["tensors"], state["fingerprint"]
+        step, files, owner = state["step"], dict(state["files"]), state["fingerprint"]
         if owner != fingerprint:
             raise UsageError(
                 f"{path} belongs to another run (fingerprint {owner}, this run has {fingerprint}):"
@@ -169,13 +176,12 @@ def _read(path: Path, fingerprint: str) -> tuple[int, dict[str, Tensor], dict[st
             )
         if step_name(step) != path.name:
             raise _DamagedError(f"{STATE} is of step {step}")
-        size = (path / TENSORS).stat().st_size
-        if size != facts["bytes"]:
-            raise _DamagedError(f"{TENSORS} has {size} bytes instead of {facts['bytes']}")
-        with (path / TENSORS).open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != facts["sha256"]:
-                raise _DamagedError(f"{TENSORS} has another sha256")
-        return step, load_file(path / TENSORS), state
+        for name, facts in files.items():
+            if Path(name).name != name:
+                raise _DamagedError(f"{STATE} names the file {name!r}")
+            _check_file(path / name, facts)
+        Stored([path / name for name in files])
+        return int(step)
     except UsageError:
         raise
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -187,7 +193,16 @@ def _read(path: Path, fingerprint: str) -> tuple[int, dict[str, Tensor], dict[st
     except (ValueError, KeyError, TypeError) as error:
         raise _DamagedError(f"{STATE} is no whole JSON: {error}") from error
     except SafetensorError as error:
-        raise _DamagedError(f"{TENSORS}: {error}") from error
+        raise _DamagedError(str(error)) from error
+
+
+def _check_file(path: Path, facts: dict[str, Any]) -> None:
+    size = path.stat().st_size
+    if size != facts["bytes"]:
+        raise _DamagedError(f"{path.name} has {size} bytes instead of {facts['bytes']}")
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != facts["sha256"]:
+            raise _DamagedError(f"{path.name} has another sha256")
 
 
 def _tidy(folder: Path, damaged: list[Path], step: int | None) -> None:
@@ -219,26 +234,5 @@ def _remove(path: Path) -> None:
     leftover.unlink() if leftover.is_file() else shutil.rmtree(leftover)
 
 
-def _write_synced(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _refusal(error: OSError, folder: Path, what: str) -> str:
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free / 2**20
-    remedy = "free some space there" if error.errno in NO_SPACE else "make that folder writable"
-    return (
-        f"{what}: {error.strerror} in {folder}, where {free:.1f} MiB are free;"
-        f" {what_is_kept(folder)}; {remedy} and run the same command"
-    )
+    return f"{what}: {why(error, folder)}; {what_is_kept(folder)}; {remedy(error)}"

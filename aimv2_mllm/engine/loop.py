@@ -8,58 +8,30 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
-import signal
-import threading
-import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_
-from torch.optim import AdamW
+from torch import nn
 
-from aimv2_mllm.engine import checkpoint, metrics
-from aimv2_mllm.engine.optimizer import (
-    Parts,
-    build_optimizer,
-    restore,
-    set_learning_rates,
-    training_tensors,
-)
-from aimv2_mllm.errors import RunFailed, UsageError
+from aimv2_mllm.engine.checkpoint import what_is_kept
+from aimv2_mllm.engine.distributed import Ranks
+from aimv2_mllm.engine.journal import Journal, is_due
+from aimv2_mllm.engine.optimizer import Parts, set_learning_rates
+from aimv2_mllm.engine.skipping import Skipping
+from aimv2_mllm.engine.stopping import StopRequest
+from aimv2_mllm.engine.training import CHECKPOINTS, Objective, Run, Training
+from aimv2_mllm.engine.upcoming import Batches, prepared, worth_a_thread
+from aimv2_mllm.engine.workers import prepared_by_workers
+from aimv2_mllm.errors import RunFailed
 
 if TYPE_CHECKING:
     from aimv2_mllm.recipe import TrainConfig
 
-METRICS, CHECKPOINTS = "metrics.jsonl", "checkpoints"
-
-Batches = Callable[[int], Sequence[Mapping[str, Any]]]
-
-
-class Loss(Protocol):
-    """A NamedTuple of scalars: `total` is what is minimised, the others are its parts by name."""
-
-    @property
-    def total(self) -> Tensor: ...
-
-    def _asdict(self) -> dict[str, Tensor]: ...
-
-
-class Objective(Protocol):
-    """What stands between model and loop."""
-
-    def targets(self, batch: Any) -> dict[str, int]:
-        """How many targets `batch` has, by kind."""
-
-    def __call__(self, model: nn.Module, batch: Any, totals: dict[str, int]) -> Loss:
-        """The batch's sums over the whole step's `totals`, so that micro-batches add up."""
+ALONE = Ranks()
+GO_ON = "the same command goes on from there"
 
 
 def train(
@@ -73,206 +45,71 @@ def train(
     folder: Path,
     fingerprint: str,
     narrate: Callable[[str], None],
+    ranks: Ranks = ALONE,
+    workers: int = 0,
+    max_skipped: float = 1.0,
 ) -> dict[str, Any]:
     """Train `parts` of `model` in place, from the newest checkpoint in `folder` on.
 
     Gives steps, samples, seconds and last, the last line of `metrics.jsonl`. `batches(step)`,
-    0-based, is the step's micro-batches; it must be a pure function of the step with generators of
-    its own, for it may run in another thread. Interrupted anywhere and started again, the weights
-    and the metrics (`metrics.TIMED_FIELDS` aside) are those of an uninterrupted run, bit for bit.
-    Raises `RunFailed` (loss not finite, disk full), `UsageError` (checkpoint of another run,
-    unknown part), and after a signal and a saved checkpoint `KeyboardInterrupt` (SIGINT) or
-    `SystemExit(143)` (SIGTERM).
+    0-based, is this rank's micro-batches of the step, as many on every rank; it must be a pure
+    function of the step with generators of its own, for it may run in another thread, or in one of
+    `workers` processes. A micro-batch may say in `skipped` how many rows were left out for it, by
+    reason: more than a share of `max_skipped` ends the run.
+
+    Interrupted anywhere and started again, the weights and the metrics (`metrics.TIMED_FIELDS`
+    aside) are those of an uninterrupted run: bit for bit on as many ranks under the same strategy
+    (of more than two as far as the communication library adds in the same order), and within
+    rounding otherwise, also with other micro-batches, activation checkpointing or compilation.
+
+    Raises `RunFailed` (loss not finite, disk full, too many rows left out), `UsageError`
+    (checkpoint of another run, unknown part, no such device), and after a signal and a saved
+    checkpoint `KeyboardInterrupt` (SIGINT) or `SystemExit(143)` (SIGTERM), on all ranks whichever
+    got it.
     """
-    run = _Run(model.train(), parts, build_optimizer(parts, config), config, folder, fingerprint)
-    with _StopRequest() as stop:
-        progress = run.resume(narrate)
-        mark = time.perf_counter()
-        upcoming = _prepared(batches, progress.step, config.steps, ahead=_worth_a_thread(model))
-        with closing(upcoming), metrics.ProgressBar(progress, config.steps) as bar:
-            for step, micro_batches in upcoming:
-                torch.manual_seed(_step_seed(seed, step))
-                rates = set_learning_rates(run.optimizer, step, config)
-                values, targets = run.gradients(objective, micro_batches)
-                _demand_finite(values, step, run)
-                run.optimizer.step()
-                seconds, mark = time.perf_counter() - mark, time.perf_counter()
-                progress.add(values, targets, samples=config.batch_size, seconds=seconds)
-                bar.show(loss=values["total"], lr=max(rates.values()))
-                if _is_due(step, config.log_every, config.steps):
-                    metrics.append_line(folder / METRICS, progress.close_line(rates))
-                stopping = stop.requested
-                if stopping or _is_due(step, config.checkpoint_every, config.steps):
-                    run.save(progress)
+    run = Run(config, folder, fingerprint, ranks)
+    with StopRequest(ranks) as stop:
+        training = Training(model.train(), parts, run)
+        progress = training.resume(narrate)
+        skipping = Skipping(max_skipped)
+        upcoming = _upcoming(batches, progress.step, config.steps, training.device, workers)
+        with closing(upcoming), Journal(run, progress, training.device) as journal:
+            for step, made in upcoming:
+                micro_batches = skipping.take_names(made)
+                torch.manual_seed(_step_seed(seed, step, ranks.rank))
+                rates = set_learning_rates(training.optimizer, step, config)
+                done = training.gradients(objective, micro_batches)
+                _demand_finite(done.values, step, run)
+                training.optimizer.step()
+                journal.note(done, rates)
+                skipping.check(progress.samples, progress.skipped)
+                stopping = stop.agreed()
+                if stopping or is_due(progress.step, config.checkpoint_every, config.steps):
+                    training.save(progress)
                 if stopping:
+                    narrate(f"stopped after step {progress.step}; {GO_ON}")
                     break
-        if stop.requested:
-            narrate(f"stopped after step {progress.step}; the same command goes on from there")
+        training.give_back()
     return progress.summary()
 
 
-@dataclass
-class _Run:
-    """What a step changes, and its way to disk and back."""
-
-    model: nn.Module
-    parts: Parts
-    optimizer: AdamW
-    config: TrainConfig
-    folder: Path
-    fingerprint: str
-
-    def __post_init__(self) -> None:
-        everywhere = dict(self.model.named_parameters())
-        given = {name: parameter for named in self.parts.values() for name, parameter in named}
-        strange = [
-            name for name, parameter in given.items() if everywhere.get(name) is not parameter
-        ]
-        assert not strange, f"not the model's parameters of these names: {strange[:5]}"
-        trainable = {name for name, parameter in everywhere.items() if parameter.requires_grad}
-        odd = sorted(trainable ^ set(given))
-        assert not odd, f"trainable and in no part, or in a part and frozen: {odd[:5]}"
-
-    def resume(self, narrate: Callable[[str], None]) -> metrics.Progress:
-        """How far the newest whole checkpoint is, restored; the metrics are cut back to it."""
-        found = checkpoint.load_newest(self.folder / CHECKPOINTS, self.fingerprint, narrate)
-        progress = metrics.Progress()
-        if found is not None:
-            step, tensors, state = found
-            if step > self.config.steps:
-                raise UsageError(
-                    f"{self.folder} is at step {step} already, beyond steps = {self.config.steps}"
-                )
-            restore(self.model, self.parts, self.optimizer, tensors)
-            progress = metrics.Progress.from_json(state["progress"])
-            narrate(f"continuing from step {step}")
-        metrics.cut_back(self.folder / METRICS, progress.step)
-        return progress
-
-    def save(self, progress: metrics.Progress) -> None:
-        """Write a checkpoint; the metrics reach the disk before it does."""
-        metrics.sync(self.folder / METRICS)
-        tensors = training_tensors(self.model, self.parts, self.optimizer)
-        state = {"fingerprint": self.fingerprint, "progress": progress.to_json()}
-        keep = self.config.keep_checkpoints
-        checkpoint.save(self.folder / CHECKPOINTS, progress.step, tensors, state, keep=keep)
-
-    def gradients(
-        self, objective: Objective, micro_batches: Sequence[Mapping[str, Any]]
-    ) -> tuple[dict[str, float], dict[str, int]]:
-        """The step's loss parts with `grad_norm`, and its targets by kind.
-
-        The clipped gradients are left in the model.
-        """
-        assert micro_batches, "a step without a batch"
-        totals: dict[str, int] = {}
-        for batch in micro_batches:
-            for kind, count in objective.targets(batch).items():
-                totals[kind] = totals.get(kind, 0) + count
-        sums: dict[str, Tensor] = {}
-        self.optimizer.zero_grad()
-        device, bf16 = _device(self.model), self.config.precision == "bf16"
-        for batch in micro_batches:
-            on_device = {name: _moved(value, device) for name, value in batch.items()}
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                loss = objective(self.model, on_device, totals)
-            torch.autograd.backward(loss.total)
-            for name, value in loss._asdict().items():
-                sums[name] = sums.get(name, 0) + value.detach().float()
-        trained = [parameter for named in self.parts.values() for _, parameter in named]
-        sums["grad_norm"] = clip_grad_norm_(trained, self.config.clip).float()
-        # One transfer for all of them: each would stop an accelerator.
-        return dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True)), totals
-
-
-class _StopRequest:
-    """While entered, SIGINT or SIGTERM only sets `requested`; a second SIGINT stops at once.
-
-    Leaving restores the old handlers and raises what the signal asks for.
-    """
-
-    def __init__(self) -> None:
-        self._signal: int | None = None
-        self._replaced: dict[int, Any] = {}
-
-    @property
-    def requested(self) -> bool:
-        return self._signal is not None
-
-    def __enter__(self) -> _StopRequest:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                # One that the parent has turned off (nohup, a job in the background) stays off.
-                if signal.getsignal(number) is not signal.SIG_IGN:
-                    self._replaced[number] = signal.signal(number, self._note)
-        return self
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        if not self.requested:
-            # No print: a handler may run in the middle of one.
-            os.write(
-                2, b"\nstopping after this step and a checkpoint; Ctrl-C again stops at once\n"
-            )
-        self._signal = number
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for number, handler in self._replaced.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        if self.requested and kind is None:
-            raise (
-                KeyboardInterrupt
-                if self._signal == signal.SIGINT
-                else SystemExit(128 + signal.SIGTERM)
-            )
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-
-
-def _step_seed(seed: int, step: int) -> int:
-    # Dropout becomes a pure function of (seed, step): no generator's state needs saving.
-    return int.from_bytes(hashlib.sha256(f"{seed}:{step}".encode()).digest()[:8], "little")
-
-
-def _is_due(step: int, every: int, steps: int) -> bool:
-    return (step + 1) % every == 0 or step + 1 == steps
-
-
-def _worth_a_thread(model: nn.Module) -> bool:
-    # Measured with 25 ms of NumPy for a 95 ms step on a CPU: 13 % faster where torch leaves a core
-    # free, 4 % slower where it uses all of them; pure Python gains nothing and then loses 10 %.
-    return _device(model).type != "cpu" or torch.get_num_threads() < (os.cpu_count() or 1)
-
-
-def _prepared(
-    batches: Batches, first: int, steps: int, *, ahead: bool
+def _upcoming(
+    batches: Batches, first: int, steps: int, device: torch.device, workers: int
 ) -> Generator[tuple[int, Sequence[Mapping[str, Any]]], None, None]:
-    """Each step with its micro-batches; with `ahead` the next step's are made meanwhile."""
-    if not ahead:
-        yield from ((step, batches(step)) for step in range(first, steps))
-        return
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches") as thread:
-        waiting = thread.submit(batches, first) if first < steps else None
-        for step in range(first, steps):
-            assert waiting is not None
-            micro_batches = waiting.result()
-            waiting = thread.submit(batches, step + 1) if step + 1 < steps else None
-            yield step, micro_batches
+    """Each step with its micro-batches, made in other processes, another thread, or here."""
+    if workers:
+        pin = device.type == "cuda"
+        return prepared_by_workers(batches, first, steps, workers=workers, pin=pin)
+    return prepared(batches, first, steps, ahead=worth_a_thread(device))
 
 
-def _demand_finite(values: dict[str, float], step: int, run: _Run) -> None:
+def _step_seed(seed: int, step: int, rank: int) -> int:
+    # Dropout becomes a pure function of (seed, step, rank): no generator's state needs saving.
+    text = f"{seed}:{step}:{rank}" if rank else f"{seed}:{step}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+
+
+def _demand_finite(values: dict[str, float], step: int, run: Run) -> None:
     if all(map(math.isfinite, values.values())):
         return
     config = run.config
@@ -280,7 +117,7 @@ def _demand_finite(values: dict[str, float], step: int, run: _Run) -> None:
     arithmetic = ", or precision fp32" if config.precision == "bf16" else ""
     raise RunFailed(
         f"step {step + 1}: the loss or its gradient is not finite ({numbers}). The step was not"
-        f" taken; {checkpoint.what_is_kept(run.folder / CHECKPOINTS)}. The same command would end"
+        f" taken; {what_is_kept(run.folder / CHECKPOINTS)}. The same command would end"
         f" here again: try a lower lr (now {config.lr:g}), a longer warm-up (now"
         f" {config.warmup_steps} steps), a smaller clip (now {config.clip:g}){arithmetic}"
     )

@@ -7,7 +7,6 @@ loss part means.
 from __future__ import annotations
 
 import json
-import os
 import resource
 import sys
 import time
@@ -15,13 +14,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
 from tqdm import tqdm
 
-from aimv2_mllm.engine.checkpoint import replace_file
+from aimv2_mllm.engine.disk import replace_file
 from aimv2_mllm.errors import RunFailed
 
 # The fields that differ between two runs of the same recipe; all others are equal bit for bit.
-TIMED_FIELDS = frozenset({"samples_per_s", "targets_per_s", "memory_gib", "seconds"})
+TIMED_FIELDS = frozenset(
+    {"samples_per_s", "targets_per_s", "mfu", "memory_gib", "accelerator_gib", "seconds"}
+)
+METRICS = "metrics.jsonl"
 SECONDS_BETWEEN_PLAIN_LINES = 10.0
 
 
@@ -33,7 +36,20 @@ class _Window:
     samples: int = 0
     targets: int = 0
     seconds: float = 0.0
+    flops: float = 0.0
     sums: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Step:
+    """What one step tells: the loss parts and the gradient's norm, and counts over all ranks."""
+
+    values: dict[str, float]
+    targets: dict[str, int]  # by kind
+    skipped: dict[str, int]  # rows left out, by reason
+    samples: int
+    flops: float
+    seconds: float = 0.0
 
 
 @dataclass
@@ -44,36 +60,42 @@ class Progress:
     samples: int = 0
     seconds: float = 0.0
     targets: dict[str, int] = field(default_factory=dict)
+    skipped: dict[str, int] = field(default_factory=dict)
     last: dict[str, Any] = field(default_factory=dict)
     window: _Window = field(default_factory=_Window)
 
-    def add(
-        self, values: dict[str, float], targets: dict[str, int], *, samples: int, seconds: float
-    ) -> None:
-        """Count one finished step: its loss parts and gradient norm, its targets, its time."""
+    def add(self, step: Step) -> None:
+        """Count one finished step."""
         self.step += 1
-        self.samples += samples
-        self.seconds += seconds
+        self.samples += step.samples
+        self.seconds += step.seconds
         self.window.steps += 1
-        self.window.samples += samples
-        self.window.targets += sum(targets.values())
-        self.window.seconds += seconds
-        _add_to(self.targets, targets)
-        _add_to(self.window.sums, values)
+        self.window.samples += step.samples
+        self.window.targets += sum(step.targets.values())
+        self.window.seconds += step.seconds
+        self.window.flops += step.flops
+        _add_to(self.targets, step.targets)
+        _add_to(self.skipped, step.skipped)
+        _add_to(self.window.sums, step.values)
 
-    def close_line(self, rates: dict[str, float]) -> dict[str, Any]:
-        """The line to log now; loss parts and gradient norm are means since the line before."""
+    def close_line(self, rates: dict[str, float], peak: float) -> dict[str, Any]:
+        """The line to log now; loss parts and gradient norm are means since the line before.
+
+        `mfu` is the share of `peak`, the operations per second of all devices, that was used.
+        """
         window, self.window = self.window, _Window()
         self.last = {
             "step": self.step,
             "samples": self.samples,
             "tokens": sum(self.targets.values()),
             **{f"targets_{kind}": count for kind, count in self.targets.items()},
+            **{f"skipped_{reason}": count for reason, count in sorted(self.skipped.items())},
             **{name: total / window.steps for name, total in window.sums.items()},
             **{f"lr_{part}": rate for part, rate in rates.items()},
             "samples_per_s": round(window.samples / window.seconds, 3),
             "targets_per_s": round(window.targets / window.seconds, 3),
-            "memory_gib": round(peak_memory_gib(), 3),
+            "mfu": float(f"{window.flops / window.seconds / peak:.4g}"),
+            **peak_memory(),
             "seconds": round(self.seconds, 3),
         }
         return self.last
@@ -102,10 +124,13 @@ def _add_to(totals: dict[str, Any], values: dict[str, Any]) -> None:
         totals[name] = totals.get(name, 0) + value
 
 
-def peak_memory_gib() -> float:
-    """The largest resident memory this process has had, in GiB; not an accelerator's."""
+def peak_memory() -> dict[str, float]:
+    """The largest memory this process has had, in GiB: resident, and on its CUDA device if any."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+    memory = {"memory_gib": round(peak / (2**30 if sys.platform == "darwin" else 2**20), 3)}
+    if torch.cuda.is_available():
+        memory["accelerator_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
+    return memory
 
 
 def append_line(path: Path, line: dict[str, Any]) -> None:
@@ -118,16 +143,6 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
             f"{path} could not be written: {error.strerror}; the checkpoints are as they were: "
             "free some space there and run the same command"
         ) from error
-
-
-def sync(path: Path) -> None:
-    """Bring `path`, if it is there, onto the disk: no checkpoint shall be ahead of its lines."""
-    if path.exists():
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def cut_back(path: Path, step: int) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
+from aimv2_mllm.engine.pieces import Stored, fill
 from aimv2_mllm.errors import UsageError
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ NO_DECAY = frozenset(
         "text_positions",
         "position_embedding",
         "position_embeddings",
+        "positional_embedding",
         "start",
         "cls_token",
         "register_tokens",
@@ -118,31 +120,43 @@ def training_tensors(model: nn.Module, parts: Parts, optimizer: AdamW) -> dict[s
     return tensors
 
 
-def restore(model: nn.Module, parts: Parts, optimizer: AdamW, tensors: dict[str, Tensor]) -> None:
-    """Put back what `training_tensors` gave, bit for bit.
+def restore(model: nn.Module, parts: Parts, optimizer: AdamW, stored: Stored) -> None:
+    """Put back what `training_tensors` gave, bit for bit; of what is sharded this rank's rows.
 
     Raises `UsageError` when names, shapes or types are not this model's.
     """
     targets = _changing(model, parts)
-    saved = {key.removeprefix("model/") for key in tensors if key.startswith("model/")}
+    saved = {key.removeprefix("model/") for key in stored if key.startswith("model/")}
     if odd := sorted(saved ^ set(targets)):
         raise UsageError(f"not in both checkpoint and model: {', '.join(odd[:5])}; start a new run")
     with torch.no_grad():
         for name, target in targets.items():
-            source = tensors[f"model/{name}"]
-            if (source.shape, source.dtype) != (target.shape, target.dtype):
-                have, want = (f"{t.dtype} {tuple(t.shape)}" for t in (source, target))
+            have, want = stored.kind(f"model/{name}"), (tuple(target.shape), target.dtype)
+            if have != want:
+                had, wanted = (f"{dtype} {shape}" for shape, dtype in (have, want))
                 raise UsageError(
-                    f"{name} is {have} in the checkpoint and {want} in the model: start a new run"
+                    f"{name} is {had} in the checkpoint and {wanted} in the model: start a new run"
                 )
-            target.copy_(source)
+            fill(target, stored, f"model/{name}")
     for name, parameter in _named(parts):
         keys = {key: f"optimizer/{name}/{key}" for key in ADAMW_STATE}
-        # A parameter that has had no gradient yet has no state. Copies: what was read is mapped.
-        if any(place in tensors for place in keys.values()):
+        # A parameter that has had no gradient yet has no state.
+        if any(place in stored for place in keys.values()):
             optimizer.state[parameter] = {
-                key: tensors[place].to(parameter.device, copy=True) for key, place in keys.items()
+                key: _state(parameter, stored, place) for key, place in keys.items()
             }
+
+
+def _state(parameter: nn.Parameter, stored: Stored, name: str) -> Tensor:
+    """The stored moment or count `name`, placed as AdamW would place that of `parameter`."""
+    shape, dtype = stored.kind(name)
+    state = (
+        torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+        if shape == tuple(parameter.shape)
+        else torch.empty(shape, dtype=dtype, device=parameter.device)
+    )
+    fill(state, stored, name)
+    return state
 
 
 def _named(parts: Parts) -> list[tuple[str, nn.Parameter]]:

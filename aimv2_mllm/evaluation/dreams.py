@@ -6,23 +6,20 @@ patches after a prefix, and the caption. Refuses a folder whose weights do not f
 Letters in shapes: B samples, I patches, T words, V vocabulary.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from aimv2_mllm.errors import UsageError
 from aimv2_mllm.model import mllm
 from aimv2_mllm.model.cache import PatchByPatch, WordByWord
+from aimv2_mllm.model.decoder_weights import load_decoder, read_decoder
 from aimv2_mllm.model.preprocessing import Preprocessing
-from aimv2_mllm.model.pretrainer import AIMv2ForPreTraining, DecoderConfig
+from aimv2_mllm.model.pretrainer import AIMv2ForPreTraining
 from aimv2_mllm.model.weights import load_encoder
 from aimv2_mllm.objective import patchify
-from aimv2_mllm.stages import DECODER_FILE
 
 HIDDEN_GREY = 214  # what a patch outside the prefix looks like
 # Whose mean and deviation a painted patch gets back -> the same in words.
@@ -39,21 +36,9 @@ def load_pretrainer(folder: str | Path) -> tuple[AIMv2ForPreTraining, Any, Prepr
     On the CPU, for evaluation. Raises UsageError where the decoder is missing or does not fit.
     """
     folder = Path(folder)
-    encoder, path = load_encoder(folder), folder / DECODER_FILE
-    if not path.is_file():
-        raise UsageError(f"{folder} has no {DECODER_FILE}: give the result of a pretrain stage")
-    try:
-        with safe_open(path, "pt") as file:
-            config = DecoderConfig(**json.loads(file.metadata()["decoder"]))
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
-        raise UsageError(f"{path} is no decoder of a pretrain stage ({error})") from error
-    model = AIMv2ForPreTraining(encoder, config)
-    weights |= {f"encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}
-    try:
-        model.load_state_dict(weights, strict=True)
-    except RuntimeError as error:
-        raise UsageError(f"{path} does not fit the encoder beside it: {error}") from error
+    config, _ = read_decoder(folder)
+    model = AIMv2ForPreTraining(load_encoder(folder), config)
+    load_decoder(model, folder)
     return model.eval(), mllm.load_tokenizer(str(folder)), Preprocessing.load(folder)
 
 

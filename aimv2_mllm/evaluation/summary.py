@@ -21,7 +21,7 @@ from aimv2_mllm.evaluation.features import see
 from aimv2_mllm.evaluation.losses import held_out_losses
 from aimv2_mllm.evaluation.probes import fresh_encoder, probe
 from aimv2_mllm.evaluation.vision import AIMv2Tower
-from aimv2_mllm.stages import Place
+from aimv2_mllm.job import Place
 
 Narrate = Callable[[str], None]
 

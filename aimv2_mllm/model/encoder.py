@@ -4,15 +4,21 @@ Paper: arXiv 2411.14402. Needs torch (2.1 or newer) and nothing else, so that it
 host. Parameters bear the words of the original release. Refuses what would silently give other
 features: images of another size than the learned positions'.
 
-Letters in shapes: B samples, H, W pixels, N patches, D width, h heads.
+Letters in shapes: B samples, C channels, H, W pixels, N patches of one sample, S patches of all, D
+width, h heads.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .packed import Packing, prefix_mask
 
 
 @dataclass(frozen=True)
@@ -69,19 +75,6 @@ class EncoderConfig:
         return (self.image_size // self.patch_size) ** 2
 
 
-def prefix_mask(prefix_length: Tensor, num_patches: int) -> Tensor:
-    """Which key each query may look at in prefix attention: bool (B, 1, N, N).
-
-    Rows are queries, True is "may look". Query q sees key k if it does not come later (k <= q) or
-    lies in the sample's prefix (k < M), for `prefix_length` M of shape (B,) (paper, section 3.1).
-    The axis of one stands for the heads.
-    """
-    positions = torch.arange(num_patches, device=prefix_length.device)
-    not_later = positions[None, :] <= positions[:, None]  # (N, N)
-    in_prefix = positions[None, :] < prefix_length[:, None]  # (B, N)
-    return not_later[None, None] | in_prefix[:, None, None, :]
-
-
 @lru_cache(maxsize=64)
 def sincos_positions(
     rows: int, columns: int, width: int, device: torch.device, dtype: torch.dtype
@@ -102,6 +95,29 @@ def sincos_positions(
         return table.to(device=device, dtype=dtype)
 
 
+class _Normalise(torch.autograd.Function):
+    """RMSNorm with its gradient written out: autograd would copy twice as much, and keep it all."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        full = x.float()
+        scale = torch.rsqrt((full * full).mean(-1, keepdim=True) + eps)  # (..., 1)
+        ctx.save_for_backward(x, weight, scale)
+        return (full * scale).to(x.dtype) * weight
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, scale = ctx.saved_tensors
+        gradient, width = gradient.float(), x.shape[-1]
+        scaled = x.float() * scale
+        products = (gradient * scaled).reshape(-1, width)
+        # What an element loses because the root mean square grows with it.
+        shared = torch.mv(products, weight.float()).view(scale.shape) / -width
+        back = (gradient * weight).addcmul_(scaled, shared).mul_(scale)
+        return back.to(x.dtype), products.sum(0).to(weight.dtype), None
+
+
 class RMSNorm(nn.Module):
     """`x / rms(x) * weight` over the last axis, with the root mean square taken in float32."""
 
@@ -111,10 +127,12 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        # x * x, not x.pow(2) and not F.rms_norm: measured the fastest on CPU, and in any torch.
-        full = x.float()
-        scaled = full * torch.rsqrt((full * full).mean(-1, keepdim=True) + self.eps)
-        return self.weight * scaled.to(x.dtype)
+        normalised: Tensor = _Normalise.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
+        return normalised
+
+
+# What a query may look at: True in (B, 1, N, N); its own sample of (S, D); or everything.
+Mask = Tensor | Packing | None
 
 
 class Attention(nn.Module):
@@ -126,14 +144,16 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.proj = nn.Linear(width, width, bias=False)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        batch, length, width = x.shape
-        qkv = self.qkv(x).view(batch, length, 3, self.num_heads, width // self.num_heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # 3 of (B, h, N, D / h), views
-        mixed = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=is_causal
-        )
-        merged: Tensor = self.proj(mixed.transpose(1, 2).reshape(batch, length, width))
+    def forward(self, x: Tensor, mask: Mask = None, is_causal: bool = False) -> Tensor:
+        qkv = self.qkv(x).view(*x.shape[:-1], 3, self.num_heads, -1)  # (B, N, 3, h, D / h)
+        if isinstance(mask, Packing):  # x is (S, D)
+            mixed = mask.attend(qkv)  # (S, h, D / h)
+        else:
+            query, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, h, N, D / h)
+            mixed = F.scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, is_causal=is_causal
+            ).transpose(1, 2)
+        merged: Tensor = self.proj(mixed.flatten(-2))
         return merged
 
 
@@ -152,7 +172,10 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm block, (B, N, D) to (B, N, D): the encoder's and the pre-training decoder's."""
+    """A pre-norm block, (B, N, D) to (B, N, D): the encoder's and the pre-training decoder's.
+
+    Under a `Packing` the shapes are (S, D), and with `rows` (P,) only these come back: (P, D).
+    """
 
     def __init__(self, width: int, hidden: int, num_heads: int, eps: float) -> None:
         super().__init__()
@@ -161,8 +184,17 @@ class Block(nn.Module):
         self.norm_2 = RMSNorm(width, eps)
         self.mlp = SwiGLU(width, hidden)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        mask: Mask = None,
+        is_causal: bool = False,
+        rows: Tensor | None = None,
+    ) -> Tensor:
         x = x + self.attn(self.norm_1(x), mask, is_causal)
+        if rows is not None:
+            # index_select, not x[rows]: its backward is far faster on CPU.
+            x = x.index_select(0, rows)
         refined: Tensor = self.mlp(self.norm_2(x))
         return x + refined
 
@@ -180,6 +212,19 @@ class Patchifier(nn.Module):
         tokens: Tensor = self.norm(self.proj(pixel_values).flatten(2).transpose(1, 2))
         return tokens
 
+    def pack(self, images: Sequence[Tensor]) -> Tensor:
+        """The tokens (S, D) of images (C, H, W) of any sizes, one image after the other."""
+        size = self.proj.stride[0]
+        patches = torch.cat(
+            [
+                image.unfold(1, size, size).unfold(2, size, size).flatten(1, 2).transpose(0, 1)
+                for image in images
+            ]
+        )  # (S, C, patch, patch)
+        weight, bias = self.proj.weight.flatten(1), self.proj.bias
+        tokens: Tensor = self.norm(F.linear(patches.flatten(1), weight, bias))
+        return tokens
+
 
 class Preprocessor(nn.Module):
     """Patch tokens (B, N, D) with positions added: learned ones, or computed ones if native."""
@@ -194,17 +239,24 @@ class Preprocessor(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         tokens: Tensor = self.patchifier(pixel_values)  # (B, N, D)
+        return tokens + self._positions(pixel_values.shape, tokens)
+
+    def pack(self, images: Sequence[Tensor]) -> Tensor:
+        """The same tokens of images (C, H, W) of any sizes, one image after the other: (S, D)."""
+        tokens = self.patchifier.pack(images)
+        return tokens + torch.cat([self._positions(image.shape, tokens) for image in images])
+
+    def _positions(self, shape: torch.Size, tokens: Tensor) -> Tensor:
+        """The positions (N, D) of an image of that `shape`, of the kind that `tokens` are."""
         if self.pos_embed is not None:
-            return tokens + self.pos_embed
+            return self.pos_embed[0]
         size = self.patchifier.proj.stride[0]
-        rows, columns = pixel_values.shape[-2] // size, pixel_values.shape[-1] // size
-        return tokens + sincos_positions(
-            rows, columns, tokens.shape[-1], tokens.device, tokens.dtype
-        )
+        rows, columns = shape[-2] // size, shape[-1] // size
+        return sincos_positions(rows, columns, tokens.shape[-1], tokens.device, tokens.dtype)
 
 
 class Trunk(nn.Module):
-    """The blocks and the final norm, (B, N, D) to (B, N, D)."""
+    """The blocks and the final norm, (B, N, D) to (B, N, D), or (S, D) under a `Packing`."""
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
@@ -219,7 +271,7 @@ class Trunk(nn.Module):
         )
         self.post_trunk_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, mask: Mask = None) -> Tensor:
         for block in self.blocks:
             tokens = block(tokens, mask)
         features: Tensor = self.post_trunk_norm(tokens)
@@ -265,6 +317,31 @@ class AIMv2Encoder(nn.Module):
         features: Tensor = self.trunk(tokens, mask)
         return features
 
+    def encode_images(
+        self, images: Sequence[Tensor], prefix_lengths: Sequence[int] | None = None
+    ) -> list[Tensor]:
+        """The features (N, D) of each image (C, H, W), as `forward` gives them one by one.
+
+        The images may differ in size; they are encoded together, without padding. `prefix_lengths`
+        has one number for each image. Raises ValueError on what the encoder cannot take.
+        """
+        if not images:
+            return []
+        for image in images:
+            self._check(image[None])
+        area = self.config.patch_size**2
+        num_patches = [image.shape[-2] * image.shape[-1] // area for image in images]
+        if prefix_lengths is not None:
+            _check_prefixes(prefix_lengths, num_patches)
+        # Images of equal length lie side by side, and so share a product in attention.
+        order = sorted(range(len(images)), key=num_patches.__getitem__)
+        lengths = [num_patches[i] for i in order]
+        prefixes = None if prefix_lengths is None else [int(prefix_lengths[i]) for i in order]
+        tokens = self.preprocessor.pack([images[i] for i in order])  # (S, D)
+        features = torch.split(self.trunk(tokens, Packing(lengths, prefixes)), lengths)
+        by_place = dict(zip(order, features, strict=True))
+        return [by_place[i] for i in range(len(images))]
+
     def _check(self, pixel_values: Tensor) -> None:
         config, shape = self.config, tuple(pixel_values.shape)
         if len(shape) != 4 or shape[1] != config.num_channels:
@@ -283,6 +360,14 @@ class AIMv2Encoder(nn.Module):
                 f"pixels, and the image has {shape[2]} x {shape[3]}: resize the image, or use an "
                 "encoder with native=True"
             )
+
+
+def _check_prefixes(prefix_lengths: Sequence[int], num_patches: list[int]) -> None:
+    if len(prefix_lengths) != len(num_patches):
+        raise ValueError(f"{len(prefix_lengths)} prefix_lengths for {len(num_patches)} images")
+    for length, most in zip(prefix_lengths, num_patches, strict=True):
+        if not 1 <= length <= most:
+            raise ValueError(f"prefix_lengths must lie in 1..{most}, and one is {length}")
 
 
 # The released encoders (paper, table 1, and the hub), whose heads are 128 wide; nano is ours.

@@ -62,14 +62,17 @@ class Preprocessing:
         (folder / PREPROCESSOR_FILE).write_text(json.dumps(config, indent=2) + "\n")
 
     @classmethod
-    def load(cls, folder: Path) -> "Preprocessing":
-        """What the `preprocessor_config.json` in `folder` says; UsageError if there is none or it
-        says too little."""
+    def load(cls, folder: Path, *, image_size: int | None = None) -> "Preprocessing":
+        """What the `preprocessor_config.json` in `folder` says, at another `image_size` if given.
+
+        UsageError if there is none or it says too little: those of native encoders have no size.
+        """
         path = folder / PREPROCESSOR_FILE
         try:
             config = json.loads(path.read_text())
             mean, std = config["image_mean"], config["image_std"]
-            return cls(int(config["crop_size"]["height"]), tuple(mean), tuple(std))
+            side = image_size or int(config["crop_size"]["height"])
+            return cls(side, tuple(mean), tuple(std))
         except FileNotFoundError:
             raise UsageError(
                 f"{folder}: has no {PREPROCESSOR_FILE}, so nobody knows its image size"

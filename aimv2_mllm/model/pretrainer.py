@@ -3,17 +3,21 @@
 Paper: arXiv 2411.14402, sections 3.1 and 3.2. Owns the decoder and its two heads; losses are the
 objective's.
 
-Letters in shapes: B samples, I patches, T caption tokens, D decoder width, V words, P and Q scored
-rows.
+Letters in shapes: B samples, I patches, T caption tokens, S tokens of all samples, D decoder width,
+V words, P and Q scored rows.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .encoder import AIMv2Encoder, Block, RMSNorm, initialise_linears
+from .packed import Packing
 
 # What cutting a unit normal at -2 and 2 leaves of its standard deviation.
 CUT_NORMAL_STD = 0.87962566103423978
@@ -88,7 +92,7 @@ class AIMv2ForPreTraining(nn.Module):
 
     def forward(
         self,
-        pixel_values: Tensor,
+        pixel_values: Tensor | Sequence[Tensor],
         prefix_length: Tensor,
         caption_ids: Tensor,
         caption_length: Tensor,
@@ -97,68 +101,94 @@ class AIMv2ForPreTraining(nn.Module):
     ) -> Predictions:
         """Predictions of the next patch and of the next word.
 
-        `pixel_values` (B, C, H, W); `prefix_length` (B,) in 1..I; `caption_ids` (B, T) int64,
-        whatever stands at and after `caption_length` (B,) is ignored. Returns patches (B, I, 588),
-        whose row i predicts patch i + 1 (so the last row predicts nothing), and words (B, T + 1,
-        V), whose row t predicts caption token t, counted from 0, and whose row `caption_length`
-        predicts the end token. With `scored_only` the heads run on the scored rows alone and these
-        come back in (sample, position) order: patches (P, 588) for the patches outside the prefix,
-        words (Q, V) for t <= caption_length. Raises ValueError on lengths out of range and on
-        captions that are too long.
+        `pixel_values` (B, C, H, W), or B images (C, H, W) of different sizes; `prefix_length` (B,)
+        in 1..I; `caption_ids` (B, T) int64, whatever stands at and after `caption_length` (B,) is
+        ignored. Returns patches (B, I, 588), whose row i predicts patch i + 1 (so the last row
+        predicts nothing), and words (B, T + 1, V), whose row t predicts caption token t, counted
+        from 0, and whose row `caption_length` predicts the end token. With `scored_only` padding
+        costs nothing, the heads run on the scored rows alone, and these come back in (sample,
+        position) order: patches (P, 588) for the patches outside the prefix, words (Q, V) for
+        t <= caption_length. Raises ValueError on lengths out of range, on captions that are too
+        long, and on images of different sizes without `scored_only`.
         """
-        self._check(pixel_values, prefix_length, caption_ids, caption_length)
-        features = self.encoder(pixel_values, prefix_length)  # (B, I, encoder width)
-        captions = self._embed(caption_ids, caption_length)  # (B, 1 + T, D)
-        hidden = torch.cat([self.projection(features), captions], dim=1)
-        for block in self.blocks:
-            hidden = block(hidden, is_causal=True)  # (B, I + 1 + T, D)
-        num_patches = features.shape[1]
-        image, text = hidden[:, :num_patches], hidden[:, num_patches:]
+        area = self.encoder.config.patch_size**2
+        num_patches = [image.shape[-2] * image.shape[-1] // area for image in pixel_values]
+        prefixes, num_words = prefix_length.tolist(), caption_length.tolist()
+        self._check(num_patches, prefixes, num_words, caption_ids.shape[1])
         if scored_only:
-            at = torch.arange(hidden.shape[1], device=hidden.device)
-            first, end = prefix_length[:, None], num_patches + caption_length[:, None]
+            num_texts = [1 + length for length in num_words]
             # Position i predicts patch i + 1, scored from patch M on; the last patch predicts none.
-            image = _rows(hidden, (at >= first - 1) & (at < num_patches - 1))  # (P, D)
-            # Position I + t predicts caption token t, or the end token at t = caption_length.
-            text = _rows(hidden, (at >= num_patches) & (at <= end))  # (Q, D)
-        return Predictions(self.patch_head(self.norm(image)), self.word_head(self.norm(text)))
+            spans = [(m - 1, i - 1) for m, i in zip(prefixes, num_patches, strict=True)]
+        else:
+            num_texts = [1 + caption_ids.shape[1]] * len(num_words)
+            spans = [(0, i) for i in num_patches]
+            if len(set(num_patches)) > 1:
+                raise ValueError("images of different sizes need scored_only=True")
+        if isinstance(pixel_values, Tensor):
+            features = self.encoder(pixel_values, prefix_length).flatten(0, 1)
+        else:
+            features = torch.cat(self.encoder.encode_images(pixel_values, prefixes))
+        patches = torch.split(self.projection(features), num_patches)  # B of (I, D)
+        texts = self._embed(caption_ids, caption_length, num_texts)  # B of (1 + T, D)
+        image, text = self._decode(patches, texts, spans)  # (P, D) and (Q, D)
+        predictions = Predictions(self.patch_head(image), self.word_head(text))
+        if scored_only:
+            return predictions
+        return Predictions(*(x.view(len(spans), -1, x.shape[-1]) for x in predictions))
 
-    def _embed(self, caption_ids: Tensor, caption_length: Tensor) -> Tensor:
-        """[start] w1 … wT with the text positions added: (B, 1 + T, D)."""
-        batch, num_tokens = caption_ids.shape
+    def _decode(
+        self, patches: Sequence[Tensor], texts: Sequence[Tensor], spans: list[tuple[int, int]]
+    ) -> tuple[Tensor, Tensor]:
+        """What the heads read, in (sample, position) order: (P, D) and (Q, D).
+
+        `patches` are B of (I, D) and `texts` B of (1 + T, D); of the patches' positions only those
+        in the half-open `spans` come back.
+        """
+        lengths = [len(image) + len(text) for image, text in zip(patches, texts, strict=True)]
+        # Samples of equal length lie side by side, and so share a product in attention.
+        order = sorted(range(len(lengths)), key=lengths.__getitem__)
+        hidden = torch.cat([part for i in order for part in (patches[i], texts[i])])  # (S, D)
+        starts = dict(zip(order, accumulate((lengths[i] for i in order), initial=0), strict=False))
+        image_rows = [torch.arange(*span) + starts[i] for i, span in enumerate(spans)]
+        # Position I + t predicts caption token t, or the end token at t = caption_length.
+        text_rows = [
+            torch.arange(len(patches[i]), lengths[i]) + starts[i] for i in range(len(lengths))
+        ]
+        rows = torch.cat([*image_rows, *text_rows]).to(hidden.device)
+        packing = Packing([lengths[i] for i in order], is_causal=True)
+        for block in self.blocks[:-1]:
+            hidden = block(hidden, packing)
+        # Other rows have had their say once the last block has attended to them.
+        hidden = self.norm(self.blocks[-1](hidden, packing, rows=rows))
+        sizes = [sum(map(len, image_rows)), sum(map(len, text_rows))]
+        image, text = torch.split(hidden, sizes)
+        return image, text
+
+    def _embed(
+        self, caption_ids: Tensor, caption_length: Tensor, num_texts: list[int]
+    ) -> tuple[Tensor, ...]:
+        """[start] w1 … of each sample with the text positions added, cut to `num_texts` rows."""
+        samples = [torch.full((n,), i) for i, n in enumerate(num_texts)]
+        sample = torch.cat(samples).to(caption_ids.device)  # (Q,)
+        place = torch.cat([torch.arange(n) for n in num_texts]).to(caption_ids.device)  # (Q,)
+        ids = F.pad(caption_ids, (1, 0))[sample, place]  # (Q,), anything in place of the start
         # Padding may be anything, -100 too. Causality keeps it from what stands before it.
-        at = torch.arange(num_tokens, device=caption_ids.device)
-        padding = at >= caption_length[:, None]  # (B, T)
-        words = self.text_embedding(caption_ids.masked_fill(padding, 0))  # (B, T, D)
-        start = self.start.expand(batch, 1, -1)
-        return torch.cat([start, words], dim=1) + self.text_positions[: num_tokens + 1]
+        words = self.text_embedding(ids.masked_fill(place > caption_length[sample], 0))
+        tokens = torch.where((place == 0)[:, None], self.start, words)  # (Q, D)
+        return torch.split(tokens + F.embedding(place, self.text_positions), num_texts)
 
     def _check(
-        self,
-        pixel_values: Tensor,
-        prefix_length: Tensor,
-        caption_ids: Tensor,
-        caption_length: Tensor,
+        self, num_patches: list[int], prefixes: list[int], num_words: list[int], num_tokens: int
     ) -> None:
-        size = self.encoder.config.patch_size
-        num_patches = (pixel_values.shape[-2] // size) * (pixel_values.shape[-1] // size)
-        num_tokens, most = caption_ids.shape[1], self.decoder_config.max_text_tokens
+        most = self.decoder_config.max_text_tokens
         if num_tokens > most:
             raise ValueError(
                 f"captions of {num_tokens} tokens do not fit max_text_tokens {most}: cut them"
             )
-        for name, lengths, low, high in (
-            ("prefix_length", prefix_length, 1, num_patches),
-            ("caption_length", caption_length, 0, num_tokens),
+        for name, lengths, low, highs in (
+            ("prefix_length", prefixes, 1, num_patches),
+            ("caption_length", num_words, 0, [num_tokens] * len(num_words)),
         ):
-            smallest, largest = lengths.min().item(), lengths.max().item()
-            if smallest < low or largest > high:
-                raise ValueError(
-                    f"{name} must lie in {low}..{high}, and goes from {smallest} to {largest}"
-                )
-
-
-def _rows(hidden: Tensor, wanted: Tensor) -> Tensor:
-    """The rows of `hidden` (B, L, D) where `wanted` (B, L) is true, in order: (P, D)."""
-    # index_select, not hidden[wanted]: its backward is far faster on CPU.
-    return hidden.flatten(0, 1).index_select(0, wanted.flatten().nonzero().squeeze(1))
+            for length, high in zip(lengths, highs, strict=True):
+                if not low <= length <= high:
+                    raise ValueError(f"{name} must lie in {low}..{high}, and is {length}")

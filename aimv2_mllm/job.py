@@ -1,0 +1,88 @@
+"""What a stage is, ready to be trained, and where it stands among the others of its recipe."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from aimv2_mllm.data.batches import EVERYTHING, Share
+from aimv2_mllm.engine.optimizer import Parts
+from aimv2_mllm.recipe import Recipe
+
+# What a frozen parameter belongs to, by a piece of its name.
+FROZEN_PARTS = {
+    "image_encoder": "tower",
+    "vision_tower": "tower",
+    "multi_modal_projector": "connector",
+    "language_model": "LLM",
+    "lm_head": "LLM",
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a stage stands: the whole recipe, the run folder with the results of the stages before
+    it, and which share of its samples this process trains on."""
+
+    recipe: Recipe
+    folder: Path
+    share: Share = EVERYTHING
+
+    def result(self, stage: str) -> Path:
+        """The folder with the result of the stage of that name."""
+        return self.folder / stage / "model"
+
+    def source(self, name: str) -> str:
+        """Where the model called `name` lies: a stage's result, or outside of the recipe as
+        given."""
+        return str(self.result(name)) if name in self.recipe.stages else name
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What of a stage's samples the loop must know, and the user: how many processes prepare them,
+    how many may be unusable, which they are (by a digest), and what is odd about them."""
+
+    workers: int = 0
+    max_skipped: float = 1.0
+    digest: str = ""
+    notes: Sequence[str] = ()
+
+
+@dataclass
+class Job:
+    """A stage ready to be trained: a model, its trainable parts by name, what is minimised, on
+    which batches.
+
+    `save` writes the result into a folder; it may change the model, for nothing comes after it.
+    """
+
+    model: nn.Module
+    parts: Parts
+    objective: Any
+    batches: Callable[[int], list[Any]]
+    save: Callable[[Path], None]
+    data: DataFacts = DataFacts()
+
+    def table(self) -> list[tuple[str, int, bool]]:
+        """The parts of the model as (name, number of parameters, trainable or not)."""
+        trained = {id(p): part for part, named in self.parts.items() for _, p in named}
+        counts: dict[tuple[str, bool], int] = {}
+        for name, parameter in self.model.named_parameters():
+            frozen = (part for piece, part in FROZEN_PARTS.items() if piece in name.split("."))
+            part = trained.get(id(parameter)) or next(frozen, "model")
+            key = (part, id(parameter) in trained)
+            counts[key] = counts.get(key, 0) + parameter.numel()
+        return [(part, count, trainable) for (part, trainable), count in counts.items()]
+
+
+def named_parts(model: nn.Module, pieces: dict[str, tuple[str, ...]]) -> Parts:
+    """The parameters of `model` by part: a part has those whose names begin with one of its
+    pieces."""
+    named = list(model.named_parameters())
+    return {
+        part: [(name, p) for name, p in named if name.startswith(begins)]
+        for part, begins in pieces.items()
+    }

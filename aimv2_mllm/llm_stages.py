@@ -1,0 +1,152 @@
+"""The stages whose models talk: a connector aligned, an LLM tuned, and a small LLM from nothing."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from aimv2_mllm.data import scenes
+from aimv2_mllm.data.batches import conversation_batches, world_seed
+from aimv2_mllm.data.conversations import conversation
+from aimv2_mllm.data.tokenizer import train_tokenizer
+from aimv2_mllm.engine.optimizer import Parts
+from aimv2_mllm.errors import UsageError, nearest
+from aimv2_mllm.job import Job, Place, named_parts
+from aimv2_mllm.model import mllm
+from aimv2_mllm.model.hub import locate
+from aimv2_mllm.model.preprocessing import Preprocessing
+from aimv2_mllm.model.weights import load_encoder
+from aimv2_mllm.objective import AnswerObjective
+from aimv2_mllm.recipe import AlignStage, LanguageStage, TuneStage
+
+TOKENIZER_TEXTS = 3000  # conversations from which a tokenizer is learned
+
+
+def build_align(stage: AlignStage, place: Place) -> Job:
+    """A Llava of a frozen tower and a frozen LLM, with the connector between them trained."""
+    tower, llm = locate(place.source(stage.tower)), place.source(stage.llm)
+    tokenizer = mllm.load_tokenizer(llm)
+    model = mllm.assemble(load_encoder(tower), mllm.load_llm(llm), tokenizer)
+    model.requires_grad_(False)
+    model.model.multi_modal_projector.requires_grad_(True)
+    processor = mllm.build_processor(
+        tokenizer, Preprocessing.load(tower), model.config.vision_config.patch_size
+    )
+    parts = named_parts(model, {"connector": ("model.multi_modal_projector.",)})
+    return _conversation_job(model, parts, stage, place, processor, lambda: model)
+
+
+def build_tune(stage: TuneStage, place: Place) -> Job:
+    """The aligned Llava with low-rank adapters on the LLM; adapters and connector are trained, the
+    rest frozen.
+
+    The result has the adapters merged in: it is as stock a folder as the aligned one.
+    """
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    start = place.result(stage.start)
+    base = LlavaForConditionalGeneration.from_pretrained(start, dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(start)
+    check_targets(stage.lora.targets, mllm.linear_layers(base.model.language_model))
+    targets = "|".join(stage.lora.targets)
+    config = LoraConfig(
+        r=stage.lora.r,
+        lora_alpha=stage.lora.alpha,
+        lora_dropout=stage.lora.dropout,
+        # Whole names: the tower may have the same leaf names.
+        target_modules=rf".*\.language_model\..*\.({targets})",
+    )
+    model = get_peft_model(base, config)
+    base.model.multi_modal_projector.requires_grad_(True)
+    parts = {
+        "lora": [(n, p) for n, p in model.named_parameters() if "lora_" in n],
+        "connector": [(n, p) for n, p in model.named_parameters() if "multi_modal_projector" in n],
+    }
+    return _conversation_job(model, parts, stage, place, processor, model.merge_and_unload)
+
+
+def _conversation_job(
+    model: nn.Module,
+    parts: Parts,
+    stage: AlignStage | TuneStage,
+    place: Place,
+    processor: Any,
+    finished: Callable[[], Any],
+) -> Job:
+    pictures = processor.image_processor
+    preprocessing = Preprocessing(
+        pictures.crop_size["height"], tuple(pictures.image_mean), tuple(pictures.image_std)
+    )
+
+    def save(folder: Path) -> None:
+        finished().save_pretrained(folder)
+        processor.save_pretrained(folder)
+
+    batches = conversation_batches(
+        stage.data,
+        stage.train,
+        seed=place.recipe.seed,
+        tokenizer=processor.tokenizer,
+        preprocessing=preprocessing,
+        num_image_tokens=(preprocessing.image_size // processor.patch_size) ** 2,
+        share=place.share,
+    )
+    return Job(model, parts, AnswerObjective(), batches, save)
+
+
+def build_language(stage: LanguageStage, place: Place) -> Job:
+    """A Llama and its tokenizer from nothing, trained on conversations about sheets that are
+    described in words."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    seed = world_seed(place.recipe.seed, stage.data)
+    tasks = {str(task): weight for task, weight in stage.data.tasks.items()}
+    talks = (
+        conversation(
+            scenes.scene(seed, "train", i),
+            scenes.generator(seed, "words", i),
+            tasks=tasks,
+            turns=4,
+            seen=False,
+        )
+        for i in range(TOKENIZER_TEXTS)
+    )
+    texts = (f" {message['content'][-1]['text']}" for talk in talks for message in talk)
+    tokenizer = train_tokenizer(texts, stage.vocab_size)
+    config = LlamaConfig(
+        **stage.model.model_dump(),
+        vocab_size=len(tokenizer),
+        tie_word_embeddings=True,
+        initializer_range=stage.model.hidden_size**-0.5,  # the default, 0.02, is for large widths
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = LlamaForCausalLM(config)
+
+    def save(folder: Path) -> None:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    batches = conversation_batches(
+        stage.data,
+        stage.train,
+        seed=place.recipe.seed,
+        tokenizer=tokenizer,
+        preprocessing=None,
+        share=place.share,
+    )
+    return Job(model, {"llm": list(model.named_parameters())}, AnswerObjective(), batches, save)
+
+
+def check_targets(targets: list[str], layers: list[str]) -> None:
+    """UsageError for a name in `lora.targets` that none of the LLM's `layers` has."""
+    unknown = [target for target in targets if target not in layers]
+    if unknown:
+        raise UsageError(
+            f"lora.targets: the LLM has no {', '.join(unknown)}; its layers are "
+            f"{', '.join(layers)}{nearest(unknown[0], layers)}"
+        )

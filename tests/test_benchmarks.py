@@ -1,0 +1,62 @@
+"""The benchmarks run, and compare like with like; their figures are no part of any verdict."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parent / "benchmarks"
+NANO = ["--size", "nano", "--image-size", "56", "--vocab", "300", "--steps", "1"]
+
+
+def run(script: str, *words: str) -> str:
+    """What the benchmark prints."""
+    command = [sys.executable, str(BENCHMARKS / script), *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_plain_step_has_the_loss_and_the_gradient_of_ours(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from measure import END, build, caption_batch
+    from plain import PlainPreTraining, renamed
+
+    from aimv2_mllm.objective import PreTrainingObjective
+
+    model = build("nano", 56, 300)
+    plain = PlainPreTraining(model)
+    batch = caption_batch(4, 56, [12, 25, 40, 76], 300)
+    objective = PreTrainingObjective(14, END)
+    loss = objective(model, batch, objective.targets(batch)).total
+    loss.backward()
+    plain_loss = plain.loss(batch, END)
+    plain_loss.backward()
+    assert abs(loss.item() - plain_loss.item()) < 1e-5
+    gradients = renamed({name: p.grad for name, p in model.named_parameters()})
+    assert gradients.keys() == dict(plain.named_parameters()).keys()
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-3, atol=1e-5)
+
+
+def test_the_step_benchmark_prints_both_sides_and_their_equal_losses() -> None:
+    printed = run("pretrain_step.py", *NANO, "--pairs", "1", "--precision", "fp32")
+    for word in ("plain ", "ours ", "ratio ", "floor "):
+        assert word in printed
+    [difference] = re.findall(r"first losses differ by (\S+)", printed)
+    assert float(difference) < 1e-4
+
+
+@pytest.mark.slow
+def test_the_other_benchmarks_run() -> None:
+    mixed = run("mixed_sizes.py", "--size", "nano", "--images", "3", "--repeats", "1")
+    [difference] = re.findall(r"features differ by (\S+)", mixed)
+    assert float(difference) < 1e-4
+    one_row = ["--batches", "1", "--image-sizes", "224", "--captions", "40", "--steps", "1"]
+    scaling = run("scaling.py", "--size", "nano", "--vocab", "300", *one_row)
+    assert len(scaling.splitlines()) == 3
