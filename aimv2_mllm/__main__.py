@@ -9,12 +9,9 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from aimv2_mllm.errors import RunFailed, UsageError, nearest
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 # Modules that `pip install aimv2-mllm` alone does not bring.
 OPTIONAL = {
@@ -31,7 +28,9 @@ QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
 }
 SMALLEST_SHEET, LARGEST_SHEET = 28, 4096  # pixels, the sides of images that a recipe allows
-MOST_NEW_TOKENS, MOST_SEED = 100_000, 2**63 - 1
+MOST_NEW_TOKENS, MOST_SEED, MOST_PICTURES = 100_000, 2**63 - 1, 10**9
+PROBES = ("knn", "linear", "attentive", "all", "zeroshot")
+STATISTICS = ("true", "previous", "prefix")
 LAYOUTS, DTYPES = ("original", "transformers", "timm"), ("fp32", "bf16")
 
 
@@ -106,26 +105,17 @@ def sample(args: argparse.Namespace) -> None:
     """Write a held-out sheet of the world in which a model was trained; print its path."""
     import secrets
 
-    from aimv2_mllm.folders import stages_of
+    from aimv2_mllm.files import demand_picture_place, write_picture
 
-    sources = [
-        kind
-        for stage in stages_of(Path(args.model)).values()
-        for kind in _kinds_of_sources(stage.get("data", {}))
-    ]
-    if not sources or set(sources) != {"handwriting"}:
-        known = f"were trained on {', '.join(map(str, sources))}" if sources else "are not known"
-        raise UsageError(
-            f"{args.model}: its stages {known}; sheets are for models trained on handwriting: "
-            "show this one a picture of your own"
-        )
+    _demand_handwriting(Path(args.model))
+    demand_picture_place(Path(args.out), "sheet.png")
     seed = secrets.randbelow(2**31) if args.seed is None else args.seed
     from PIL import Image
 
     from aimv2_mllm.data import scenes
 
     scene = scenes.scene(seed, "heldout", 0)
-    _write_picture(Path(args.out), lambda: Image.fromarray(scenes.render(scene, args.size)))
+    write_picture(Path(args.out), Image.fromarray(scenes.render(scene, args.size)))
     _note(f"what is on it: {scenes.caption(scene)} (--seed {seed})")
     print(args.out)
 
@@ -135,27 +125,54 @@ def _kinds_of_sources(data: dict[str, Any]) -> list[str | None]:
     return [source.get("kind") for source in data.get("sources", [])] or [data.get("source")]
 
 
-def _write_picture(path: Path, make: "Callable[[], Image.Image]") -> None:
-    """Write what `make` returns to `path`, whole or not at all; UsageError where that cannot be."""
-    from PIL import Image
+def _demand_handwriting(model: Path) -> None:
+    from aimv2_mllm.folders import stages_of
 
-    formats = Image.registered_extensions()
-    suffixes = {name for name, kind in formats.items() if kind in Image.SAVE and kind in Image.OPEN}
-    if os.path.isdir(path):
-        raise UsageError(f"{path}: is a folder; give a file, such as {path / 'sheet.png'}")
-    if path.suffix.lower() not in suffixes:
-        raise UsageError(f"{path}: its ending is no picture's; give .png, .jpg, .webp or .tiff")
-    if not os.path.isdir(path.parent):
-        raise UsageError(f"{path}: there is no folder {path.parent}; make it first")
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        make().save(unfinished, format=formats[path.suffix.lower()])
-        unfinished.replace(path)
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be written ({error.strerror or error})") from None
-    finally:
-        if os.path.exists(unfinished):
-            unfinished.unlink()
+    sources = [
+        kind
+        for stage in stages_of(model).values()
+        for kind in _kinds_of_sources(stage.get("data", {}))
+    ]
+    if not sources or set(sources) != {"handwriting"}:
+        known = f"were trained on {', '.join(map(str, sources))}" if sources else "are not known"
+        raise UsageError(
+            f"{model}: its stages {known}; sheets are for models trained on handwriting: "
+            "show this one a picture of your own"
+        )
+
+
+def probe(args: argparse.Namespace) -> None:
+    """Print what frozen features tell of labelled pictures; write it as JSON, and a picture."""
+    from aimv2_mllm import files
+
+    if (args.kind == "zeroshot") != (args.templates is not None):
+        raise UsageError("--templates FILE belongs to --kind zeroshot, and is needed there")
+    if args.kind == "zeroshot" and (args.pca or args.image_size):
+        raise UsageError("--pca and --image-size are not for --kind zeroshot")
+    if args.out:
+        files.demand_place(Path(args.out), "results.json")
+    if args.pca:
+        files.demand_picture_place(Path(args.pca))
+    from aimv2_mllm.seeing import probe_tower, probe_zero_shot
+
+    (probe_zero_shot if args.kind == "zeroshot" else probe_tower)(args)
+
+
+def dream(args: argparse.Namespace) -> None:
+    """Let a pre-training decoder paint and caption a picture; print the caption and the file."""
+    from aimv2_mllm import files
+
+    if (args.image is None) == (not args.sheet):
+        raise UsageError("dream needs one picture: --image FILE, or --sheet for a held-out sheet")
+    files.demand_picture_place(Path(args.out))
+    from aimv2_mllm.data.images import open_image
+
+    if args.sheet:
+        _demand_handwriting(Path(args.model))
+    picture = None if args.sheet else open_image(args.image)
+    from aimv2_mllm.seeing import dream as dream_of
+
+    dream_of(args, picture)
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -166,7 +183,14 @@ def convert(args: argparse.Namespace) -> None:
     print(write(args.source, Path(args.destination), **words, narrate=_note))
 
 
-VERBS = {"run": run, "chat": chat, "sample": sample, "convert": convert}
+VERBS = {
+    "run": run,
+    "chat": chat,
+    "sample": sample,
+    "probe": probe,
+    "dream": dream,
+    "convert": convert,
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -217,6 +241,8 @@ def build_parser() -> argparse.ArgumentParser:
         default=336,
         help="its side (336)",
     )
+    _add_probe(verbs)
+    _add_dream(verbs)
 
     words = verbs.add_parser("convert", help="write an AIMv2 encoder in another layout or size")
     words.add_argument("source", metavar="SRC", help="a folder, or a hub id: org/name[@revision]")
@@ -234,6 +260,62 @@ def build_parser() -> argparse.ArgumentParser:
     for parsed in (parser, *verbs.choices.values()):
         parsed.allow_abbrev = False
     return parser
+
+
+def _add_probe(verbs: Any) -> None:
+    words = verbs.add_parser("probe", help="judge an encoder's features by labelled pictures")
+    words.add_argument(
+        "encoder", metavar="ENCODER", help="a run folder, or the folder or hub id of an encoder"
+    )
+    words.add_argument(
+        "data",
+        metavar="DATA",
+        help="handwriting, a folder of class folders (or with train/ and test/ of such), or a "
+        "dataset of the datasets library, by folder or hub id",
+    )
+    words.add_argument("--kind", choices=PROBES, default="all", help="which probe (all)")
+    words.add_argument("--out", metavar="FILE", help="write the results as JSON")
+    words.add_argument("--pca", metavar="FILE", help="write a picture of features as colours")
+    words.add_argument("--templates", metavar="FILE", help="for zeroshot: a prompt a line, with {}")
+    counts = (
+        ("--image-size", "PIXELS", 1, LARGEST_SHEET, None, "side of the pictures (the encoder's)"),
+        ("--limit", "N", 2, MOST_PICTURES, None, "most pictures of each split (all)"),
+        ("--k", "N", 1, MOST_PICTURES, 20, "number of neighbours (20)"),
+        ("--epochs", "N", 1, 10_000, 100, "of the attentive probe (100)"),
+        ("--seed", "N", 0, 2**63 - 1, 0, "of splits and of the attentive probe (0)"),
+    )
+    for name, metavar, low, high, default, text in counts:
+        kind = _whole(low, high)
+        words.add_argument(name, metavar=metavar, type=kind, default=default, help=text)
+
+
+def _add_dream(verbs: Any) -> None:
+    words = verbs.add_parser("dream", help="let a pre-training decoder go on with a picture")
+    words.add_argument(
+        "model", metavar="MODEL", help="a run folder with a pretrain stage, or its model folder"
+    )
+    words.add_argument("--image", metavar="FILE", help="the picture to go on with")
+    words.add_argument("--sheet", action="store_true", help="a held-out sheet in its place")
+    words.add_argument(
+        "--seed", metavar="N", type=_whole(0, MOST_SEED), default=0, help="which sheet (0)"
+    )
+    words.add_argument(
+        "--prefix",
+        metavar="N",
+        type=_whole(1, LARGEST_SHEET),
+        action="append",
+        help="how many patches to show (half of them); once for each column of the picture",
+    )
+    words.add_argument(
+        "--statistics",
+        choices=STATISTICS,
+        default="true",
+        help="whose mean and variance painted patches get back: the true patch's, those of the "
+        "last patch shown, or the mean ones of the prefix (true)",
+    )
+    words.add_argument(
+        "--out", metavar="FILE", default="dream.png", help="the picture to write (dream.png)"
+    )
 
 
 def _whole(low: int, high: int) -> Callable[[str], int]:

@@ -63,21 +63,38 @@ def talking_folder(folder: Path) -> Path:
 
     Raises UsageError, with what to do, when there is none.
     """
-    stages = stages_of(folder)
-    kinds = {name: stage["kind"] for name, stage in stages.items()}
     if not isfile(folder / RECIPE_FILE):
-        wrong = [kind for kind in kinds.values() if kind not in TALKING]
+        kinds = [stage["kind"] for stage in stages_of(folder).values()]
+        wrong = [kind for kind in kinds if kind not in TALKING]
         if wrong:
             raise UsageError(f"{folder}: is {MUTE.get(wrong[0], f'of a {wrong[0]} stage')}; {GIVE}")
         return folder
-    results = [folder / name / "model" for name, kind in kinds.items() if kind in TALKING]
+    return _finished(folder, TALKING, GIVE)
+
+
+def pretrained_folder(folder: Path) -> Path:
+    """The folder with the encoder: of a run, its last finished pretrain stage's result; else
+    `folder` itself.
+
+    Raises UsageError when a run has none.
+    """
+    if not isfile(folder / RECIPE_FILE):
+        return folder
+    return _finished(folder, ("pretrain",), "give a run with a pretrain stage, or an encoder")
+
+
+def _finished(folder: Path, wanted: tuple[str, ...], give: str) -> Path:
+    """The result of a run's last finished stage of the kinds that are wanted."""
+    kinds = {name: stage["kind"] for name, stage in stages_of(folder).items()}
+    words = " or ".join(wanted)
+    results = [folder / name / "model" for name, kind in kinds.items() if kind in wanted]
     if not results:
         known = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
-        raise UsageError(f"{folder}: this run has no align or tune stage, only {known}; {GIVE}")
+        raise UsageError(f"{folder}: this run has no {words} stage, only {known}; {give}")
     finished = [result for result in results if isfile(result / STAGE_FILE)]
     if not finished:
         raise UsageError(
-            f"{folder}: no align or tune stage of this run is finished; "
+            f"{folder}: no {words} stage of this run is finished; "
             f"run `aimv2-mllm run {folder / RECIPE_FILE} output={folder}` to the end first"
         )
     return finished[-1]

@@ -48,7 +48,8 @@ def describe(place: Place, findings: Findings) -> dict[str, Any]:
         "paintings": [_painting(painting) for painting in findings.paintings],
         "sheets": Picture(
             "sheets.png",
-            "Held-out sheets: as they are, the half that was shown, the rest as painted",
+            "Held-out sheets: as they are, their features as colours, the half that was shown, the"
+            " rest as painted",
             charts.sheet_grid(findings.paintings) if findings.paintings else b"",
         ),
         **_questions(numbers),
@@ -139,9 +140,9 @@ def _curves(name: str, place: Place) -> list[dict[str, Any]]:
 
 
 def _painting(painting: Painting) -> dict[str, Any]:
-    named = {"original": painting.original, "shown": painting.shown, "painted": painting.painted}
+    named = ("original", "features", "shown", "painted")
     return {
-        **{name: Picture(name, "", charts.picture(pixels)) for name, pixels in named.items()},
+        **{name: Picture(name, "", charts.picture(getattr(painting, name))) for name in named},
         "truth": scenes.caption(painting.sheet),
         "right": answers.is_exact_caption(painting.caption, painting.sheet),
         "words": answers.marked_caption(painting.caption, painting.sheet),

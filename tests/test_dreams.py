@@ -4,17 +4,25 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from aimv2_mllm.data.tokenizer import train_tokenizer
 from aimv2_mllm.errors import UsageError
-from aimv2_mllm.evaluation.dreams import load_pretrainer, paint, unpatchify, write_caption
+from aimv2_mllm.evaluation import dreams
+from aimv2_mllm.evaluation.dreams import (
+    load_pretrainer,
+    only_prefix,
+    paint,
+    unpatchify,
+    write_caption,
+)
 from aimv2_mllm.model.decoder_weights import DECODER_FILE
 from aimv2_mllm.model.encoder import AIMv2Encoder, EncoderConfig
 from aimv2_mllm.model.preprocessing import Preprocessing
-from aimv2_mllm.model.pretrainer import AIMv2ForPreTraining, DecoderConfig, Predictions
+from aimv2_mllm.model.pretrainer import AIMv2ForPreTraining, DecoderConfig
 from aimv2_mllm.model.weights import save_encoder
 from aimv2_mllm.objective import patchify
 
@@ -107,8 +115,8 @@ class Numbers:
 
     eos_token_id = 1
 
-    def batch_decode(self, rows: torch.Tensor, skip_special_tokens: bool) -> list[str]:
-        return [" ".join(str(i) for i in row if i != 1) for row in rows.tolist()]
+    def batch_decode(self, rows: list[tuple[int, ...]], skip_special_tokens: bool) -> list[str]:
+        return [" ".join(str(i) for i in row if i != 1) for row in rows]
 
 
 def test_captions_are_the_greedy_words_one_by_one(model) -> None:
@@ -125,27 +133,57 @@ def test_captions_are_the_greedy_words_one_by_one(model) -> None:
             words.append(int(said[0, len(words)].argmax()))
             if words[-1] == Numbers.eos_token_id:
                 break
-        expected += Numbers().batch_decode(torch.tensor([words]), True)
+        expected += Numbers().batch_decode([tuple(words)], True)
     assert write_caption(loud, pixels, Numbers()) == expected
     assert len(set(expected)) > 1
 
 
-def test_a_caption_is_over_at_its_end_token(monkeypatch) -> None:
+def test_a_caption_is_over_at_its_end_token(model, monkeypatch) -> None:
     # Picture 0 says 5, end, 6 …; picture 1 says 7, 8, 9, 10, end.
     said = torch.tensor([[5, 1, 6, 6, 6, 6], [7, 8, 9, 10, 1, 6]])
 
-    def forward(pixel_values, prefix_length, caption_ids, caption_length):
-        length = caption_ids.shape[1]
-        assert prefix_length.tolist() == [9, 9]
-        assert caption_length.tolist() == [length] * 2
-        words = torch.nn.functional.one_hot(said[:, : length + 1], 20)
-        return Predictions(torch.zeros(0), words)
+    class Script:
+        def __init__(self, *_) -> None:
+            self.heard: list[list[int]] = []
 
-    monkeypatch.setattr(AIMv2ForPreTraining, "forward", lambda self, *rest: forward(*rest))
-    encoder = AIMv2Encoder(EncoderConfig(16, 32, 1, 2, image_size=SIDE))
-    model = AIMv2ForPreTraining(encoder, DecoderConfig(16, 32, 1, 2, max_text_tokens=MAX_WORDS))
+        @property
+        def logits(self) -> torch.Tensor:
+            return torch.nn.functional.one_hot(said[:, len(self.heard)], 20)
+
+        def append(self, words: torch.Tensor) -> None:
+            self.heard.append(words.tolist())
+
+    script = Script()
+    monkeypatch.setattr(dreams, "WordByWord", lambda *_: script)
     assert write_caption(model, pictures(), Numbers()) == ["5", "7 8 9 10"]
+    assert script.heard == [[5, 7], [1, 8], [1, 9], [1, 10]]
+    script.heard.clear()
     assert write_caption(model, pictures(), Numbers(), max_tokens=2) == ["5", "7 8"]
+
+
+@pytest.mark.parametrize(("statistics", "first"), [("previous", 3), ("prefix", 0)])
+def test_mean_and_deviation_can_be_those_of_what_is_shown(model, statistics, first) -> None:
+    pixels, brighter = pictures(), pictures()
+    patch_pixels(brighter, 4)[:] += 3  # after the prefix, so nobody may know it
+    painted = paint(model, pixels, 4, statistics)
+    assert torch.equal(painted, paint(model, brighter, 4, statistics))
+    shown = patchify(pixels, PATCH)[:, first:4]
+    means, variances = shown.mean(-1).mean(1), (shown.var(-1) + 1e-6).sqrt().mean(1)
+    no_words, length = torch.zeros((2, 0), dtype=torch.int64), torch.tensor([4, 4])
+    said = model(pixels, length, no_words, torch.zeros_like(length)).patches[:, 3]
+    expected = said * variances[:, None] + means[:, None]
+    torch.testing.assert_close(patchify(painted, PATCH)[:, 4], expected, rtol=0, atol=1e-4)
+
+
+def test_statistics_of_nobody_are_refused(model) -> None:
+    with pytest.raises(ValueError, match="one of true, previous, prefix, not 'mine'"):
+        paint(model, pictures(), 4, "mine")
+
+
+def test_only_the_prefix_is_shown() -> None:
+    white = np.full((1, SIDE, SIDE, 3), 255, dtype=np.uint8)
+    shown = torch.from_numpy(only_prefix(white, 4, PATCH)).permute(0, 3, 1, 2)
+    assert [patch_pixels(shown, p).unique().tolist() for p in range(9)] == [[255]] * 4 + [[214]] * 5
 
 
 def result_folder(model: AIMv2ForPreTraining, tokenizer, folder: Path) -> Path:

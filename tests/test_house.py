@@ -22,6 +22,7 @@ RECIPES = sorted((HOUSE.parent / "recipes").glob("*.yaml"))
 TABLE = (
     "errors",
     "folders",
+    "files",
     "recipe_types",
     "recipe_data",
     "recipe",
@@ -38,6 +39,7 @@ TABLE = (
     "model.lit_weights",
     "model.preprocessing",
     "model.pretrainer",
+    "model.cache",
     "model.decoder_weights",
     "model.connectors",
     "model.mllm",
@@ -54,6 +56,7 @@ TABLE = (
     "page",
     "report",
     "run",
+    "seeing",
     "prompts",
     "chat",
     "export",
@@ -190,9 +193,24 @@ def test_verbs_and_flags_are_frozen() -> None:
         "run": ["--help", "RECIPE", "key.sub=value"],
         "chat": ["--help", "MODEL", "--image", "--prompt", "--max-new-tokens"],
         "sample": ["--help", "MODEL", "OUT", "--seed", "--size"],
+        "probe": [
+            "--help", "ENCODER", "DATA", "--kind", "--out", "--pca", "--templates", "--image-size",
+            "--limit", "--k", "--epochs", "--seed",
+        ],
+        "dream": [
+            "--help", "MODEL", "--image", "--sheet", "--seed", "--prefix", "--statistics", "--out",
+        ],
         "convert": ["--help", "SRC", "DST", "--layout", "--image-size", "--dtype"],
-    }
+    }  # fmt: skip
     assert VERBS.keys() == verbs.choices.keys()
+
+
+def test_the_command_line_offers_the_probes_and_statistics_that_there_are() -> None:
+    from aimv2_mllm import __main__
+    from aimv2_mllm.evaluation import dreams, probes
+
+    assert (*probes.KINDS, "all", "zeroshot") == __main__.PROBES
+    assert tuple(dreams.STATISTICS) == __main__.STATISTICS
 
 
 def test_public_names_are_those_of_the_lazy_table() -> None:

@@ -1,18 +1,52 @@
-"""Probes of the encoder: neighbours against a naive loop, losses against the naive sum."""
+"""Probes of a tower: neighbours against a naive loop, what each can tell and what it cannot."""
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from aimv2_mllm.data import scenes
-from aimv2_mllm.data.tokenizer import train_tokenizer
+from aimv2_mllm.data.labelled import Labelled, Pictures, handwriting
+from aimv2_mllm.errors import UsageError
 from aimv2_mllm.evaluation import probes
-from aimv2_mllm.model.encoder import AIMv2Encoder, EncoderConfig
+from aimv2_mllm.evaluation.answers import wilson_interval
+from aimv2_mllm.evaluation.vision import AIMv2Tower
+from aimv2_mllm.model.encoder import EncoderConfig
 from aimv2_mllm.model.preprocessing import Preprocessing
-from aimv2_mllm.model.pretrainer import AIMv2ForPreTraining, DecoderConfig
-from aimv2_mllm.objective import patchify, standardise
 
 CONFIG = EncoderConfig(16, 32, 1, 2, image_size=28)
+
+
+class Oracle:
+    """A tower whose tokens are a function of the picture's first pixel, which holds its class."""
+
+    kind, preprocessing = "oracle", Preprocessing(8)
+    module = torch.nn.Linear(2, 2)
+
+    def __init__(self, tokens) -> None:
+        self.tokens = tokens
+
+    def prepare(self, pictures):
+        return torch.tensor([picture.getpixel((0, 0))[0] for picture in pictures])
+
+    def __call__(self, classes):
+        return self.tokens(classes)  # (B, N, D)
+
+
+def coloured(counts: tuple[int, int], num_classes: int = 10) -> Labelled:
+    """Pictures of which each pixel is the number of the class."""
+
+    def part(count: int) -> Pictures:
+        labels = [index % num_classes for index in range(count)]
+        return Pictures(labels, lambda i, _: Image.new("RGB", (9, 9), (labels[i], 0, 0)))
+
+    train, test = map(part, counts)
+    return Labelled([str(i) for i in range(num_classes)], train, test, "as counted")
+
+
+def accuracies(tokens, kinds=("knn", "linear"), counts=(400, 100)) -> dict[str, float]:
+    found = probes.probe(Oracle(tokens), coloured(counts), kinds, seed=0, epochs=20)
+    return {kind: score["accuracy"] for kind, score in found["probes"].items()}
 
 
 def naive_neighbours(bank, labels, queries, k, temperature) -> list[int]:
@@ -37,68 +71,93 @@ def test_neighbours_are_those_of_a_naive_loop(k: int, temperature: float) -> Non
     assert told.tolist() == naive_neighbours(bank, labels, queries, k, temperature)
 
 
-def test_a_bank_smaller_than_k_votes_as_a_whole() -> None:
-    bank, labels = torch.eye(2), torch.tensor([0, 1])
-    assert probes.nearest_neighbours(bank, labels, torch.tensor([[0.1, 1.0]])).tolist() == [1]
+def test_features_that_name_the_class_are_read_by_every_probe() -> None:
+    def tokens(classes):
+        return torch.eye(10)[classes][:, None].expand(-1, 3, -1)
 
-
-def test_the_probe_asks_all_held_out_scans_of_all_training_scans() -> None:
-    asked: list[int] = []
-
-    def features(sheets):
-        asked.extend(sheet.digits[0].scan for sheet in sheets)
-        return torch.eye(10)[[sheet.digits[0].value for sheet in sheets]]
-
-    examples = probes.digit_examples(features, seed=0)
-    assert probes.knn_accuracy(examples) == 1.0
-    assert probes.linear_accuracy(examples) == 1.0
-    train, heldout = (scenes.split_scans(split).tolist() for split in ("train", "heldout"))
-    assert asked == train + heldout
-    assert not set(train) & set(heldout)
+    found = accuracies(tokens, ("knn", "linear", "attentive"))
+    assert found == {"knn": 1.0, "linear": 1.0, "attentive": 1.0}
 
 
 def test_features_without_knowledge_guess() -> None:
-    def features(sheets):
-        return torch.ones(len(sheets), 3)
-
-    examples = probes.digit_examples(features, seed=0)
-    assert 0.05 < probes.knn_accuracy(examples) < 0.15
-    assert 0.05 < probes.linear_accuracy(examples) < 0.15
+    found = accuracies(lambda classes: torch.ones(len(classes), 3, 12), probes.KINDS)
+    assert found.keys() == probes.KINDS.keys()
+    assert all(0.05 < share < 0.15 for share in found.values())
 
 
 def test_what_all_features_share_does_not_blur_the_neighbours() -> None:
-    def features(sheets):
-        digits = torch.eye(10)[[sheet.digits[0].value for sheet in sheets]]
-        noise = torch.randn(len(sheets), 10, generator=torch.Generator().manual_seed(0))
-        return digits + 0.3 * noise + 1000
+    def tokens(classes):
+        noise = torch.randn(len(classes), 1, 10, generator=torch.Generator().manual_seed(0))
+        return torch.eye(10)[classes][:, None] + 0.3 * noise + 1000
 
-    assert probes.knn_accuracy(probes.digit_examples(features, seed=0)) > 0.8
+    assert accuracies(tokens)["knn"] > 0.8
 
 
 def test_the_linear_classifier_reads_a_direction_that_neighbours_do_not_see() -> None:
-    def features(sheets):
-        digits = torch.eye(10)[[sheet.digits[0].value for sheet in sheets]]
-        noise = torch.randn(len(sheets), 40, generator=torch.Generator().manual_seed(len(sheets)))
-        return torch.cat([digits, 3 * noise], dim=1)
+    random = torch.Generator().manual_seed(0)
 
-    examples = probes.digit_examples(features, seed=0)
-    assert probes.linear_accuracy(examples) > 0.9
-    assert probes.knn_accuracy(examples) < 0.6
+    def tokens(classes):
+        noise = torch.randn(len(classes), 1, 40, generator=random)
+        return torch.cat([torch.eye(10)[classes][:, None], 3 * noise], dim=2)
 
-
-def test_encoder_features_are_the_mean_over_all_patches() -> None:
-    encoder = probes.fresh_encoder(CONFIG, 0)
-    sheets = [scenes.single_digit(scan, 0) for scan in range(3)]
-    preprocessing = Preprocessing(28)
-    pixels = preprocessing.normalise(np.stack([scenes.render(sheet, 28) for sheet in sheets]))
-    expected = torch.stack([encoder(one[None])[0].mean(0) for one in pixels])
-    torch.testing.assert_close(probes.encoder_features(encoder, preprocessing)(sheets), expected)
+    found = accuracies(tokens, counts=(1000, 200))
+    assert found["linear"] > 0.9
+    assert found["knn"] < 0.6
 
 
-def test_pixel_features_are_nothing_where_the_paper_is_white() -> None:
-    blank = scenes.Scene((255, 255, 255), ())
-    assert probes.pixel_features()([blank]).abs().sum() == 0
-    assert probes.pixel_features()([scenes.single_digit(0, 0)]).shape == (1, 56 * 56 * 3)
+def test_attention_finds_the_one_patch_that_knows() -> None:
+    random = torch.Generator().manual_seed(0)
+
+    def tokens(classes):
+        patches = 2 * torch.randn(len(classes), 16, 24, generator=random)
+        where = torch.randint(16, (len(classes),), generator=random)
+        patches[torch.arange(len(classes)), where, :10] = 6 * torch.eye(10)[classes]
+        patches[torch.arange(len(classes)), where, 10:] = 6  # by which it is found
+        return patches
+
+    found = probes.probe(
+        Oracle(tokens), coloured((1000, 200)), ("linear", "attentive"), seed=0, epochs=100
+    )["probes"]
+    assert found["attentive"]["accuracy"] > 0.9
+    assert found["attentive"]["accuracy"] > found["linear"]["accuracy"] + 0.1
+
+
+def test_the_record_says_how_and_on_what_it_was_found() -> None:
+    found = probes.probe(
+        Oracle(lambda classes: torch.eye(10)[classes][:, None]),
+        coloured((40, 20)), probes.KINDS, seed=3, k=2, epochs=1,
+    )  # fmt: skip
+    assert found["data"] == {
+        "classes": list("0123456789"), "split": "as counted", "train": 40, "test": 20,
+        "skipped": {"train": 0, "test": 0},
+    }  # fmt: skip
+    assert found["tower"]["image_size"] == 8
+    assert len(found["tower"]["sha256"]) == 64
+    knn = found["probes"]["knn"]
+    assert knn["interval"] == list(wilson_interval(knn["right"], 20))
+    assert knn["protocol"]["k"] == 2
+    attentive = found["probes"]["attentive"]["protocol"]
+    assert attentive["trained_on"] == 30
+    assert attentive["chosen"] in [
+        {key: one[key] for key in ("lr", "weight_decay")} for one in attentive["sweep"]
+    ]
+    assert found["controls"]["majority"]["right"] == 2
+    assert found["controls"]["pixels"]["count"] == 20
+
+
+def test_more_neighbours_than_pictures_are_refused() -> None:
+    with pytest.raises(UsageError, match="k is 20, and there are only 19 training pictures"):
+        accuracies(lambda classes: torch.ones(len(classes), 1, 4), counts=(19, 5))
+
+
+def test_the_digits_are_all_held_out_scans_told_by_all_training_scans() -> None:
+    data = handwriting(seed=0)
+    train, heldout = (scenes.split_scans(split) for split in ("train", "heldout"))
+    for part, scans in ((data.train, train), (data.test, heldout)):
+        assert part.labels == scenes.scans()[1][scans].tolist()
+        sheet = scenes.render(scenes.single_digit(int(scans[5]), 0), 40)
+        assert np.array_equal(np.asarray(part.open(5, 40)), sheet)
+    assert not set(train.tolist()) & set(heldout.tolist())
 
 
 def test_a_fresh_encoder_is_the_seeds_and_leaves_the_generator_alone() -> None:
@@ -111,28 +170,8 @@ def test_a_fresh_encoder_is_the_seeds_and_leaves_the_generator_alone() -> None:
     assert not torch.equal(weights[0], weights[2])
 
 
-def test_held_out_losses_are_the_naive_means(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probes, "BATCH_SIZE", 2)
-    tokenizer = train_tokenizer([" a red 7 at the top left"], 300)
-    torch.manual_seed(0)
-    decoder = DecoderConfig(16, 32, 1, 2, vocab_size=len(tokenizer), max_text_tokens=80)
-    model = AIMv2ForPreTraining(AIMv2Encoder(CONFIG), decoder).eval()
-    sheets = [scenes.scene(0, "heldout", index) for index in range(5)]
-    said = probes.held_out_losses(model, tokenizer, Preprocessing(28), sheets, seed=4)
-
-    pixel, flat, caption = [], [], []
-    for index, sheet in enumerate(sheets):
-        pixels = Preprocessing(28).normalise(scenes.render(sheet, 28)[None])
-        prefix = int(scenes.generator(4, "prefix", index).integers(1, 4))
-        words = tokenizer(f" {scenes.caption(sheet)}").input_ids[:80]
-        patches, guesses = model(
-            pixels, torch.tensor([prefix]), torch.tensor([words]), torch.tensor([len(words)])
-        )
-        targets = standardise(patchify(pixels, 14))[0]
-        for patch in range(prefix, 4):
-            pixel.append((patches[0, patch - 1] - targets[patch]).square().mean().item())
-            flat.append(targets[patch].square().mean().item())
-        likely = guesses[0].log_softmax(-1)
-        caption += [-likely[t, w].item() for t, w in enumerate([*words, tokenizer.eos_token_id])]
-    expected = {"caption_loss": caption, "pixel_loss": pixel, "pixel_loss_flat": flat}
-    assert said == pytest.approx({k: sum(v) / len(v) for k, v in expected.items()}, rel=1e-4)
+def test_equal_towers_and_seeds_give_equal_results() -> None:
+    tower = AIMv2Tower(probes.fresh_encoder(CONFIG, 0), Preprocessing(28))
+    data = coloured((60, 20))
+    first, second = (probes.probe(tower, data, probes.KINDS, seed=1, epochs=2) for _ in range(2))
+    assert first == second

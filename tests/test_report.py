@@ -201,7 +201,7 @@ def test_whatever_a_model_says_is_text_on_the_page(
 ) -> None:
     evil = "<script>alert(1)</script>|**x** $x_"
     given = [evil] * len(findings.given)
-    paintings = [summary.Painting(*[*vars(p).values()][:4], evil) for p in findings.paintings]
+    paintings = [summary.Painting(*[*vars(p).values()][:-1], evil) for p in findings.paintings]
     spoken = summary.Findings({**findings.numbers}, findings.asked, given, paintings)
     monkeypatch.setattr(report, "evaluate", lambda *_: spoken)
     report.write_report(place, lambda line: None)

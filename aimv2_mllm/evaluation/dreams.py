@@ -1,4 +1,4 @@
-"""What the pre-training decoder paints and writes, left to itself.
+"""What the pre-training decoder paints and writes, left to itself, one row at a time.
 
 Owns the loading of a whole pre-training model and its two ways of going on from what it sees: the
 patches after a prefix, and the caption. Refuses a folder whose weights do not fit, to the tensor.
@@ -9,15 +9,25 @@ Letters in shapes: B samples, I patches, T words, V vocabulary.
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from aimv2_mllm.model import mllm
+from aimv2_mllm.model.cache import PatchByPatch, WordByWord
 from aimv2_mllm.model.decoder_weights import load_decoder, read_decoder
 from aimv2_mllm.model.preprocessing import Preprocessing
 from aimv2_mllm.model.pretrainer import AIMv2ForPreTraining
 from aimv2_mllm.model.weights import load_encoder
 from aimv2_mllm.objective import patchify
+
+HIDDEN_GREY = 214  # what a patch outside the prefix looks like
+# Whose mean and deviation a painted patch gets back -> the same in words.
+STATISTICS = {
+    "true": "the true patch's, which the model does not know",
+    "previous": "those of the last patch shown",
+    "prefix": "their averages over the patches shown",
+}
 
 
 def load_pretrainer(folder: str | Path) -> tuple[AIMv2ForPreTraining, Any, Preprocessing]:
@@ -33,30 +43,48 @@ def load_pretrainer(folder: str | Path) -> tuple[AIMv2ForPreTraining, Any, Prepr
 
 
 @torch.inference_mode()
-def paint(model: AIMv2ForPreTraining, pixel_values: Tensor, prefix_length: int) -> Tensor:
+def paint(
+    model: AIMv2ForPreTraining,
+    pixel_values: Tensor,
+    prefix_length: int,
+    statistics: str = "true",
+) -> Tensor:
     """`pixel_values` (B, C, H, W) with every patch from number `prefix_length` on painted anew.
 
     One patch after the other in raster order, each fed back as input for the next. The model
-    predicts standardised patches; each gets the mean and deviation of the true patch put back, so
-    the shape is the model's, the brightness and contrast of each patch are the original's. Raises
-    ValueError on a prefix out of 1..I-1.
+    predicts standardised patches: the shapes are its own, and each patch's mean and deviation are
+    put back from where `statistics`, a key of `STATISTICS`, says. Raises ValueError on a prefix out
+    of 1..I-1.
     """
-    patch_size = model.encoder.config.patch_size
-    truth = patchify(pixel_values, patch_size)  # (B, I, 588)
+    size = model.encoder.config.patch_size
+    truth = patchify(pixel_values, size)  # (B, I, 588)
     num_patches = truth.shape[1]
     if not 1 <= prefix_length < num_patches:
         raise ValueError(f"prefix_length must lie in 1..{num_patches - 1}, not {prefix_length}")
+    means, deviations = _put_back(truth, prefix_length, statistics)
+    height, width = pixel_values.shape[-2:]
+    next_patch = PatchByPatch(model, (height // size, width // size))
+    patches = [truth[:, :prefix_length]]
+    for patch in range(prefix_length, num_patches):
+        shape = next_patch(patches[-1])[:, None].to(truth.dtype)  # (B, 1, 588)
+        here = slice(patch, patch + 1)
+        patches.append(shape * deviations[:, here] + means[:, here])
+    return unpatchify(torch.cat(patches, dim=1), pixel_values)
+
+
+def _put_back(truth: Tensor, prefix_length: int, statistics: str) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each patch as `statistics` says, of patches (B, I, 588): 2 of
+    (B, I, 1)."""
+    if statistics not in STATISTICS:
+        raise ValueError(f"statistics must be one of {', '.join(STATISTICS)}, not {statistics!r}")
     means = truth.mean(-1, keepdim=True)
     deviations = (truth.var(-1, keepdim=True) + 1e-6).sqrt()  # as the objective standardises
-    canvas = truth.clone()
-    # No patch is read before it is painted: after the prefix attention is causal.
-    canvas[:, prefix_length:] = 0
-    for patch in range(prefix_length, num_patches):
-        predicted = _next_patches(model, unpatchify(canvas, pixel_values), prefix_length)
-        # Patch j is predicted at position j - 1.
-        shape = predicted[:, patch - 1].to(canvas.dtype)
-        canvas[:, patch] = shape * deviations[:, patch] + means[:, patch]
-    return unpatchify(canvas, pixel_values)
+    if statistics == "true":
+        return means, deviations
+    first = 0 if statistics == "prefix" else prefix_length - 1
+    shown = (part[:, first:prefix_length].mean(1, keepdim=True) for part in (means, deviations))
+    mean, deviation = (part.expand_as(means) for part in shown)
+    return mean, deviation
 
 
 def unpatchify(patches: Tensor, like: Tensor) -> Tensor:
@@ -70,6 +98,16 @@ def unpatchify(patches: Tensor, like: Tensor) -> Tensor:
     return grid.permute(0, 5, 1, 3, 2, 4).reshape(batch, channels, height, width)
 
 
+def only_prefix(pictures: np.ndarray, prefix_length: int, patch_size: int) -> np.ndarray:
+    """The pictures (B, H, W, 3) with every patch from number `prefix_length` on in grey."""
+    columns = pictures.shape[2] // patch_size
+    shown = pictures.copy()
+    for patch in range(prefix_length, columns * (pictures.shape[1] // patch_size)):
+        top, left = (side * patch_size for side in divmod(patch, columns))
+        shown[:, top : top + patch_size, left : left + patch_size] = HIDDEN_GREY
+    return shown
+
+
 @torch.inference_mode()
 def write_caption(
     model: AIMv2ForPreTraining,
@@ -81,31 +119,17 @@ def write_caption(
 
     At most `max_tokens` tokens each, by default as many as the decoder has positions for.
     """
-    batch, device = pixel_values.shape[0], pixel_values.device
-    prefix = torch.full((batch,), _num_patches(model, pixel_values), device=device)
-    written = torch.zeros((batch, 0), dtype=torch.int64, device=device)  # (B, T)
-    ended = torch.zeros(batch, dtype=torch.bool, device=device)
+    saying = WordByWord(model, pixel_values)
+    ended = torch.zeros(len(pixel_values), dtype=torch.bool, device=pixel_values.device)
+    written: list[Tensor] = []  # of (B,)
     most = model.decoder_config.max_text_tokens
     for length in range(min(max_tokens or most, most)):
-        lengths = torch.full((batch,), length, device=device)
-        words = model(pixel_values, prefix, written, lengths).words  # (B, T + 1, V)
-        chosen = words[:, -1].argmax(-1).masked_fill(ended, tokenizer.eos_token_id)
+        if length:
+            saying.append(written[-1])
+        chosen = saying.logits.argmax(-1).masked_fill(ended, tokenizer.eos_token_id)
         ended |= chosen == tokenizer.eos_token_id
         if ended.all():
             break
-        written = torch.cat([written, chosen[:, None]], dim=1)
-    return [text.strip() for text in tokenizer.batch_decode(written, skip_special_tokens=True)]
-
-
-def _next_patches(model: AIMv2ForPreTraining, pixel_values: Tensor, prefix_length: int) -> Tensor:
-    """The standardised patches (B, I, 588), row i predicting patch i + 1; no caption is given."""
-    batch, device = pixel_values.shape[0], pixel_values.device
-    no_words = torch.zeros((batch, 0), dtype=torch.int64, device=device)
-    lengths = torch.full((batch,), prefix_length, device=device)
-    patches: Tensor = model(pixel_values, lengths, no_words, torch.zeros_like(lengths)).patches
-    return patches
-
-
-def _num_patches(model: AIMv2ForPreTraining, pixel_values: Tensor) -> int:
-    size = model.encoder.config.patch_size
-    return (pixel_values.shape[-2] // size) * (pixel_values.shape[-1] // size)
+        written.append(chosen)
+    rows = list(zip(*(words.tolist() for words in written), strict=True)) or [()] * len(ended)
+    return [text.strip() for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]

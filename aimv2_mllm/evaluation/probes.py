@@ -1,33 +1,91 @@
-"""Probes of a pre-trained encoder on held-out handwriting: nearest neighbours, a linear classifier,
-and its own losses.
+"""Probes of a frozen tower on labelled pictures: neighbours, a linear classifier, attention.
 
-Owns the bank and the queries: every training scan and every held-out scan, alone on a sheet in an
-ink, place and size of its own. Refuses nothing: whoever calls brings an encoder.
+Owns what is asked of the features and the controls beside it, and every number that a probe gives.
+Refuses to choose anything by the test pictures.
 
 Letters in shapes: Q queries, K bank, C feature channels.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import asdict
+from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
-from aimv2_mllm.data import scenes
-from aimv2_mllm.data.batches import encode_captions, picture_batch
+from aimv2_mllm.data.labelled import Labelled
+from aimv2_mllm.errors import UsageError
+from aimv2_mllm.evaluation import attentive
+from aimv2_mllm.evaluation.answers import wilson_interval
+from aimv2_mllm.evaluation.examples import BATCH_SIZE, Examples, centred, look
+from aimv2_mllm.evaluation.vision import Tower, weights_sha256
 from aimv2_mllm.model.encoder import AIMv2Encoder, EncoderConfig
-from aimv2_mllm.model.preprocessing import Preprocessing
-from aimv2_mllm.model.pretrainer import AIMv2ForPreTraining
-from aimv2_mllm.objective import PreTrainingBatch, PreTrainingObjective, patchify, standardise
 
-BATCH_SIZE = 128
 # DINO's protocol (Caron et al., 2021, arXiv 2104.14294, k-NN evaluation): the 20 nearest by cosine,
 # each voting with exp(similarity / 0.07); the weights are those of Wu et al., 2018.
 NEIGHBOURS, TEMPERATURE = 20, 0.07
-RAW_SIZE = 56  # side in pixels at which the raw-pixel control sees a sheet, whatever the encoder's
+PENALTY = 0.1  # scikit-learn's C, fixed: nothing is chosen for the linear probe
+
+
+def probe(
+    tower: Tower,
+    data: Labelled,
+    kinds: Sequence[str],
+    *,
+    seed: int,
+    k: int = NEIGHBOURS,
+    epochs: int = attentive.EPOCHS,
+) -> dict[str, Any]:
+    """What the probes `kinds`, keys of `KINDS`, tell of the test pictures: counts, shares with
+    their 95 % intervals, and two controls that need no tower.
+
+    Raises UsageError where there are fewer than `k` pictures to learn from.
+    """
+    if "knn" in kinds and k > len(data.train.labels):
+        raise UsageError(
+            f"k is {k}, and there are only {len(data.train.labels):,} training pictures: "
+            "take a smaller k or more pictures"
+        )
+    keep_tokens = "attentive" in kinds
+    train = look(tower, data.train, "training pictures", keep_tokens=keep_tokens)
+    test = look(tower, data.test, "test pictures", keep_tokens=keep_tokens)
+    settings = {"k": k, "epochs": epochs, "seed": seed}
+    results = {kind: KINDS[kind](train, test, settings) for kind in kinds}
+    bank, queries = (part.thumbnails.float() for part in (train, test))
+    nearest = min(k, len(bank))
+    return {
+        "tower": describe(tower),
+        "data": {
+            "classes": data.classes,
+            "split": data.split,
+            "train": len(train.labels),
+            "test": len(test.labels),
+            "skipped": {"train": len(train.skipped), "test": len(test.skipped)},
+        },
+        "seed": seed,
+        "probes": results,
+        "controls": {
+            "majority": majority(data.train.labels, test.labels),
+            "pixels": _neighbours(bank, queries, train.labels, test.labels, nearest),
+        },
+    }
+
+
+def _knn(train: Examples, test: Examples, settings: dict[str, int]) -> dict[str, Any]:
+    k = settings["k"]
+    if k > len(train.labels):
+        raise UsageError(f"k is {k}, and only {len(train.labels):,} training pictures are sound")
+    protocol = {"k": k, "temperature": TEMPERATURE, "features": "mean of the patches, centred"}
+    found = _neighbours(train.features, test.features, train.labels, test.labels, k)
+    return found | {"protocol": protocol}
+
+
+def _neighbours(
+    bank: Tensor, queries: Tensor, labels: Tensor, truth: Tensor, k: int
+) -> dict[str, Any]:
+    bank, queries = centred(bank, queries)
+    return score(nearest_neighbours(bank, labels, queries, k=k), truth)
 
 
 def nearest_neighbours(
@@ -43,90 +101,81 @@ def nearest_neighbours(
     `labels` (K,) count from 0. Nearness is the cosine, a vote weighs exp(cosine / temperature); of
     labels with equal votes the smallest wins.
     """
-    bank, queries = (F.normalize(part.double(), dim=1) for part in (bank, queries))
-    nearest = (queries @ bank.T).topk(min(k, len(bank)), dim=1)  # (Q, k)
-    votes = torch.zeros(len(queries), int(labels.max()) + 1, dtype=torch.float64)
-    votes.scatter_add_(1, labels[nearest.indices], (nearest.values / temperature).exp())
-    return votes.argmax(1)
+    bank, told = F.normalize(bank, dim=1), []
+    for part in torch.split(F.normalize(queries, dim=1), BATCH_SIZE):
+        nearest = (part @ bank.T).topk(k, dim=1)  # (Q, k)
+        votes = torch.zeros(len(part), int(labels.max()) + 1, dtype=torch.float64)
+        weights = (nearest.values.double() / temperature).exp()
+        told.append(votes.scatter_add_(1, labels[nearest.indices], weights).argmax(1))
+    return torch.cat(told)
 
 
-class Examples(NamedTuple):
-    """What a probe learns from, and what it is asked, both centred on the former's mean.
-
-    Without centring all cosines are near one: most of every sheet is the same paper.
-    """
-
-    bank: Tensor  # (K, C)
-    labels: Tensor  # (K,)
-    queries: Tensor  # (Q, C)
-    truth: Tensor  # (Q,)
-
-
-def digit_examples(features: Callable[[Sequence[scenes.Scene]], Tensor], seed: int) -> Examples:
-    """Each training and each held-out scan alone on a sheet; `features`: sheets to (sheets, C)."""
-    (bank, labels), (queries, truth) = (_features(features, split, seed) for split in _SPLITS)
-    mean = bank.mean(0)
-    return Examples(bank - mean, labels, queries - mean, truth)
-
-
-def knn_accuracy(examples: Examples) -> float:
-    """The share of queries that are told by their neighbours in the bank."""
-    told = nearest_neighbours(examples.bank, examples.labels, examples.queries)
-    return float((told == examples.truth).double().mean())
-
-
-def linear_accuracy(examples: Examples) -> float:
-    """The share of queries that a linear classifier tells, trained on the bank.
-
-    Logistic regression over channels of unit variance in the bank, with the penalty's C at 0.1.
-    """
+def _linear(train: Examples, test: Examples, settings: dict[str, int]) -> dict[str, Any]:
+    """Logistic regression over channels of unit variance in the training pictures."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
-    classifier.fit(examples.bank.numpy(), examples.labels.numpy())
-    return float(classifier.score(examples.queries.numpy(), examples.truth.numpy()))
+    bank, queries = centred(train.features, test.features)
+    classifier = make_pipeline(StandardScaler(), LogisticRegression(C=PENALTY, max_iter=1000))
+    classifier.fit(bank.numpy(), train.labels.numpy())
+    told = torch.from_numpy(classifier.predict(queries.numpy()))
+    protocol = {"C": PENALTY, "features": "mean of the patches, unit variance"}
+    return score(told, test.labels) | {"protocol": protocol}
 
 
-_SPLITS: tuple[scenes.Split, scenes.Split] = ("train", "heldout")
+def _attentive(train: Examples, test: Examples, settings: dict[str, int]) -> dict[str, Any]:
+    assert train.tokens is not None, "tokens were not kept"
+    assert test.tokens is not None, "tokens were not kept"
+    told = attentive.attentive_probe(
+        train.tokens, train.labels, test.tokens, seed=settings["seed"], epochs=settings["epochs"]
+    )
+    sweep = [
+        {**one._asdict(), "accuracy_choosing": right / told.num_choosing}
+        for one, right in told.right.items()
+    ]
+    protocol = {
+        "epochs": settings["epochs"],
+        "batch_size": told.batch_size,
+        "clip": attentive.CLIP,
+        "last_lr": attentive.LAST_LR,
+        "augmentation": "none",
+        "trained_on": told.num_learned,
+        "chosen_by": f"{told.num_choosing} training pictures that were not trained on",
+        "chosen": told.chosen._asdict(),
+        "sweep": sweep,
+    }
+    return score(told.classes, test.labels) | {"protocol": protocol}
 
 
-def _features(
-    features: Callable[[Sequence[scenes.Scene]], Tensor], split: scenes.Split, seed: int
-) -> tuple[Tensor, Tensor]:
-    """The features of each scan of a split alone on a sheet, and its values."""
-    scans = scenes.split_scans(split)
-    sheets = [scenes.single_digit(int(scan), seed) for scan in scans]
-    starts = tqdm(range(0, len(sheets), BATCH_SIZE), unit="batch", disable=None)
-    rows = [features(sheets[first : first + BATCH_SIZE]) for first in starts]
-    return torch.cat(rows), torch.from_numpy(scenes.scans()[1][scans])
+# name of a probe -> what it tells of the test pictures, learned from the training pictures
+KINDS: dict[str, Callable[[Examples, Examples, dict[str, int]], dict[str, Any]]] = {
+    "knn": _knn,
+    "linear": _linear,
+    "attentive": _attentive,
+}
 
 
-def encoder_features(
-    encoder: AIMv2Encoder, preprocessing: Preprocessing
-) -> Callable[[Sequence[scenes.Scene]], Tensor]:
-    """A function from sheets to the mean of the encoder's output over all patches: (sheets, C)."""
-
-    @torch.inference_mode()
-    def features(sheets: Sequence[scenes.Scene]) -> Tensor:
-        output: Tensor = encoder(picture_batch(sheets, preprocessing))  # (sheets, patches, C)
-        return output.mean(1).float()
-
-    return features
+def score(told: Tensor, truth: Tensor) -> dict[str, Any]:
+    """The share of `told` that is the truth, with its 95 % interval (Wilson)."""
+    right, count = int((told == truth).sum()), len(truth)
+    low, high = wilson_interval(right, count)
+    return {"accuracy": right / count, "interval": [low, high], "right": right, "count": count}
 
 
-def pixel_features() -> Callable[[Sequence[scenes.Scene]], Tensor]:
-    """A function from sheets to their raw pixels as darkness, 255 less the grey levels.
+def majority(labels: Sequence[int], truth: Tensor) -> dict[str, Any]:
+    """The score of always saying the class that is most frequent in `labels`."""
+    return score(torch.tensor(labels).mode().values.expand(len(truth)), truth)
 
-    Darkness, since a cosine between two bright sheets of paper would tell nothing of the ink.
-    """
 
-    def features(sheets: Sequence[scenes.Scene]) -> Tensor:
-        pictures = np.stack([scenes.render(sheet, RAW_SIZE) for sheet in sheets])
-        return torch.from_numpy(255 - pictures).flatten(1).float()
-
-    return features
+def describe(tower: Tower) -> dict[str, Any]:
+    """What a tower is, for the record: its kind, what it looks at, the hash of its weights."""
+    return {
+        "model_type": tower.kind,
+        **asdict(tower.preprocessing),
+        "sha256": weights_sha256(tower.module),
+        "notes": list(tower.notes),
+    }
 
 
 def fresh_encoder(config: EncoderConfig, seed: int) -> AIMv2Encoder:
@@ -134,57 +183,3 @@ def fresh_encoder(config: EncoderConfig, seed: int) -> AIMv2Encoder:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return AIMv2Encoder(config).eval()
-
-
-@torch.inference_mode()
-def held_out_losses(
-    model: AIMv2ForPreTraining,
-    tokenizer: Any,
-    preprocessing: Preprocessing,
-    sheets: Sequence[scenes.Scene],
-    *,
-    seed: int,
-) -> dict[str, float]:
-    """The losses of pre-training on sheets that were not trained on, their prefixes drawn once.
-
-    `caption_loss` in nats per token; `pixel_loss`, squared error per standardised value; and
-    `pixel_loss_flat`, the same for a model that paints every patch in one tone.
-    """
-    objective = PreTrainingObjective(model.encoder.config.patch_size, tokenizer.eos_token_id)
-    batches = _batches(model, tokenizer, preprocessing, sheets, seed)
-    counts = [objective.targets(batch) for batch in batches]
-    totals = {kind: sum(count[kind] for count in counts) for kind in counts[0]}
-    caption = pixel = flat = 0.0
-    for batch in tqdm(batches, unit="batch", disable=None):
-        loss = objective(model, batch, totals)
-        caption, pixel = caption + float(loss.text), pixel + float(loss.image)
-        targets = standardise(patchify(batch["pixel_values"], objective.patch_size))  # (B, I, 588)
-        hidden = torch.arange(targets.shape[1]) >= batch["prefix_length"][:, None]
-        flat += float(targets[hidden].square().mean(-1).sum()) / totals["image"]
-    return {"caption_loss": caption, "pixel_loss": pixel, "pixel_loss_flat": flat}
-
-
-def _batches(
-    model: AIMv2ForPreTraining,
-    tokenizer: Any,
-    preprocessing: Preprocessing,
-    sheets: Sequence[scenes.Scene],
-    seed: int,
-) -> list[PreTrainingBatch]:
-    num_patches = model.encoder.config.num_patches
-    most = model.decoder_config.max_text_tokens
-    draws = [scenes.generator(seed, "prefix", index) for index in range(len(sheets))]
-    prefixes = torch.tensor([int(draw.integers(1, num_patches)) for draw in draws])
-    batches = []
-    for first in range(0, len(sheets), BATCH_SIZE):
-        part = slice(first, first + BATCH_SIZE)
-        captions = [scenes.caption(sheet) for sheet in sheets[part]]
-        ids, lengths = encode_captions(captions, tokenizer, most)
-        batch = PreTrainingBatch(
-            caption_ids=ids,
-            caption_length=lengths,
-            pixel_values=picture_batch(sheets[part], preprocessing),
-            prefix_length=prefixes[part],
-        )
-        batches.append(batch)
-    return batches

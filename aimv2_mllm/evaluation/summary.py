@@ -12,28 +12,33 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from aimv2_mllm.data import scenes
+from aimv2_mllm.data import labelled, scenes
 from aimv2_mllm.data.batches import picture_batch
 from aimv2_mllm.data.conversations import DESCRIBE
-from aimv2_mllm.evaluation import answers, dreams, probes
+from aimv2_mllm.evaluation import answers, dreams
 from aimv2_mllm.evaluation.answers import Asked, Speaker
+from aimv2_mllm.evaluation.features import see
+from aimv2_mllm.evaluation.losses import held_out_losses
+from aimv2_mllm.evaluation.probes import fresh_encoder, probe
+from aimv2_mllm.evaluation.vision import AIMv2Tower
 from aimv2_mllm.job import Place
 
 Narrate = Callable[[str], None]
-HIDDEN_GREY = 214  # what a patch outside the prefix looks like in the report
 
 
 @dataclass(frozen=True)
 class Painting:
     """A held-out sheet as it is, as far as the prefix shows it, and as the decoder went on.
 
-    Pictures are (H, W, 3) uint8; `caption` is the decoder's own, of the whole sheet.
+    Pictures are (H, W, 3) uint8; `features` shows what the encoder makes of the whole sheet, and
+    `caption` is the decoder's own of it.
     """
 
     sheet: scenes.Scene
     original: np.ndarray
     shown: np.ndarray
     painted: np.ndarray
+    features: np.ndarray
     caption: str
 
 
@@ -85,38 +90,40 @@ def _judge_pretraining(findings: Findings, folder: Path, place: Place) -> None:
     model, tokenizer, preprocessing = dreams.load_pretrainer(folder)
     encoder, seed = model.encoder, config.seed
     sheets = _sheets(findings.asked, seed)
-    losses = probes.held_out_losses(model, tokenizer, preprocessing, sheets, seed=seed)
-    untrained = probes.fresh_encoder(encoder.config, seed)
-    trained, fresh, raw = (
-        probes.digit_examples(features, seed)
-        for features in (
-            probes.encoder_features(encoder, preprocessing),
-            probes.encoder_features(untrained, preprocessing),
-            probes.pixel_features(),
-        )
-    )
-    told = {
-        "digit_knn_accuracy": probes.knn_accuracy(trained),
-        "digit_knn_accuracy_untrained": probes.knn_accuracy(fresh),
-        "digit_knn_accuracy_pixels": probes.knn_accuracy(raw),
-        "digit_linear_accuracy": probes.linear_accuracy(trained),
-        "digit_linear_accuracy_untrained": probes.linear_accuracy(fresh),
+    findings.numbers |= held_out_losses(model, tokenizer, preprocessing, sheets, seed=seed)
+    findings.numbers |= _digits(AIMv2Tower(encoder, preprocessing), seed)
+    findings.numbers["parameters"] = {
+        "encoder": _count(encoder),
+        "decoder": _count(model) - _count(encoder),
     }
-    counts = {"encoder": _count(encoder), "decoder": _count(model) - _count(encoder)}
-    findings.numbers |= {**losses, **told, "parameters": counts}
     shown = [answers.held_out_sheet(seed, index) for index in range(config.sheets)]
     pixels = picture_batch(shown, preprocessing)
     half = encoder.config.num_patches // 2
-    painted = dreams.paint(model, pixels, half)
-    captions = dreams.write_caption(model, pixels, tokenizer)
+    pictures = preprocessing.restore(pixels)
     columns = (
         shown,
-        preprocessing.restore(pixels),
-        _only_prefix(preprocessing.restore(pixels), half, encoder.config.patch_size),
-        preprocessing.restore(painted),
-        captions,
+        pictures,
+        dreams.only_prefix(pictures, half, encoder.config.patch_size),
+        preprocessing.restore(dreams.paint(model, pixels, half)),
+        see(encoder, pixels),
+        dreams.write_caption(model, pixels, tokenizer),
     )
     findings.paintings = [Painting(*row) for row in zip(*columns, strict=True)]
+
+
+def _digits(tower: AIMv2Tower, seed: int) -> dict[str, float]:
+    """How many single held-out digits the tower's features tell, and those of a fresh tower."""
+    data = labelled.handwriting(seed)
+    fresh = AIMv2Tower(fresh_encoder(tower.module.config, seed), tower.preprocessing)
+    found, untrained = (probe(one, data, ("knn", "linear"), seed=seed) for one in (tower, fresh))
+    shares = {
+        "digit_knn_accuracy": found["probes"]["knn"],
+        "digit_knn_accuracy_untrained": untrained["probes"]["knn"],
+        "digit_knn_accuracy_pixels": found["controls"]["pixels"],
+        "digit_linear_accuracy": found["probes"]["linear"],
+        "digit_linear_accuracy_untrained": untrained["probes"]["linear"],
+    }
+    return {name: score["accuracy"] for name, score in shares.items()}
 
 
 def _judge_seeing(findings: Findings, speaker: Speaker, seed: int) -> None:
@@ -182,13 +189,3 @@ def _parameters(speaker: Speaker) -> dict[str, int]:
 
 def _count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _only_prefix(pictures: np.ndarray, prefix_length: int, patch_size: int) -> np.ndarray:
-    """The pictures (B, H, W, 3) with every patch from number `prefix_length` on in grey."""
-    columns = pictures.shape[2] // patch_size
-    shown = pictures.copy()
-    for patch in range(prefix_length, columns * (pictures.shape[1] // patch_size)):
-        top, left = (side * patch_size for side in divmod(patch, columns))
-        shown[:, top : top + patch_size, left : left + patch_size] = HIDDEN_GREY
-    return shown
