@@ -65,8 +65,9 @@ def loss_curves(lines: Sequence[Mapping[str, Any]], palette: Palette) -> bytes:
 
     `lines` are a stage's `metrics.jsonl`.
     """
-    parts = [part for part in PARTS if part in lines[0]]
-    names = PARTS | ({"text": CAPTION_PART} if "image" in parts else {})
+    # A part that is nothing throughout was not part of what was learned.
+    parts = [part for part in PARTS if any(line.get(part) for line in lines)]
+    names = PARTS | ({"text": CAPTION_PART} if "image" in lines[0] else {})
     figure = _figure(3.9 * len(parts), 2.5, palette)
     for column, part in enumerate(parts):
         axes = figure.add_subplot(1, len(parts), column + 1)

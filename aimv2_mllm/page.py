@@ -62,6 +62,16 @@ def describe(place: Place, findings: Findings) -> dict[str, Any]:
             for text, keys in PROBES.items()
             if keys[0] in numbers
         ],
+        "compared": [
+            {
+                "name": name,
+                "shares": [
+                    _percent(told[f"digit_{probe}_accuracy"]) for probe in ("knn", "linear")
+                ],
+                "caption": f"{told['caption_loss']:.3f}",
+            }
+            for name, told in numbers.get("pretrain_stages", {}).items()
+        ],
         "next": _next(place),
         "reproduce": "aimv2-mllm run recipe.yaml output=again",
         "made_with": f"Seed {place.recipe.seed}, evaluation seed {config.seed}. {versions}.",

@@ -66,6 +66,7 @@ def evaluate(place: Place, narrate: Narrate) -> Findings:
     if pretrained is not None:
         narrate("evaluation: the encoder and its decoder, on held-out sheets")
         _judge_pretraining(findings, place.result(pretrained), place)
+        _compare_pretraining(findings, place)
     assembled = last_stage(place, "align", "tune")
     if assembled is not None:
         narrate(f"evaluation: {config.questions:,} questions about held-out pictures, asked twice")
@@ -109,6 +110,27 @@ def _judge_pretraining(findings: Findings, folder: Path, place: Place) -> None:
         dreams.write_caption(model, pixels, tokenizer),
     )
     findings.paintings = [Painting(*row) for row in zip(*columns, strict=True)]
+
+
+def _compare_pretraining(findings: Findings, place: Place) -> None:
+    """Put the numbers of every pretrain stage side by side where a recipe has several.
+
+    `caption_loss` is that of a decoder which sees the whole sheet, whatever it was trained under.
+    """
+    config, stages = place.recipe.evaluation, place.recipe.stages
+    assert config is not None
+    names = [name for name, stage in stages.items() if stage.kind == "pretrain"]
+    if len(names) < 2:
+        return
+    compared, seed = {}, config.seed
+    for name in names:
+        model, tokenizer, preprocessing = dreams.load_pretrainer(place.result(name))
+        sheets = _sheets(findings.asked, seed)
+        told = held_out_losses(model, tokenizer, preprocessing, sheets, seed=seed, whole=True)
+        digits = _digits(AIMv2Tower(model.encoder, preprocessing), seed)
+        told |= {key: digits[key] for key in ("digit_knn_accuracy", "digit_linear_accuracy")}
+        compared[name] = told
+    findings.numbers["pretrain_stages"] = compared
 
 
 def _digits(tower: AIMv2Tower, seed: int) -> dict[str, float]:
