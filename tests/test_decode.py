@@ -89,6 +89,25 @@ def test_a_jpeg_is_decoded_no_larger_than_it_must_be(
     assert sizes == [(640 // scale, 640 // scale)]
 
 
+def test_a_jpeg_on_its_side_is_decoded_as_large_as_an_upright_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from aimv2_mllm.data import decode as module
+
+    sizes = []
+
+    def seen(picture: Image.Image) -> Image.Image:
+        sizes.append(picture.size)
+        return ImageOps.exif_transpose(picture)
+
+    monkeypatch.setattr(module, "upright", seen)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = jpeg(Image.new("RGB", (640, 320)), exif=exif)  # upright 320 wide, 640 high
+    decode(content, 40, at(Box(0, 0, 80, 640)))
+    assert sizes == [(320, 160)]  # half: the part is 40 wide then
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
 def test_a_picture_stands_upright_before_it_is_cropped(orientation: int, kind: str) -> None:
@@ -121,6 +140,8 @@ def test_the_middle_square_is_what_the_clip_processor_cuts(size: tuple[int, int]
 
 def test_every_kind_of_picture_becomes_rgb() -> None:
     grey = np.linspace(0, 65535, 64 * 64).reshape(64, 64)
+    steps = np.full((64, 64), 200, dtype=np.int32)
+    steps[32:] = 60_000
     animation = [Image.new("RGB", (64, 64), colour) for colour in ("red", "lime", "blue")]
     palette = Image.new("P", (64, 64), 0)
     palette.putpalette([10, 20, 30, 200, 0, 0])
@@ -130,6 +151,7 @@ def test_every_kind_of_picture_becomes_rgb() -> None:
         "cmyk": jpeg(Image.new("CMYK", (64, 64), (0, 255, 255, 0))),
         "deep": saved(Image.fromarray(grey.astype(np.uint16)), "PNG"),
         "deep, a dark part": saved(Image.fromarray(grey.astype(np.int32)), "TIFF"),
+        "deep, black to 8 bits": saved(Image.fromarray(steps), "TIFF"),
         "palette": saved(palette, "PNG", transparency=0),
         "gif": saved(animation[0], "GIF", **more),
         "webp": saved(animation[0], "WEBP", lossless=True, **more),
@@ -148,6 +170,7 @@ def test_every_kind_of_picture_becomes_rgb() -> None:
     for name in ("deep", "deep, a dark part"):
         assert np.abs(np.array(mean.pop(name)) - dark).max() <= 1
     assert mean == {
+        "deep, black to 8 bits": [0, 0, 0],
         "palette": [255, 255, 255],
         "gif": [255, 0, 0],
         "webp": [255, 0, 0],
