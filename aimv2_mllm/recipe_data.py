@@ -106,7 +106,10 @@ class CaptionData(Section):
         default=0.05, ge=0, le=1, description="share of unusable rows that ends a run, in [0, 1]"
     )
     workers: int = Field(
-        default=0, ge=0, le=256, description="processes that prepare samples; 0: the trainer itself"
+        default=0,
+        ge=0,
+        le=256,
+        description="processes that prepare samples, per rank; 0: none but itself",
     )
 
 

@@ -64,6 +64,17 @@ def files(folder: Path) -> dict[str, str]:
     return dict(json.loads((folder / "see" / "model" / "stage.json").read_text())["files"])
 
 
+def die_in_step_5(monkeypatch: pytest.MonkeyPatch) -> None:
+    close = metrics.Progress.close_line
+
+    def dying(progress: metrics.Progress, *more: Any) -> Any:
+        if progress.step == 5:
+            raise Killed
+        return close(progress, *more)
+
+    monkeypatch.setattr(metrics.Progress, "close_line", dying)
+
+
 def test_a_run_on_shards_is_the_same_with_workers_and_after_a_kill(
     corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -72,14 +83,7 @@ def test_a_run_on_shards_is_the_same_with_workers_and_after_a_kill(
     assert len(lines(corpus / "whole")) == 7
     assert load_encoder(corpus / "whole" / "see" / "model").config.image_size == 28
     run(corpus, "workers", "data.workers=2")
-    append = metrics.append_line
-
-    def dying(path: Path, line: dict[str, Any]) -> None:
-        if line["step"] == 5:
-            raise Killed
-        append(path, line)
-
-    monkeypatch.setattr(metrics, "append_line", dying)
+    die_in_step_5(monkeypatch)
     with pytest.raises(Killed):
         run(corpus, "killed", "data.workers=1")
     monkeypatch.undo()
@@ -93,17 +97,10 @@ def test_a_run_on_shards_is_the_same_with_workers_and_after_a_kill(
 def test_a_corpus_that_changed_does_not_go_on_from_the_old_ones_checkpoint(
     corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    append = metrics.append_line
-
-    def dying(path: Path, line: dict[str, Any]) -> None:
-        if line["step"] == 5:
-            raise Killed
-        append(path, line)
-
-    monkeypatch.setattr(metrics, "append_line", dying)
+    die_in_step_5(monkeypatch)
     with pytest.raises(Killed):
         run(corpus, "killed")
-    monkeypatch.setattr(metrics, "append_line", append)
+    monkeypatch.undo()
     write_shard(corpus / "a-001.tar", range(40, 47), size=40)
     with pytest.raises(UsageError, match="belongs to another run"):
         run(corpus, "killed")

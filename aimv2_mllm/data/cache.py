@@ -8,6 +8,7 @@ import fcntl
 import glob
 import hashlib
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -105,7 +106,7 @@ class ShardCache:
         try:
             if target.stat().st_size != size:
                 return False
-            os.utime(target)  # used just now: the last to go
+            _mark_used(target)
         except FileNotFoundError:
             return False
         return True
@@ -139,6 +140,7 @@ class ShardCache:
                 os.fsync(copy.fileno())
             if found != size:
                 raise RunFailed(f"{url}: {found:,} of {size:,} bytes came: run it again")
+            _mark_used(unfinished)
             unfinished.replace(target)
         except OSError as error:
             raise RunFailed(
@@ -162,3 +164,9 @@ class ShardCache:
             # Whoever reads it now keeps its open file; whoever comes next fetches it again.
             path.unlink(missing_ok=True)
             total -= its_size
+
+
+def _mark_used(copy: Path) -> None:
+    # The last to go. The file system's own clock ticks only every few milliseconds.
+    now = time.time_ns()
+    os.utime(copy, ns=(now, now))

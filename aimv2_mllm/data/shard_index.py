@@ -14,6 +14,7 @@ import zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from uuid import uuid4
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -143,7 +144,7 @@ def save_index(index: ShardIndex, path: Path, size: int, stamp: str) -> None:
         "left_out": json.dumps(index.left_out),
         "digest": index.digest(),
     }
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
+    unfinished = path.with_name(f"{path.name}.{uuid4().hex}.part")  # ranks may write it together
     try:
         unfinished.write_bytes(save(index.columns, metadata))
         unfinished.replace(path)

@@ -216,14 +216,13 @@ def _table(config: DatasetsSource) -> Any:
 
 def _open_jsonl(config: JsonlSource) -> Source:
     file = Path(config.file).expanduser()
-    root = Path(config.root).expanduser() if config.root else file.parent
+    root = Path(config.root or file.parent).expanduser()
     return JsonLines(file, root, image=config.image, caption=config.caption)
 
 
 def _open_folder(config: FolderSource) -> Source:
     folder = Path(config.folder).expanduser()
-    if (folder / METADATA).is_file():
-        file = folder / METADATA
+    if (file := folder / METADATA).is_file():
         return JsonLines(file, folder, image="file_name", caption=config.caption)
     return Folder(folder)
 
