@@ -49,6 +49,8 @@ def run(recipe: Recipe, narrate: Narrate) -> Path | None:
         with joined() as ranks:
             place = Place(recipe, recipe.output, Share(ranks.rank, ranks.size))
             tell = narrate if ranks.is_first else _say_nothing
+            if ranks.size > 1:
+                tell(f"{ranks.size} processes train together")
             _check(place, ranks)
             ranks.first(lambda: _enter(place, held, tell))
             for name, stage in recipe.stages.items():

@@ -15,7 +15,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,6 +32,9 @@ from aimv2_mllm.engine.precision import has_bf16
 
 if TYPE_CHECKING:
     from aimv2_mllm.recipe import TrainConfig
+
+
+MOST_VARIANTS = 64  # of compiled code; beyond it torch runs it uncompiled
 
 
 @dataclass(frozen=True)
@@ -141,9 +144,21 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 def _lighten(module: nn.Module, config: TrainConfig) -> None:
     # By `forward` of each block and not by wrapping it, so that no parameter's name changes.
-    if config.compile:
-        for block in blocks(module):
-            block.forward = torch.compile(block.forward)
     if config.activation_checkpointing:
         for block in blocks(module):
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+            block.forward = MethodType(_kept_by_its_inputs, block)
+    if config.compile:
+        # All blocks share the code of their class, and so the limit to its variants: one for each
+        # width, with and without a mask, of a fixed and then of any length.
+        torch._dynamo.config.recompile_limit = MOST_VARIANTS
+        for block in blocks(module):
+            block.forward = torch.compile(block.forward)
+
+
+def _kept_by_its_inputs(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The block's output; what else backward needs is computed again then."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return type(block).forward(block, *args, **kwargs)
+
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)

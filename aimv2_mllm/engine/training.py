@@ -125,19 +125,22 @@ class Training:
         totals, skipped = self._totals(objective, batches)
         sums: dict[str, Tensor] = {}
         self.optimizer.zero_grad()
+        config = self._run.config
         counter = FlopCounter() if self._flops_per_sample is None else None
-        for number, batch in enumerate(batches, 1):
-            held = self._placed.hold_back() if number < len(batches) else nullcontext()
-            with held:
-                loss = self._loss(objective, batch, totals, counter)
-                torch.autograd.backward(loss.total)
-            for name, value in loss._asdict().items():
-                sums[name] = sums.get(name, 0) + value.detach().float()
-        size = self._run.config.batch_size
+        # A counter cannot see into compiled code: what the first step computes is not compiled.
+        with torch.compiler.set_stance("default" if counter is None else "force_eager"):
+            for number, batch in enumerate(batches, 1):
+                held = self._placed.hold_back() if number < len(batches) else nullcontext()
+                with held:
+                    loss = self._loss(objective, batch, totals, counter)
+                    torch.autograd.backward(loss.total)
+                for name, value in loss._asdict().items():
+                    sums[name] = sums.get(name, 0) + value.detach().float()
         if counter is not None:
-            self._flops_per_sample = counter.flops * self._run.ranks.size / size
-        flops = (self._flops_per_sample or 0.0) * size
-        return metrics.Step(self._added_and_clipped(sums), totals, skipped, size, flops)
+            self._flops_per_sample = counter.flops * self._run.ranks.size / config.batch_size
+        flops = (self._flops_per_sample or 0.0) * config.batch_size
+        values = self._added_and_clipped(sums)
+        return metrics.Step(values, totals, skipped, config.batch_size, flops)
 
     def _totals(
         self, objective: Objective, batches: list[dict[str, Any]]
