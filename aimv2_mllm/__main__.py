@@ -243,7 +243,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_probe(verbs)
     _add_dream(verbs)
+    _add_convert(verbs)
+    for parsed in (parser, *verbs.choices.values()):
+        parsed.allow_abbrev = False
+    return parser
 
+
+def _add_convert(verbs: Any) -> None:
     words = verbs.add_parser("convert", help="write an AIMv2 encoder in another layout or size")
     words.add_argument("source", metavar="SRC", help="a folder, or a hub id: org/name[@revision]")
     words.add_argument("destination", metavar="DST", help="the folder to write, which is new")
@@ -257,9 +263,6 @@ def build_parser() -> argparse.ArgumentParser:
         help="resize learned positions to images of this side (the source's)",
     )
     words.add_argument("--dtype", choices=DTYPES, help="precision: fp32, bf16 (the source's)")
-    for parsed in (parser, *verbs.choices.values()):
-        parsed.allow_abbrev = False
-    return parser
 
 
 def _add_probe(verbs: Any) -> None:

@@ -20,7 +20,7 @@ CONFIG = EncoderConfig(16, 32, 1, 2, image_size=28)
 class Oracle:
     """A tower whose tokens are a function of the picture's first pixel, which holds its class."""
 
-    kind, preprocessing = "oracle", Preprocessing(8)
+    kind, preprocessing, notes = "oracle", Preprocessing(8), ["all-seeing"]
     module = torch.nn.Linear(2, 2)
 
     def __init__(self, tokens) -> None:
@@ -132,6 +132,7 @@ def test_the_record_says_how_and_on_what_it_was_found() -> None:
         "skipped": {"train": 0, "test": 0},
     }  # fmt: skip
     assert found["tower"]["image_size"] == 8
+    assert found["tower"]["notes"] == ["all-seeing"]
     assert len(found["tower"]["sha256"]) == 64
     knn = found["probes"]["knn"]
     assert knn["interval"] == list(wilson_interval(knn["right"], 20))

@@ -189,7 +189,8 @@ def _load_splits(source: str) -> dict[str, Any]:
         )
     except (OSError, ValueError, RuntimeError) as error:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UsageError(f"{source}: no dataset can be loaded from there ({line})") from None
+        where = "there" if Path(source).is_dir() else "the hub, and there is no such folder"
+        raise UsageError(f"{source}: no dataset can be loaded from {where} ({line})") from None
     return dict(found) if isinstance(found, datasets.DatasetDict) else {TRAIN: found}
 
 
