@@ -12,6 +12,7 @@ from aimv2_mllm.model.encoder import AIMv2Encoder, EncoderConfig
 from aimv2_mllm.model.pretrainer import AIMv2ForPreTraining, DecoderConfig, Predictions
 from aimv2_mllm.objective import (
     AnswerObjective,
+    ContrastiveObjective,
     ConversationBatch,
     Loss,
     PreTrainingBatch,
@@ -254,3 +255,69 @@ def test_answer_losses_of_micro_batches_add_up_and_an_empty_one_is_nothing() -> 
     assert (halves[0] + halves[1]).item() == pytest.approx(whole.item())
     batch["labels"] = torch.full((2, 4), -100)
     assert objective(model, batch, objective.targets(batch)).total == 0
+
+
+def test_without_captions_only_patches_are_learned_and_words_change_nothing() -> None:
+    model, batch = tiny_model(), tiny_batch()
+    objective = PreTrainingObjective(14, END, alpha=0.4, text_weight=0.0)
+    totals = objective.targets(batch)
+    assert totals["text"] == 0
+    loss = objective(model, batch, totals)
+    both = PreTrainingObjective(14, END, alpha=0.4)
+    torch.testing.assert_close(loss.image, both(model, batch, both.targets(batch)).image)
+    assert loss.text == 0
+    torch.testing.assert_close(loss.total, 0.4 * loss.image)
+    other = {**batch, "caption_ids": (batch["caption_ids"] + 1) % VOCABULARY}
+    assert torch.equal(objective(model, other, totals).total, loss.total)
+    loss.total.backward()
+    assert model.word_head.weight.grad is not None  # it takes part, so that ranks agree
+    assert model.word_head.weight.grad.abs().sum() == 0
+
+
+@pytest.mark.parametrize("text_weight", [1.0, 0.5])
+def test_without_pictures_only_words_are_learned(text_weight: float) -> None:
+    model, batch = tiny_model(), tiny_batch()
+    batch["prefix_length"] = torch.full((4,), NUM_PATCHES)  # bidirectional: no patch is left
+    objective = PreTrainingObjective(14, END, alpha=0.0, text_weight=text_weight)
+    totals = objective.targets(batch)
+    assert totals["image"] == 0
+    loss = objective(model, batch, totals)
+    torch.testing.assert_close(loss.total, text_weight * loss.text)
+    whole = model.encoder(batch["pixel_values"])
+    masked = model.encoder(batch["pixel_values"], batch["prefix_length"])
+    torch.testing.assert_close(whole, masked)
+
+
+class Pairs(nn.Module):
+    """A model of two towers whose logits are known: what is asked of it, and what it answers."""
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(logits)
+        self.asked = torch.empty(0)
+
+    def forward(self, pixel_values: Tensor, input_ids: Tensor) -> Tensor:
+        self.asked = input_ids
+        return self.logits
+
+
+def test_pairs_are_told_apart_both_ways() -> None:
+    batch = tiny_batch()
+    logits = torch.randn(4, 4, generator=torch.Generator().manual_seed(3)) * 3
+    model, objective = Pairs(logits), ContrastiveObjective(END)
+    assert objective.targets(batch) == {"pairs": 4}
+    loss = objective(model, batch, {"pairs": 8})  # half of a step's pairs
+    table = logits.double().numpy()
+    text = sum(-table[i, i] + numpy.log(numpy.exp(table[i]).sum()) for i in range(4)) / 8
+    image = sum(-table[i, i] + numpy.log(numpy.exp(table[:, i]).sum()) for i in range(4)) / 8
+    assert loss.text.item() == pytest.approx(text, rel=1e-5)
+    assert loss.image.item() == pytest.approx(image, rel=1e-5)
+    assert loss.total.item() == pytest.approx((text + image) / 2, rel=1e-5)
+
+
+def test_every_text_of_a_pair_has_its_end_behind_its_last_word() -> None:
+    batch, model = tiny_batch(), Pairs(torch.zeros(4, 4))
+    ContrastiveObjective(END)(model, batch, {"pairs": 4})
+    for row, length in enumerate(batch["caption_length"].tolist()):
+        assert model.asked[row, length] == END
+        assert torch.equal(model.asked[row, :length], batch["caption_ids"][row, :length])

@@ -14,6 +14,7 @@ from aimv2_mllm.recipe import (
     STAGES,
     DecoderChoice,
     EvaluationConfig,
+    PretrainStage,
     Recipe,
     TrainConfig,
     changed_keys,
@@ -433,3 +434,27 @@ def test_what_only_says_where_and_how_fast_is_no_change(file: Path) -> None:
 
     assert changed_keys(given(0, "x"), given(8, "y")) == []
     assert len(changed_keys(given(0, "x"), given(0, "x", urls="b.tar"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "rule"),
+    [
+        (["alpha=0", "text_weight=0"], "text_weight: is 0, must be above 0 where alpha is 0"),
+        (["prefix=full"], 'prefix: is "full", must be uniform where alpha is above 0'),
+        (["start.encoder=words"], "start.encoder: .*must be an earlier pretrain stage"),
+        (["start.decodr=./x"], "start.decodr: unknown key; .*did you mean decoder"),
+    ],
+)
+def test_a_pretrain_stage_that_could_not_learn_is_told(
+    file: Path, words: list[str], rule: str
+) -> None:
+    said = mistake(file, *(f"stages.see.{word}" for word in words))
+    assert re.search(f"stages.see.{rule}", said), said
+
+
+def test_a_start_may_be_a_folder_or_a_hub_id(file: Path) -> None:
+    hub = "apple/aimv2-large-patch14-224"
+    recipe = load_recipe(file, [f"stages.see.start.encoder={hub}", "stages.see.start.decoder=./x"])
+    stage = recipe.stages["see"]
+    assert isinstance(stage, PretrainStage)
+    assert (stage.start.encoder, stage.start.decoder) == (hub, "./x")
