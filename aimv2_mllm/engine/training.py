@@ -201,6 +201,8 @@ def _check(model: nn.Module, parts: Parts) -> None:
 
 
 def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, list):  # pictures of different sizes
+        return [_moved(one, device) for one in value]
     return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
 
 
