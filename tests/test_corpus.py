@@ -15,7 +15,14 @@ from PIL import Image
 from torch import Tensor
 
 from aimv2_mllm.data import scenes
-from aimv2_mllm.data.batches import CaptionBatch, CaptionBatches, caption_batches, world_seed
+from aimv2_mllm.data.batches import (
+    EVERYTHING,
+    CaptionBatch,
+    CaptionBatches,
+    Share,
+    caption_batches,
+    world_seed,
+)
 from aimv2_mllm.data.corpus import CHARACTERS_PER_TOKEN, MOST_TRIES, Corpus, Skipped
 from aimv2_mllm.errors import RunFailed, UsageError
 from aimv2_mllm.model.mllm import load_tokenizer
@@ -36,7 +43,7 @@ def shards_of(path: Path, **settings: Any) -> dict[str, Any]:
 
 
 def batches_of(
-    data: CaptionData, *, batch_size: int = 6, micro: int | None = None, **ranks: int
+    data: CaptionData, *, batch_size: int = 6, micro: int | None = None, share: Share = EVERYTHING
 ) -> CaptionBatches:
     train = TrainConfig(steps=100, batch_size=batch_size, micro_batch_size=micro, lr=1.0)
     return caption_batches(
@@ -47,7 +54,7 @@ def batches_of(
         preprocessing=Preprocessing(SIZE),
         num_patches=4,
         max_text_tokens=40,
-        **ranks,
+        share=share,
     )
 
 
@@ -119,7 +126,7 @@ def test_the_shares_of_the_ranks_add_up_to_the_batch(folder: Path, world_size: i
     shares = [
         batch
         for rank in range(world_size)
-        for batch in batches_of(data, micro=2, rank=rank, world_size=world_size)(4)
+        for batch in batches_of(data, micro=2, share=Share(rank, world_size))(4)
     ]
     assert_same(shares, whole)
 

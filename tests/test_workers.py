@@ -97,8 +97,20 @@ def test_a_worker_that_dies_ends_the_run_in_words() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return numbered(step)
 
+    before = children()
     with pytest.raises(RunFailed, match=r"step 2: a process .* died .*fewer data\.workers"):
-        prepared(dying, range(4))
+        prepared(dying, range(4), workers=2)
+    assert children() == before  # Python would wait for them at its end
+
+
+def test_an_error_of_the_program_leaves_no_worker_behind() -> None:
+    def broken(step: int) -> list[dict[str, Any]]:
+        raise RuntimeError("a defect")
+
+    before = children()
+    with pytest.raises(RuntimeError, match="a defect"):
+        prepared(broken, range(4), workers=2)
+    assert children() == before
 
 
 def test_a_signal_to_the_whole_group_leaves_the_workers_at_work() -> None:

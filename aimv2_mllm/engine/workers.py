@@ -6,8 +6,11 @@ What a worker says is wrong comes out in the trainer as it would without workers
 
 from __future__ import annotations
 
+import multiprocessing
+import multiprocessing.process
 import signal
-from collections.abc import Callable, Generator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from aimv2_mllm.errors import RunFailed, UsageError
 
 STEPS_AHEAD = 2  # per worker
+GRACE = 2.0  # seconds that a worker has to end by itself
 MicroBatches = Sequence[Mapping[str, Any]]
 
 
@@ -68,23 +72,48 @@ def prepared_by_workers(
         worker_init_fn=_ignore_signals,
         generator=torch.Generator(),  # it draws from one, which must not be the trainer's
     )
+    before = set(multiprocessing.active_children())
     made = iter(loader)
+    started = set(multiprocessing.active_children()) - before
     try:
         for step in range(first, steps):
+            death = None
             try:
                 micro_batches = next(made)
             except RuntimeError as error:
                 if "DataLoader worker" not in str(error) or "Caught" in str(error):
                     raise
+                death = _first(error)
+            if death is not None:
+                # Not while that error is known, which would keep the other workers.
                 raise RunFailed(
-                    f"step {step + 1}: a process that prepares samples died ({_first(error)}); most"
-                    " often memory ran out: run the same command with fewer data.workers"
-                ) from None
+                    f"step {step + 1}: a process that prepares samples died ({death}); most often"
+                    " memory ran out: run the same command with fewer data.workers"
+                )
             if isinstance(micro_batches, _Refusal):
                 raise micro_batches.kind(micro_batches.text)
             yield step, micro_batches
     finally:
         del made  # ends the workers
+        _end(started)
+
+
+def _end(workers: Iterable[multiprocessing.process.BaseProcess]) -> None:
+    """Kill what is left of `workers`: as they ignore signals, Python would wait for them at its
+    end."""
+    for worker in workers:
+        worker.join(GRACE)
+    left = [worker for worker in workers if worker.is_alive()]
+    if not left:
+        return
+    # The loader has a handler that makes an error of each death.
+    is_main = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if is_main else None
+    for worker in left:
+        worker.kill()
+        worker.join()
+    if is_main:
+        signal.signal(signal.SIGCHLD, handler)
 
 
 def _first(error: Exception) -> str:
