@@ -37,7 +37,7 @@ DECODER_PIECES = (
 
 def build_pretrain(stage: PretrainStage, place: Place) -> Job:
     """The encoder under prefix attention and its multimodal decoder, both trained."""
-    tokenizer = mllm.load_tokenizer(place.source(stage.tokenizer))
+    tokenizer = mllm.load_tokenizer(place.source(stage.tokenizer), talks=False)
     encoder, preprocessing = _encoder(stage, place)
     sizes = DecoderConfig(**stage.decoder.model_dump(), vocab_size=len(tokenizer))
     model = AIMv2ForPreTraining(encoder, sizes)
@@ -92,7 +92,7 @@ def _encoder(stage: PretrainStage, place: Place) -> tuple[AIMv2Encoder, Preproce
 
 def build_lit(stage: LitStage, place: Place) -> Job:
     """A frozen encoder with a pooling head and a text tower, which are trained."""
-    tokenizer = mllm.load_tokenizer(place.source(stage.tokenizer))
+    tokenizer = mllm.load_tokenizer(place.source(stage.tokenizer), talks=False)
     tower = locate(place.source(stage.tower))
     encoder, preprocessing = load_encoder(tower).float(), Preprocessing.load(tower)
     text = TextConfig(

@@ -64,7 +64,8 @@ def check_inputs(place: Place) -> None:
             for source in _outside([encoder, getattr(stage, "tower", None)], place):
                 load_encoder(source)
             for source in set(inputs(stage, place)) - set(towers(stage, place)):
-                mllm.load_tokenizer(source)
+                talks = not isinstance(stage, PretrainStage | LitStage)
+                mllm.load_tokenizer(source, talks=talks)
             if isinstance(stage, TuneStage):
                 start = place.recipe.stages[stage.start]
                 assert isinstance(start, AlignStage), start

@@ -1,6 +1,7 @@
 """Conversations as token batches: what is asked, what is supervised, how pictures stand in the
 text."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -112,6 +113,25 @@ def test_a_caption_is_cut_at_the_limit_and_its_length_is_told(tokenizer: Any) ->
     cut, shorter = encode_captions(captions, tokenizer, 5)
     assert shorter.tolist() == [3, 5]
     assert torch.equal(cut, ids[:, :5])
+
+
+def test_a_tokenizer_that_adds_an_end_by_itself_adds_none_to_captions(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"</s>": 0, "a": 1, "red": 2, "7": 3}, unk_token="</s>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 0)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token="</s>", pad_token="</s>", unk_token="</s>"
+    ).save_pretrained(tmp_path)
+    plain = load_tokenizer(str(tmp_path), talks=False)
+    assert plain("a red 7").input_ids == [1, 2, 3, 0]  # as SigLIP's does
+    ids, length = encode_captions(["a red 7"], plain, 64)
+    assert (ids.tolist(), length.tolist()) == ([[1, 2, 3]], [3])
+    assert len(plain) == 4  # and no image token was added
+    with pytest.raises(UsageError, match="no chat template"):
+        load_tokenizer(str(tmp_path))
 
 
 def test_micro_batches_cover_the_batch_in_order_whatever_their_size() -> None:

@@ -163,7 +163,12 @@ def encode_captions(
     """Captions as ids (B, T) and lengths (B,), cut at `max_text_tokens` and padded with zeros."""
     # The leading space makes a first word the token that it is elsewhere; a caption that says
     # <|end|> means these letters.
-    encoded = tokenizer([f" {text}" for text in captions], split_special_tokens=True, verbose=False)
+    encoded = tokenizer(
+        [f" {text}" for text in captions],
+        split_special_tokens=True,
+        add_special_tokens=False,  # the end token is the objective's
+        verbose=False,
+    )
     rows = [ids[:max_text_tokens] for ids in encoded.input_ids]
     padded = np.zeros((len(rows), max(map(len, rows))), dtype=np.int64)
     for row, ids in enumerate(rows):

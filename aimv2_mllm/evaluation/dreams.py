@@ -39,7 +39,7 @@ def load_pretrainer(folder: str | Path) -> tuple[AIMv2ForPreTraining, Any, Prepr
     config, _ = read_decoder(folder)
     model = AIMv2ForPreTraining(load_encoder(folder), config)
     load_decoder(model, folder)
-    return model.eval(), mllm.load_tokenizer(str(folder)), Preprocessing.load(folder)
+    return model.eval(), mllm.load_tokenizer(str(folder), talks=False), Preprocessing.load(folder)
 
 
 @torch.inference_mode()

@@ -28,17 +28,24 @@ def llm_source(name: str) -> str:
     return str(TINY_LLM) if name == "tiny_llm" else name
 
 
-def load_tokenizer(name: str) -> Any:
+def load_tokenizer(name: str, *, talks: bool = True) -> Any:
     """The tokenizer of the LLM `name`, with an image token and a chat template; UsageError if it
-    cannot serve."""
+    cannot serve.
+
+    One that only reads captions (`talks` false) needs an end token, and is left as it is.
+    """
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(llm_source(name), trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise UsageError(
             f"{name}: no tokenizer can be loaded from there ({_first_line(error)})"
         ) from None
+    if not talks:
+        if tokenizer.eos_token_id is None:
+            raise UsageError(f"{name}: its tokenizer has no end token, so no caption would end")
+        return tokenizer
     if tokenizer.chat_template is None:
         raise UsageError(
             f"{name}: its tokenizer has no chat template, so nobody knows how to talk to it"
