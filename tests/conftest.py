@@ -1,6 +1,7 @@
 """A quickstart in miniature, run once for all tests that look at its results."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,9 @@ import pytest
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Before torch: shapes are tiny here, and equal bits need equal numbers of threads in every process.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A process that a shell starts in the background ignores Ctrl-C, which tests send to themselves.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from aimv2_mllm.recipe import Recipe
 from aimv2_mllm.recipe_file import load_recipe
