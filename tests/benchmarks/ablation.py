@@ -53,6 +53,8 @@ def plot(stages: dict[str, dict[str, list[float]]], out: Path) -> None:
             axes.plot(numbers[key], [row] * len(numbers[key]), "o", color="#1f4e85", markersize=4)
         axes.set_yticks(range(len(names)), names if column == 0 else [""] * len(names))
         axes.invert_yaxis()
+        if key == "caption_loss":  # that of a decoder which never saw one is far off
+            axes.set_xscale("log")
         axes.set_title(title, loc="left", fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(out)
