@@ -478,6 +478,15 @@ def test_bf16_runs_the_model_under_autocast_and_fp32_does_not(
     assert set(seen[8:]) == {torch.float32}
 
 
+@pytest.mark.parametrize(("has", "lines"), [(True, 0), (False, 1)])
+def test_a_run_is_told_where_bf16_is_not_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has: bool, lines: int
+) -> None:
+    monkeypatch.setattr("aimv2_mllm.engine.loop.has_bf16", lambda device: has)
+    said = run(tmp_path, precision="bf16", steps=4).said
+    assert len([line for line in said if "so fp32 is computed" in line]) == lines
+
+
 def test_dropout_depends_on_the_seed_and_the_step_alone(tmp_path: Path) -> None:
     def draws(seed: int, before: int) -> list[float]:
         seen: list[float] = []

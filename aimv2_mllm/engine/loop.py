@@ -21,6 +21,7 @@ from aimv2_mllm.engine.distributed import Ranks
 from aimv2_mllm.engine.journal import Journal, is_due
 from aimv2_mllm.engine.memory import keep_freed_memory
 from aimv2_mllm.engine.optimizer import Parts, set_learning_rates
+from aimv2_mllm.engine.precision import has_bf16
 from aimv2_mllm.engine.skipping import Skipping
 from aimv2_mllm.engine.stopping import StopRequest
 from aimv2_mllm.engine.training import CHECKPOINTS, Objective, Run, Training
@@ -73,6 +74,8 @@ def train(
     with StopRequest(ranks) as stop:
         training = Training(model.train(), parts, run)
         progress = training.resume(narrate)
+        if config.precision == "bf16" and not has_bf16(training.device):
+            narrate("precision bf16: this processor would emulate it, so fp32 is computed")
         skipping = Skipping(max_skipped)
         upcoming = _upcoming(batches, progress.step, config.steps, training.device, workers)
         with closing(upcoming), Journal(run, progress, training.device) as journal:
