@@ -59,6 +59,7 @@ def test_a_tracker_is_started_fed_and_finished_also_when_the_run_fails(
 def test_no_trackers_are_no_work(tmp_path: Path) -> None:
     with tracked([], tmp_path, {}) as to:
         to.log({"step": 1})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_package_that_is_missing_is_named_with_the_line_that_installs_it(
