@@ -21,7 +21,7 @@ from aimv2_mllm.model.preprocessing import Preprocessing
 from aimv2_mllm.model.pretrainer import AIMv2ForPreTraining, DecoderConfig
 from aimv2_mllm.model.weights import load_encoder, save_encoder
 from aimv2_mllm.objective import ContrastiveObjective, PreTrainingObjective
-from aimv2_mllm.recipe import LitStage, PretrainStage
+from aimv2_mllm.recipe_stages import LitStage, PretrainStage
 
 DECODER_PIECES = (
     "projection.",

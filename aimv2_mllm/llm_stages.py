@@ -19,7 +19,7 @@ from aimv2_mllm.model.hub import locate
 from aimv2_mllm.model.preprocessing import Preprocessing
 from aimv2_mllm.model.weights import load_encoder
 from aimv2_mllm.objective import AnswerObjective
-from aimv2_mllm.recipe import AlignStage, LanguageStage, TuneStage
+from aimv2_mllm.recipe_stages import AlignStage, LanguageStage, TuneStage
 
 TOKENIZER_TEXTS = 3000  # conversations from which a tokenizer is learned
 

@@ -15,8 +15,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from aimv2_mllm.errors import UsageError, nearest, show
-from aimv2_mllm.recipe import STAGES, Mistake, Place, Recipe, reference_mistakes
+from aimv2_mllm.recipe import Mistake, Place, Recipe, reference_mistakes
 from aimv2_mllm.recipe_data import SOURCE_SECTIONS
+from aimv2_mllm.recipe_stages import STAGES
 
 MAX_BYTES = 256 * 1024  # a recipe is a page; parsing this much takes about a second
 MAX_DEPTH = 32  # levels of nesting; the deepest key of the schema has six

@@ -30,7 +30,8 @@ from aimv2_mllm.folders import RECIPE_FILE, STAGE_FILE, UNKNOWN, origins_of, sta
 from aimv2_mllm.job import Job, Place
 from aimv2_mllm.model.hub import commit_of, locate
 from aimv2_mllm.model.mllm import llm_source
-from aimv2_mllm.recipe import Recipe, Stage, changed_keys, deciding, dump_recipe
+from aimv2_mllm.recipe import Recipe, changed_keys, deciding, dump_recipe
+from aimv2_mllm.recipe_stages import Stage
 from aimv2_mllm.stages import STAGES, check_inputs, inputs, towers
 
 Narrate = Callable[[str], None]

@@ -14,7 +14,7 @@ from aimv2_mllm.job import Job, Place
 from aimv2_mllm.llm_stages import build_align, build_language, build_tune, check_targets
 from aimv2_mllm.model import mllm
 from aimv2_mllm.model.weights import load_encoder
-from aimv2_mllm.recipe import AlignStage, LitStage, PretrainStage, Stage, TuneStage
+from aimv2_mllm.recipe_stages import AlignStage, LitStage, PretrainStage, Stage, TuneStage
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from aimv2_mllm.data.conversations import IGNORED, conversation, encode, pad, tu
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.model.mllm import load_tokenizer
 from aimv2_mllm.model.preprocessing import Preprocessing
-from aimv2_mllm.recipe import TrainConfig
 from aimv2_mllm.recipe_data import CaptionData, ConversationData
+from aimv2_mllm.recipe_train import TrainConfig
 
 
 @pytest.fixture(scope="module")

@@ -27,8 +27,8 @@ from aimv2_mllm.data.corpus import CHARACTERS_PER_TOKEN, MOST_TRIES, Corpus, Ski
 from aimv2_mllm.errors import RunFailed, UsageError
 from aimv2_mllm.model.mllm import load_tokenizer
 from aimv2_mllm.model.preprocessing import Preprocessing
-from aimv2_mllm.recipe import TrainConfig
 from aimv2_mllm.recipe_data import CaptionData
+from aimv2_mllm.recipe_train import TrainConfig
 
 SIZE = 28
 TOKENIZER = load_tokenizer("tiny_llm")

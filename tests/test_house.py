@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 import aimv2_mllm
-from aimv2_mllm.__main__ import VERBS, build_parser
+from aimv2_mllm.__main__ import VERBS
+from aimv2_mllm.parser import build_parser
 from aimv2_mllm.recipe_file import load_recipe
 
 HOUSE = Path(aimv2_mllm.__file__).parent
@@ -25,6 +26,8 @@ TABLE = (
     "files",
     "recipe_types",
     "recipe_data",
+    "recipe_train",
+    "recipe_stages",
     "recipe",
     "recipe_file",
     "model.packed",
@@ -63,6 +66,7 @@ TABLE = (
     "towers",
     "terminal",
     "__init__",
+    "parser",
     "__main__",
 )
 # Narrower than the table: all that these may import of ours.
@@ -85,7 +89,7 @@ ONLY = {
     "model.lit": {"model.encoder", "model.packed"},
     "convert": {"errors", "folders", "model"},
     "objective": set(),
-    "engine": {"errors", "recipe", "engine"},
+    "engine": {"errors", "recipe_train", "engine"},
     "folders": {"errors"},
     "prompts": {"errors", "data"},
     "chat": {"errors", "data", "model", "folders", "prompts"},
@@ -172,11 +176,11 @@ def test_the_hub_is_reached_only_where_it_is_asked_for() -> None:
 
 
 def test_the_command_line_offers_the_layouts_and_precisions_that_there_are() -> None:
-    from aimv2_mllm import __main__, convert
+    from aimv2_mllm import convert, parser
     from aimv2_mllm.model.layouts import LAYOUTS
 
-    assert tuple(LAYOUTS) == __main__.LAYOUTS
-    assert tuple(convert.DTYPES) == __main__.DTYPES
+    assert tuple(LAYOUTS) == parser.LAYOUTS
+    assert tuple(convert.DTYPES) == parser.DTYPES
 
 
 def flags(parser: argparse.ArgumentParser) -> list[str]:
@@ -206,11 +210,11 @@ def test_verbs_and_flags_are_frozen() -> None:
 
 
 def test_the_command_line_offers_the_probes_and_statistics_that_there_are() -> None:
-    from aimv2_mllm import __main__
+    from aimv2_mllm import parser
     from aimv2_mllm.evaluation import dreams, probes
 
-    assert (*probes.KINDS, "all", "zeroshot") == __main__.PROBES
-    assert tuple(dreams.STATISTICS) == __main__.STATISTICS
+    assert (*probes.KINDS, "all", "zeroshot") == parser.PROBES
+    assert tuple(dreams.STATISTICS) == parser.STATISTICS
 
 
 def test_public_names_are_those_of_the_lazy_table() -> None:

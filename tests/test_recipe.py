@@ -11,18 +11,16 @@ from pydantic import BaseModel, ValidationError
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.recipe import (
     EXECUTION_KEYS,
-    STAGES,
-    DecoderChoice,
     EvaluationConfig,
-    PretrainStage,
     Recipe,
-    TrainConfig,
     changed_keys,
     deciding,
     dump_recipe,
 )
 from aimv2_mllm.recipe_data import SOURCE_SECTIONS
 from aimv2_mllm.recipe_file import MAX_BYTES, load_recipe
+from aimv2_mllm.recipe_stages import STAGES, DecoderChoice, PretrainStage
+from aimv2_mllm.recipe_train import TrainConfig
 
 TEXT = """\
 name: tiny

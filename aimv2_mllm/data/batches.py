@@ -17,8 +17,8 @@ from aimv2_mllm.data.corpus import Corpus, Skipped
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.model.preprocessing import Preprocessing
 from aimv2_mllm.objective import ConversationBatch, PreTrainingBatch
-from aimv2_mllm.recipe import TrainConfig
 from aimv2_mllm.recipe_data import CaptionData, ConversationData
+from aimv2_mllm.recipe_train import TrainConfig
 
 Sample = TypeVar("Sample")
 

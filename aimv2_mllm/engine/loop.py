@@ -30,7 +30,7 @@ from aimv2_mllm.engine.workers import prepared_by_workers
 from aimv2_mllm.errors import RunFailed
 
 if TYPE_CHECKING:
-    from aimv2_mllm.recipe import TrainConfig
+    from aimv2_mllm.recipe_train import TrainConfig
 
 ALONE = Ranks()
 GO_ON = "the same command goes on from there"

@@ -1,0 +1,226 @@
+"""The part of a recipe that says what its stages build and train, a section for each kind."""
+
+from typing import ClassVar, Literal
+
+from pydantic import Field, ValidationInfo, field_validator
+
+from aimv2_mllm.errors import nearest
+from aimv2_mllm.recipe_data import CaptionData, ConversationData
+from aimv2_mllm.recipe_train import TrainConfig
+from aimv2_mllm.recipe_types import Count, Number, Section, Switch, Text
+
+
+class EncoderChoice(Section):
+    """The encoder to pre-train."""
+
+    size: Literal[
+        "aimv2_nano", "aimv2_base", "aimv2_large", "aimv2_huge", "aimv2_1b", "aimv2_3b"
+    ] = Field(description="named size of the encoder")
+    image_size: int = Field(
+        ge=28, le=4096, multiple_of=14, description="side of the image, pixels, 28 to 4096"
+    )
+    native: Switch = Field(default=False, description="positions for any grid of patches")
+
+
+class _Attention(Section):
+    hidden_size: Count = Field(description="width, channels")
+    intermediate_size: Count = Field(description="width inside SwiGLU, channels")
+    num_hidden_layers: Count = Field(description="depth, blocks")
+    num_attention_heads: Count = Field(description="heads, a divisor of hidden_size")
+
+    @field_validator("num_attention_heads")
+    @classmethod
+    def _divides_the_width(cls, value: int, info: ValidationInfo) -> int:
+        width = info.data.get("hidden_size")
+        if width and width % value:
+            raise ValueError(f"must divide hidden_size, which is {width}")
+        return value
+
+
+class DecoderChoice(_Attention):
+    """The decoder of pre-training; defaults as AIMv2 was trained."""
+
+    hidden_size: Count = Field(default=1024, description="width, channels")
+    intermediate_size: Count = Field(default=2816, description="width inside SwiGLU, channels")
+    num_hidden_layers: Count = Field(default=12, description="depth, blocks")
+    num_attention_heads: Count = Field(default=8, description="heads, a divisor of hidden_size")
+    max_text_tokens: Count = Field(default=77, description="longest caption, tokens")
+
+
+class StartChoice(Section):
+    """The weights to go on from; what is not named starts from random ones.
+
+    Sizes must be those of the stage. Learned positions are resized where image_size differs.
+    """
+
+    encoder: Text | None = Field(
+        default=None, description="an earlier pretrain stage, a folder or a hub id"
+    )
+    decoder: Text | None = Field(
+        default=None, description="an earlier pretrain stage, or the folder of its result"
+    )
+
+
+class TextTowerChoice(_Attention):
+    """The text tower of LiT; defaults as the released one."""
+
+    hidden_size: Count = Field(default=768, description="width, channels")
+    intermediate_size: Count = Field(default=2048, description="width inside SwiGLU, channels")
+    num_hidden_layers: Count = Field(default=12, description="depth, blocks")
+    num_attention_heads: Count = Field(default=6, description="heads, a divisor of hidden_size")
+    max_position_embeddings: int = Field(default=77, ge=2, description="longest caption, tokens")
+
+
+class LanguageChoice(_Attention):
+    """A Llama, by its sizes."""
+
+    num_key_value_heads: Count = Field(description="a divisor of num_attention_heads")
+    head_dim: Count | None = Field(
+        default=None, description="channels of a head; null: hidden_size / num_attention_heads"
+    )
+    max_position_embeddings: Count = Field(description="longest sequence, tokens")
+
+    @field_validator("num_key_value_heads")
+    @classmethod
+    def _divides_the_heads(cls, value: int, info: ValidationInfo) -> int:
+        heads = info.data.get("num_attention_heads")
+        if heads and heads % value:
+            raise ValueError(f"must divide num_attention_heads, which is {heads}")
+        return value
+
+
+class LoraChoice(Section):
+    """Which linear layers of the LLM get low-rank adapters, and how large these are."""
+
+    r: Count = Field(default=8, description="rank of the adapters")
+    alpha: Number = Field(default=16.0, gt=0, description="scale of the adapters, divided by r")
+    dropout: Number = Field(default=0.0, ge=0, lt=1, description="share dropped, in [0, 1)")
+    targets: list[Text] = Field(
+        default=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        min_length=1,
+        description="names of the adapted linear layers",
+    )
+
+
+class _Stage(Section):
+    PARTS: ClassVar[tuple[str, ...]]  # what is trained, by the names that part_lr may have
+
+    @field_validator("train", check_fields=False)
+    @classmethod
+    def _names_parts_of_the_stage(cls, value: TrainConfig) -> TrainConfig:
+        unknown = [part for part in value.part_lr if part not in cls.PARTS]
+        if unknown:
+            known = f"{', '.join(cls.PARTS)}{nearest(unknown[0], cls.PARTS)}"
+            raise ValueError(f"must name in part_lr parts of the stage, which are {known}")
+        return value
+
+
+class PretrainStage(_Stage):
+    """Pre-trains an encoder on pictures and captions."""
+
+    PARTS = ("encoder", "decoder")
+    kind: Literal["pretrain"] = Field(default="pretrain", description="the kind of the stage")
+    data: CaptionData = Field(default=CaptionData(), description="the samples")
+    encoder: EncoderChoice = Field(description="the encoder to pre-train")
+    decoder: DecoderChoice = Field(default=DecoderChoice(), description="used here only")
+    tokenizer: Text = Field(description="tiny_llm, an earlier language stage, a folder or a hub id")
+    start: StartChoice = Field(default=StartChoice(), description="the weights to go on from")
+    alpha: Number = Field(
+        default=0.4, ge=0, description="weight of the image loss; 0: captions alone"
+    )
+    text_weight: Number = Field(
+        default=1.0, ge=0, description="weight of the caption loss; 0: pictures alone, as in AIM"
+    )
+    prefix: Literal["uniform", "full"] = Field(
+        default="uniform",
+        description="length of the visible prefix; full: bidirectional attention, for alpha 0",
+    )
+    train: TrainConfig = Field(description="how it is optimised")
+
+    @field_validator("text_weight")
+    @classmethod
+    def _something_is_learned(cls, value: float, info: ValidationInfo) -> float:
+        if value == 0 and info.data.get("alpha") == 0:
+            raise ValueError("must be above 0 where alpha is 0: nothing would be learned")
+        return value
+
+    @field_validator("prefix")
+    @classmethod
+    def _no_patch_is_scored_that_was_seen(cls, value: str, info: ValidationInfo) -> str:
+        if value == "full" and info.data.get("alpha"):
+            raise ValueError(
+                "must be uniform where alpha is above 0: full hides no patch to predict"
+            )
+        return value
+
+
+class LitStage(_Stage):
+    """Trains a text tower and a pooling head beside a frozen encoder (LiT), for zero-shot use."""
+
+    PARTS = ("head", "text")
+    kind: Literal["lit"] = Field(default="lit", description="the kind of the stage")
+    tower: Text = Field(description="an earlier pretrain stage, a folder or a hub id")
+    text: TextTowerChoice = Field(default=TextTowerChoice(), description="the text tower")
+    projection_dim: Count = Field(default=768, description="width of the joint space, channels")
+    tokenizer: Text = Field(description="tiny_llm, an earlier language stage, a folder or a hub id")
+    data: CaptionData = Field(default=CaptionData(), description="the samples")
+    train: TrainConfig = Field(
+        description="how it is optimised; contrasts are within a micro-batch"
+    )
+
+
+class AlignStage(_Stage):
+    """Trains a connector from a frozen tower to a frozen LLM."""
+
+    PARTS = ("connector",)
+    kind: Literal["align"] = Field(default="align", description="the kind of the stage")
+    tower: Text = Field(
+        description="an earlier pretrain stage, or a folder or hub id of an AIMv2 encoder"
+    )
+    llm: Text = Field(description="tiny_llm, an earlier language stage, a folder or a hub id")
+    connector: Literal["mlp"] = Field(default="mlp", description="named connector")
+    data: ConversationData = Field(default=ConversationData(), description="the samples")
+    train: TrainConfig = Field(description="how it is optimised")
+
+
+class TuneStage(_Stage):
+    """Tunes the LLM of an aligned model with adapters."""
+
+    PARTS = ("lora", "connector")
+    kind: Literal["tune"] = Field(default="tune", description="the kind of the stage")
+    start: Text = Field(description="an earlier align stage, whose result is tuned")
+    lora: LoraChoice = Field(default=LoraChoice(), description="the adapters")
+    data: ConversationData = Field(default=ConversationData(), description="the samples")
+    train: TrainConfig = Field(description="how it is optimised")
+
+
+class LanguageStage(_Stage):
+    """Trains a small LLM and its tokenizer on the text of the conversations."""
+
+    PARTS = ("llm",)
+    kind: Literal["language"] = Field(default="language", description="the kind of the stage")
+    model: LanguageChoice = Field(description="the LLM to train")
+    vocab_size: Count = Field(description="size of the tokenizer's vocabulary, tokens")
+    data: ConversationData = Field(default=ConversationData(), description="the samples")
+    train: TrainConfig = Field(description="how it is optimised")
+
+
+Stage = PretrainStage | LitStage | AlignStage | TuneStage | LanguageStage
+STAGES: dict[str, type[Stage]] = {
+    "pretrain": PretrainStage,
+    "lit": LitStage,
+    "align": AlignStage,
+    "tune": TuneStage,
+    "language": LanguageStage,
+}
+# kind of a stage -> its keys that name an earlier stage -> the kind which that stage must have
+REFERENCES = {
+    "pretrain": {
+        "tokenizer": "language",
+        "start.encoder": "pretrain",
+        "start.decoder": "pretrain",
+    },
+    "lit": {"tower": "pretrain", "tokenizer": "language"},
+    "align": {"tower": "pretrain", "llm": "language"},
+    "tune": {"start": "align"},
+}
