@@ -189,7 +189,7 @@ def test_batches_are_pure_functions_of_the_step(tokenizer: Any) -> None:
         "preprocessing": Preprocessing(56),
     }
     captions = caption_batches(
-        CaptionData(), train_config(), num_patches=16, max_text_tokens=64, **options
+        CaptionData(), train_config(), max_text_tokens=64, **options
     )
     talks = conversation_batches(ConversationData(), train_config(), num_image_tokens=16, **options)
     for batches in (captions, talks):
@@ -208,7 +208,6 @@ def test_prefix_lengths_are_uniform_over_one_to_all_but_one(tokenizer: Any) -> N
         seed=0,
         tokenizer=tokenizer,
         preprocessing=Preprocessing(28),
-        num_patches=4,
         max_text_tokens=64,
     )
     lengths = batches(0)[0]["prefix_length"].numpy()

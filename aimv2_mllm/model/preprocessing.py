@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from aimv2_mllm.errors import UsageError
+from aimv2_mllm.model.layouts import CONFIG_FILE, encoder_config, read_config
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
 BICUBIC = 3  # Pillow's number of that filter
@@ -21,12 +22,14 @@ class Preprocessing:
     channel.
 
     The defaults are ImageNet's, with which AIMv2 was pre-trained (its published processors use
-    CLIP's).
+    CLIP's). A `native` encoder takes any size; `image_size` is then that of squares for whoever
+    needs one.
     """
 
     image_size: int
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    native: bool = False
 
     def normalise(self, pictures: np.ndarray) -> Tensor:
         """Pictures (B, H, W, 3) uint8 as pixel_values (B, 3, H, W) float32."""
@@ -43,16 +46,20 @@ class Preprocessing:
         return np.asarray((pictures + 0.5).clip(0, 255).astype(np.uint8))
 
     def save(self, folder: Path) -> None:
-        """Write `preprocessor_config.json` as transformers' CLIP processor reads it."""
+        """Write `preprocessor_config.json` as transformers' CLIP processor reads it.
+
+        A native encoder's says, as the released one, nothing of sizes: whoever prepares pictures
+        rounds them to whole patches.
+        """
         size = self.image_size
         config = {
             "image_processor_type": "CLIPImageProcessor",
             "do_convert_rgb": True,
-            "do_resize": True,
-            "size": {"shortest_edge": size},
+            "do_resize": not self.native,
+            "size": None if self.native else {"shortest_edge": size},
             "resample": BICUBIC,
-            "do_center_crop": True,
-            "crop_size": {"height": size, "width": size},
+            "do_center_crop": not self.native,
+            "crop_size": None if self.native else {"height": size, "width": size},
             "do_rescale": True,
             "rescale_factor": 1 / 255,
             "do_normalize": True,
@@ -65,14 +72,20 @@ class Preprocessing:
     def load(cls, folder: Path, *, image_size: int | None = None) -> "Preprocessing":
         """What the `preprocessor_config.json` in `folder` says, at another `image_size` if given.
 
-        UsageError if there is none or it says too little: those of native encoders have no size.
+        Those of native encoders have no size: it is then the one that the encoder is meant for.
+        UsageError if there is none, or it says too little.
         """
         path = folder / PREPROCESSOR_FILE
         try:
             config = json.loads(path.read_text())
             mean, std = config["image_mean"], config["image_std"]
-            side = image_size or int(config["crop_size"]["height"])
-            return cls(side, tuple(mean), tuple(std))
+            native = config.get("do_resize") is False and not config.get("crop_size")
+            side = image_size or (
+                encoder_config(read_config(folder), folder / CONFIG_FILE).image_size
+                if native
+                else int(config["crop_size"]["height"])
+            )
+            return cls(side, tuple(mean), tuple(std), native)
         except FileNotFoundError:
             raise UsageError(
                 f"{folder}: has no {PREPROCESSOR_FILE}, so nobody knows its image size"
