@@ -188,9 +188,7 @@ def test_batches_are_pure_functions_of_the_step(tokenizer: Any) -> None:
         "tokenizer": tokenizer,
         "preprocessing": Preprocessing(56),
     }
-    captions = caption_batches(
-        CaptionData(), train_config(), max_text_tokens=64, **options
-    )
+    captions = caption_batches(CaptionData(), train_config(), max_text_tokens=64, **options)
     talks = conversation_batches(ConversationData(), train_config(), num_image_tokens=16, **options)
     for batches in (captions, talks):
         first, again, other = batches(5), batches(5), batches(6)
