@@ -22,8 +22,8 @@ from aimv2_mllm.data.corpus import Corpus, Skipped
 from aimv2_mllm.engine.distributed import Ranks
 from aimv2_mllm.engine.workers import prepared_by_workers
 from aimv2_mllm.errors import UsageError
-from aimv2_mllm.evaluation.vision import load_tower
 from aimv2_mllm.model.preprocessing import Preprocessing
+from aimv2_mllm.model.towers import load_tower
 from aimv2_mllm.model.weights import load_encoder
 from aimv2_mllm.recipe import Recipe, deciding
 from aimv2_mllm.recipe_data import CaptionData
@@ -203,7 +203,7 @@ def test_the_result_says_nothing_of_a_size_and_is_judged_at_the_stages_own(tmp_p
     assert Preprocessing.load(folder) == Preprocessing(56, native=True)
     assert load_encoder(folder).config.native
     for size, patches in ((None, 16), (84, 36)):
-        tower = load_tower(str(tmp_path / "run"), size)
+        tower = load_tower(str(tmp_path / "run"), image_size=size)
         assert tower(tower.prepare([Image.new("RGB", (90, 50))])).shape[1] == patches
 
 
