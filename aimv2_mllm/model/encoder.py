@@ -41,9 +41,8 @@ class EncoderConfig:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if name in ("rms_norm_eps", "native"):
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            is_whole = isinstance(value, int) and not isinstance(value, bool)
+            if name not in ("rms_norm_eps", "native") and not (is_whole and value >= 1):
                 raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
         if not self.rms_norm_eps > 0:
             raise ValueError(f"rms_norm_eps must be above 0, not {self.rms_norm_eps!r}")
