@@ -64,6 +64,7 @@ TABLE = (
     "stages",
     "evaluation",
     "charts",
+    "gallery",
     "page",
     "report",
     "run",
