@@ -4,7 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from aimv2_mllm.data import scenes
@@ -15,9 +14,7 @@ from aimv2_mllm.engine.optimizer import Parts
 from aimv2_mllm.errors import UsageError, nearest
 from aimv2_mllm.job import Job, Place, named_parts
 from aimv2_mllm.model import mllm
-from aimv2_mllm.model.hub import locate
-from aimv2_mllm.model.preprocessing import Preprocessing
-from aimv2_mllm.model.weights import load_encoder
+from aimv2_mllm.model.towers import load_tower
 from aimv2_mllm.objective import AnswerObjective
 from aimv2_mllm.recipe_stages import AlignStage, LanguageStage, TuneStage
 
@@ -26,14 +23,12 @@ TOKENIZER_TEXTS = 3000  # conversations from which a tokenizer is learned
 
 def build_align(stage: AlignStage, place: Place) -> Job:
     """A Llava of a frozen tower and a frozen LLM, with the connector between them trained."""
-    tower, llm = locate(place.source(stage.tower)), place.source(stage.llm)
-    tokenizer = mllm.load_tokenizer(llm)
-    model = mllm.assemble(load_encoder(tower), mllm.load_llm(llm), tokenizer)
+    llm = place.source(stage.llm)
+    tower, tokenizer = load_tower(place.source(stage.tower)), mllm.load_tokenizer(llm)
+    model = mllm.assemble(tower, mllm.load_llm(llm), tokenizer)
     model.requires_grad_(False)
     model.model.multi_modal_projector.requires_grad_(True)
-    processor = mllm.build_processor(
-        tokenizer, Preprocessing.load(tower), model.config.vision_config.patch_size
-    )
+    processor = mllm.build_processor(model, tokenizer, tower.preprocessing)
     parts = named_parts(model, {"connector": ("model.multi_modal_projector.",)})
     return _conversation_job(model, parts, stage, place, processor, lambda: model)
 
@@ -45,11 +40,8 @@ def build_tune(stage: TuneStage, place: Place) -> Job:
     The result has the adapters merged in: it is as stock a folder as the aligned one.
     """
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-    start = place.result(stage.start)
-    base = LlavaForConditionalGeneration.from_pretrained(start, dtype=torch.float32)
-    processor = AutoProcessor.from_pretrained(start)
+    base, processor = mllm.load_llava(place.result(stage.start))
     check_targets(stage.lora.targets, mllm.linear_layers(base.model.language_model))
     targets = "|".join(stage.lora.targets)
     config = LoraConfig(
@@ -76,10 +68,7 @@ def _conversation_job(
     processor: Any,
     finished: Callable[[], Any],
 ) -> Job:
-    pictures = processor.image_processor
-    preprocessing = Preprocessing(
-        pictures.crop_size["height"], tuple(pictures.image_mean), tuple(pictures.image_std)
-    )
+    preprocessing, num_image_tokens = mllm.pictures_of(processor)
 
     def save(folder: Path) -> None:
         finished().save_pretrained(folder)
@@ -91,7 +80,7 @@ def _conversation_job(
         seed=place.recipe.seed,
         tokenizer=processor.tokenizer,
         preprocessing=preprocessing,
-        num_image_tokens=(preprocessing.image_size // processor.patch_size) ** 2,
+        num_image_tokens=num_image_tokens,
         share=place.share,
     )
     return Job(model, parts, AnswerObjective(), batches, save)

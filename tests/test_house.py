@@ -30,7 +30,6 @@ TABLE = (
     "recipe_stages",
     "recipe",
     "recipe_file",
-    "data.areas",
     "model.packed",
     "model.encoder",
     "model.namings",
@@ -52,6 +51,8 @@ TABLE = (
     "model.families",
     "model.foreign",
     "model.towers",
+    "model.stock",
+    "model.llava",
     "model.mllm",
     "convert",
     "objective",
@@ -231,7 +232,9 @@ def test_public_names_are_those_of_the_lazy_table() -> None:
     assert aimv2_mllm.__all__ == [*aimv2_mllm.NAMES, "__version__"]
     for name, module in aimv2_mllm.NAMES.items():
         value = getattr(aimv2_mllm, name)
-        assert getattr(value, "__name__", name) == name  # tables have none
+        if isinstance(value, dict):  # a table has no name of its own
+            continue
+        assert value.__name__ == name
         assert value.__module__ == f"aimv2_mllm.{module}"
 
 
