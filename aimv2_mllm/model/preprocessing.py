@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from aimv2_mllm.errors import UsageError
+from aimv2_mllm.model.layouts import CONFIG_FILE, encoder_config, read_config
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
 BICUBIC = 3  # Pillow's number of that filter
@@ -26,7 +27,8 @@ class Preprocessing:
     The defaults are ImageNet's, with which AIMv2 was pre-trained (its published processors use
     CLIP's). A picture is scaled until its short side has `shortest_edge` pixels (None: image_size)
     and cropped to the middle, or, with `squash`, scaled to the square whatever its shape;
-    `resample` is Pillow's number of the filter.
+    `resample` is Pillow's number of the filter. A `native` encoder takes any size; `image_size` is
+    then that of squares for whoever needs one.
     """
 
     image_size: int
@@ -35,6 +37,7 @@ class Preprocessing:
     shortest_edge: int | None = None
     squash: bool = False
     resample: int = BICUBIC
+    native: bool = False
 
     def prepare(self, pictures: Sequence[Image.Image]) -> Tensor:
         """Pictures of any size as pixel_values (B, 3, image_size, image_size) float32."""
@@ -68,10 +71,16 @@ class Preprocessing:
         return np.asarray((pictures + 0.5).clip(0, 255).astype(np.uint8))
 
     def save(self, folder: Path) -> None:
-        """Write `preprocessor_config.json` as transformers' CLIP processor reads it."""
-        text = json.dumps(
-            {"image_processor_type": "CLIPImageProcessor", **self.settings()}, indent=2
-        )
+        """Write `preprocessor_config.json` as transformers' CLIP processor reads it.
+
+        A native encoder's says, as the released one, nothing of sizes: whoever prepares pictures
+        rounds them to whole patches.
+        """
+        settings = self.settings()
+        if self.native:
+            settings |= {"do_resize": False, "size": None, "do_center_crop": False}
+            settings |= {"crop_size": None}
+        text = json.dumps({"image_processor_type": "CLIPImageProcessor", **settings}, indent=2)
         (folder / PREPROCESSOR_FILE).write_text(text + "\n")
 
     def settings(self) -> dict[str, Any]:
@@ -96,11 +105,15 @@ class Preprocessing:
     def load(cls, folder: Path, *, image_size: int | None = None) -> "Preprocessing":
         """What the `preprocessor_config.json` in `folder` says, at another `image_size` if given.
 
-        UsageError if there is none or it says too little: those of native encoders have no size.
+        Those of native encoders have no size: it is then the one that the encoder is meant for.
+        UsageError if there is none, or it says too little.
         """
         path = folder / PREPROCESSOR_FILE
         try:
-            return cls.read(json.loads(path.read_text()), image_size=image_size)
+            config = json.loads(path.read_text())
+            if image_size is None and _is_native(config):
+                image_size = encoder_config(read_config(folder), folder / CONFIG_FILE).image_size
+            return cls.read(config, image_size=image_size)
         except FileNotFoundError:
             raise UsageError(
                 f"{folder}: has no {PREPROCESSOR_FILE}, so nobody knows its image size"
@@ -126,11 +139,17 @@ class Preprocessing:
         if image_size is None or config.get("crop_size") is not None:
             crop = _side(config["crop_size"])
         else:  # a processor without a size, of a tower that takes any
-            return cls(image_size, mean, std, squash=size is None, resample=resample)
+            native = _is_native(config)
+            squash = size is None and not native
+            return cls(image_size, mean, std, squash=squash, resample=resample, native=native)
         edge = size.get("shortest_edge") if isinstance(size, Mapping) else size
         # Another size is looked at without a rim.
         edge = None if edge == crop or image_size not in (None, crop) else edge
         return cls(image_size or crop, mean, std, edge, resample=resample)
+
+
+def _is_native(config: Mapping[str, Any]) -> bool:
+    return config.get("do_resize") is False and not config.get("crop_size")
 
 
 def _side(size: Any) -> int:
