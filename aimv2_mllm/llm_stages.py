@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from aimv2_mllm.data import scenes
@@ -14,9 +15,11 @@ from aimv2_mllm.engine.optimizer import Parts
 from aimv2_mllm.errors import UsageError, nearest
 from aimv2_mllm.job import Job, Place, named_parts
 from aimv2_mllm.model import mllm
+from aimv2_mllm.model.connectors import build_connector
+from aimv2_mllm.model.encoder import SIZES
 from aimv2_mllm.model.towers import load_tower
 from aimv2_mllm.objective import AnswerObjective
-from aimv2_mllm.recipe_stages import AlignStage, LanguageStage, TuneStage
+from aimv2_mllm.recipe_stages import PATCH, AlignStage, LanguageStage, PretrainStage, TuneStage
 
 TOKENIZER_TEXTS = 3000  # conversations from which a tokenizer is learned
 
@@ -25,7 +28,13 @@ def build_align(stage: AlignStage, place: Place) -> Job:
     """A Llava of a frozen tower and a frozen LLM, with the connector between them trained."""
     llm = place.source(stage.llm)
     tower, tokenizer = load_tower(place.source(stage.tower)), mllm.load_tokenizer(llm)
-    model = mllm.assemble(tower, mllm.load_llm(llm), tokenizer)
+    model = mllm.assemble(
+        tower,
+        mllm.load_llm(llm),
+        tokenizer,
+        connector=stage.connector.name,
+        options=stage.connector.options(),
+    )
     model.requires_grad_(False)
     model.model.multi_modal_projector.requires_grad_(True)
     processor = mllm.build_processor(model, tokenizer, tower.preprocessing)
@@ -129,6 +138,26 @@ def build_language(stage: LanguageStage, place: Place) -> Job:
         share=place.share,
     )
     return Job(model, {"llm": list(model.named_parameters())}, AnswerObjective(), batches, save)
+
+
+def check_connector(stage: AlignStage, place: Place) -> None:
+    """UsageError unless the stage's tower can be loaded, where it comes from outside, and its
+    connector serves the grid of that tower and the width of the LLM."""
+    stages = place.recipe.stages
+    if stage.tower in stages:
+        see = stages[stage.tower]
+        assert isinstance(see, PretrainStage), see
+        side, width = see.encoder.image_size // PATCH, SIZES[see.encoder.size]["hidden_size"]
+        grid = (side, side)
+    else:
+        tower = load_tower(stage.tower)
+        grid, width = tower.grid, tower.hidden_size
+    read = stages.get(stage.llm)
+    out = read.model.hidden_size if isinstance(read, LanguageStage) else mllm.width_of(stage.llm)
+    with torch.device("meta"):
+        options = stage.connector.options()
+        connector = build_connector(stage.connector.name, width, out, **options)
+    connector.num_tokens(grid)
 
 
 def check_targets(targets: list[str], layers: list[str]) -> None:

@@ -25,6 +25,7 @@ TABLE = (
     "folders",
     "files",
     "recipe_types",
+    "recipe_connectors",
     "recipe_data",
     "recipe_train",
     "recipe_stages",

@@ -87,12 +87,28 @@ def load_llm(name: str) -> "PreTrainedModel":
     return model
 
 
-def layer_names(name: str) -> list[str]:
-    """The names of the LLM's linear layers inside its blocks, without loading its weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+def width_of(name: str) -> int:
+    """The width of the LLM's embeddings, without loading its weights."""
+    return int(_config(name).hidden_size)
+
+
+def _config(name: str) -> Any:
+    from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(llm_source(name), trust_remote_code=False)
+        return AutoConfig.from_pretrained(llm_source(name), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"{name}: no causal LLM can be loaded from there ({first_line(error)})"
+        ) from None
+
+
+def layer_names(name: str) -> list[str]:
+    """The names of the LLM's linear layers inside its blocks, without loading its weights."""
+    from transformers import AutoModelForCausalLM
+
+    config = _config(name)
+    try:
         with torch.device("meta"):
             return linear_layers(AutoModelForCausalLM.from_config(config).base_model)
     except (OSError, ValueError) as error:
@@ -118,8 +134,8 @@ def assemble(
     """A Llava of this tower and this LLM, their weights copied, with a freshly drawn connector.
 
     It is transformers' own where that computes the same (see `stock.is_stock`), and else ours,
-    which needs this package. `tokenizer` is `load_tokenizer`'s; where it has more tokens than the LLM,
-    the LLM's embeddings grow. UsageError for a connector that cannot serve the tower's grid.
+    which needs this package. `tokenizer` is `load_tokenizer`'s; where it has more tokens than the
+    LLM, the LLM's embeddings grow. UsageError for a connector that cannot serve the tower's grid.
     """
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
