@@ -44,7 +44,10 @@ TABLE = (
     "model.pretrainer",
     "model.cache",
     "model.decoder_weights",
+    "model.grids",
+    "model.layers",
     "model.connectors",
+    "model.projectors",
     "model.mllm",
     "convert",
     "objective",
@@ -164,8 +167,11 @@ def test_the_networks_and_their_names_need_torch_and_nothing_else(module: str) -
     assert imports(module)[1] - sys.stdlib_module_names == {"torch"}
 
 
-@pytest.mark.parametrize("module", ["weights", "layouts", "timm_layout", "shards"])
-def test_weights_need_only_what_every_host_has(module: str) -> None:
+@pytest.mark.parametrize(
+    "module",
+    ["weights", "layouts", "timm_layout", "shards", "connectors", "layers", "grids", "projectors"],
+)
+def test_weights_and_connectors_need_only_what_every_host_has(module: str) -> None:
     assert imports(f"model.{module}")[1] - sys.stdlib_module_names <= BASE
 
 
