@@ -53,6 +53,7 @@ def make_llm(folder: Path) -> Path:
         input=str(text), model_prefix=str(folder / "tokenizer"), vocab_size=400,
         model_type="bpe", byte_fallback=True, character_coverage=1.0, num_threads=1,
         minloglevel=2, hard_vocab_limit=False, pad_id=-1,
+        normalization_rule_name="identity", remove_extra_whitespaces=False,  # as Llama's
     )  # fmt: skip
     size = sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model")).get_piece_size()
     tokenizer = {
@@ -97,6 +98,19 @@ def make_tower(folder: Path, *, native: bool = False, seed: int = 1) -> Path:
         del processor["crop_size"]
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))
     return folder
+
+
+def make_projector(path: Path, kind: str, width: int = 24) -> Path:
+    """A `mm_projector.bin` of fixed random weights: `mlp2x_gelu` or `pixel_shuffle`."""
+    first = width if kind == "mlp2x_gelu" else 4 * width
+    names = ("0", "2") if kind == "mlp2x_gelu" else ("mlp.0", "mlp.2")
+    draw = torch.Generator().manual_seed(5)
+    state = {}
+    for name, shape in zip(names, ((32, first), (32, 32)), strict=True):
+        state[f"model.mm_projector.{name}.weight"] = torch.randn(shape, generator=draw) * 0.2
+        state[f"model.mm_projector.{name}.bias"] = torch.zeros(32)
+    torch.save(state, path)
+    return path
 
 
 def make_data(folder: Path, count: int = 8) -> Path:
