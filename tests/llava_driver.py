@@ -37,6 +37,8 @@ class Driver:
 
         self.train = install()
         self.builder = importlib.import_module("llava.model.builder")
+        version = importlib.import_module("transformers").__version__
+        self.transformers = int(version.split(".")[0])
         self.losses: list[float] = []
         self._watch()
 
@@ -61,23 +63,31 @@ class Driver:
 
         trainer.log, trainer.train = logged, seeded
 
-    def fit(self, stage: str, tower: str, connector: str, *words: str) -> dict[str, Any]:
-        """Train one stage by the command, into OUT/`stage`."""
-        self.losses.clear()
+    def words(self, stage: str, tower: str, connector: str, *more: str) -> list[str]:
+        """The flags of training for one stage, into OUT/`stage`."""
         flags = {
             "model_name_or_path": self.world / "llm", "image_folder": self.world / "data/images",
             "data_path": self.world / "data/data.json", "version": "v1", "vision_tower": tower,
             "mm_projector_type": connector, "mm_use_im_start_end": False,
-            "mm_use_im_patch_token": False, "bf16": True, "use_cpu": True, "num_train_epochs": 3,
+            "mm_use_im_patch_token": False, "use_cpu": True, "num_train_epochs": 3,
             "per_device_train_batch_size": 8, "logging_steps": 1, "save_strategy": "no",
             "report_to": "none", "model_max_length": 256, "learning_rate": 1e-2,
             "output_dir": self.out / stage,
         }  # fmt: skip
-        argv = [x for key, value in flags.items() for x in (f"--{key}", str(value))]
+        return [*(x for key, value in flags.items() for x in (f"--{key}", str(value))), *more]
+
+    def fit(self, stage: str, tower: str, connector: str, *more: str) -> dict[str, Any]:
+        """Train one stage by the command."""
+        self.losses.clear()
         with contextlib.redirect_stdout(io.StringIO()):
-            code = llava_command.main(["train", *argv, *words])
+            code = llava_command.main(["train", *self.words(stage, tower, connector, *more)])
         assert code == 0, code
         return {"losses": list(self.losses), "parts": self.trained}
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What the last stage trained."""
+        named = self.model.named_parameters()
+        return {name: p.detach().clone() for name, p in named if p.requires_grad}
 
     def load(self, folder: Path, base: Path | None) -> tuple[Any, Any, Any]:
         """Tokenizer, model and image processor by LLaVA's own loader."""
@@ -154,7 +164,7 @@ def tuned(driver: Driver) -> dict[str, Any]:
         name = f"llava-tuned-{stage}"
         trained = driver.fit(
             name, tower, "mlp2x_gelu", *words, "--unfreeze_mm_vision_tower", "True",
-            "--mm_vision_tower_lr", "1e-3", "--gradient_checkpointing", "True",
+            "--mm_vision_tower_lr", "1e-3", "--gradient_checkpointing", "True", "--bf16", "True",
             "--pretrain_mm_mlp_adapter", str(driver.world / "mlp2x_gelu.bin"),
         )  # fmt: skip
         end = {n: p.detach() for n, p in driver.model.get_vision_tower().vision_tower.named_parameters()}
@@ -179,12 +189,13 @@ def main(world: str, out: str) -> None:
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     driver = Driver(Path(world), folder)
-    matrix = importlib.import_module("llava_matrix")
+    matrix, parts = (importlib.import_module(name) for name in ("llava_matrix", "llava_parts"))
     found = {
         "versions": {n: importlib.import_module(n).__version__ for n in ("torch", "transformers")},
         "stages": stages(driver),
         "tuned": tuned(driver),
         "matrix": matrix.matrix(driver),
+        **parts.parts(driver),
     }
     (folder / "found.json").write_text(json.dumps(found, indent=1))
 

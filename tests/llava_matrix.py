@@ -1,7 +1,6 @@
 """Every way that LLaVA saves and loads a model, with the tower that must come out of it."""
 
 import itertools
-import json
 import shutil
 from argparse import Namespace
 from pathlib import Path
@@ -111,7 +110,3 @@ def _partly(world: Path) -> torch.Tensor:
     block = other.get_vision_tower().vision_tower.trunk.blocks[1].state_dict()
     own.trunk.blocks[1].load_state_dict(block)
     return features(model)
-
-
-def show(found: dict[str, Any]) -> str:
-    return json.dumps({name: row for name, row in found.items() if not row["right"]}, indent=1)
