@@ -12,6 +12,7 @@ import io
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,26 @@ from aimv2_mllm.towers.llava_training import trained_parts
 from aimv2_mllm.towers.tower import VisionTower
 
 QUESTION = "what is it"
+LAYERS = torch.nn.Linear, torch.nn.LayerNorm
+
+
+@contextlib.contextmanager
+def program() -> Iterator[io.StringIO]:
+    """What a program of LLaVA prints; it leaves torch without initial weights, for ever."""
+    resets = [layer.reset_parameters for layer in LAYERS]
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            yield printed
+    finally:
+        for layer, reset in zip(LAYERS, resets, strict=True):
+            layer.reset_parameters = reset
 
 
 class Driver:
     """A world, a folder for results, and the host."""
+
+    program = staticmethod(program)
 
     def __init__(self, world: Path, out: Path) -> None:
         self.world, self.out = world, out
@@ -119,10 +136,10 @@ class Driver:
         words = ["--model-path", str(folder), "--image-file", str(self.world / "data/images/0.png")]
         words += ["--device", "cpu", "--conv-mode", "llava_v1", "--max-new-tokens", "4"]
         words += [] if base is None else ["--model-base", str(base)]
-        printed, stdin = io.StringIO(), sys.stdin
+        stdin = sys.stdin
         sys.stdin = io.StringIO(QUESTION + "\n")
         try:
-            with contextlib.redirect_stdout(printed):
+            with program() as printed:
                 code = llava_command.main(["chat", *words, "--temperature", "0"])
         finally:
             sys.stdin = stdin

@@ -1,9 +1,7 @@
 """What is not a stage and not a checkpoint: images, tiles, LoRA's places, resuming, evaluation, the
 doctor."""
 
-import contextlib
 import importlib
-import io
 import json
 from types import SimpleNamespace
 from typing import Any
@@ -133,7 +131,7 @@ def evaluated(driver: Any) -> str:
     torch.Tensor.cuda = lambda self, *_, **__: self
     driver.builder.load_pretrained_model = lambda *a, **k: load(*a, **k, device="cpu")
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with driver.program():
             code = llava_command.main(["eval", *words, "--temperature", "0"])
     finally:
         torch.Tensor.cuda, driver.builder.load_pretrained_model = there, load
