@@ -99,6 +99,7 @@ ONLY = {
     "folders": {"errors"},
     "prompts": {"errors", "data"},
     "chat": {"errors", "data", "model", "folders", "prompts"},
+    "towers": {"errors", "model", "towers"},
 }
 # What stands in the old environments of host toolkits, where towers live.
 BASE = {"torch", "safetensors", "numpy", "PIL"}

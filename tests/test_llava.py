@@ -72,8 +72,8 @@ def test_losses_and_greedy_tokens_are_equal_in_both_environments(both: dict[str,
     assert now.keys() == then.keys()
     for name in now:
         for stage in ("projector", "lora"):
-            # The old trainer logs four decimals; and SigLIP is not ours but transformers' own, whose
-            # attention rounds otherwise now (LLaVA runs towers in float16).
+            # The old trainer logs four decimals; and SigLIP is transformers' own, whose attention
+            # rounds otherwise now (LLaVA runs towers in float16).
             near = 2e-3 if name.startswith("siglip") else 2e-4
             expected = pytest.approx(then[name][stage]["losses"], abs=near)
             assert now[name][stage]["losses"] == expected, (name, stage)
