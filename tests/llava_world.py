@@ -1,0 +1,121 @@
+"""A LLaVA in miniature for both environments: tokenizer, LLM, towers, pictures and conversations.
+
+Everything is drawn from seeds and written in forms that libraries of 2024 and of now read alike.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from aimv2_mllm import save_encoder
+from aimv2_mllm.model.encoder import AIMv2Encoder, EncoderConfig
+
+WORDS = "a picture of the red green blue small large square on what is colour where answer it"
+LLM = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 512,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "pretraining_tp": 1,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "torch_dtype": "float32",
+}
+
+
+def make_llm(folder: Path) -> Path:
+    """A Llama of random weights with a SentencePiece tokenizer, as `tokenizer.model` alone."""
+    import sentencepiece
+
+    folder.mkdir(parents=True)
+    text = folder / "text.txt"
+    generator = np.random.default_rng(0)
+    words = WORDS.split()
+    lines = [" ".join(generator.choice(words, 9)) for _ in range(400)]
+    prompt = (
+        "A chat between a curious user and an artificial intelligence assistant. USER: ASSISTANT:"
+    )
+    text.write_text("\n".join([*lines, *[prompt] * 50]) + "\n")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text), model_prefix=str(folder / "tokenizer"), vocab_size=400,
+        model_type="bpe", byte_fallback=True, character_coverage=1.0, num_threads=1,
+        minloglevel=2, hard_vocab_limit=False, pad_id=-1,
+    )  # fmt: skip
+    size = sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model")).get_piece_size()
+    tokenizer = {
+        "tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>",
+        "unk_token": "<unk>", "add_bos_token": True, "add_eos_token": False, "legacy": True,
+        "model_max_length": 512,
+    }  # fmt: skip
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    (folder / "config.json").write_text(json.dumps({**LLM, "vocab_size": size}))
+    generation = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    save_file(_llm_weights(size), folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def _llm_weights(vocab: int) -> dict[str, torch.Tensor]:
+    width, hidden = 32, 64
+    draw = torch.Generator().manual_seed(0)
+    shapes = {"model.embed_tokens": (vocab, width), "lm_head": (vocab, width)}
+    for layer in range(2):
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            shapes[f"model.layers.{layer}.self_attn.{name}"] = (width, width)
+        shapes[f"model.layers.{layer}.mlp.gate_proj"] = (hidden, width)
+        shapes[f"model.layers.{layer}.mlp.up_proj"] = (hidden, width)
+        shapes[f"model.layers.{layer}.mlp.down_proj"] = (width, hidden)
+    state = {f"{n}.weight": torch.randn(s, generator=draw) * 0.2 for n, s in shapes.items()}
+    for layer in range(2):
+        state[f"model.layers.{layer}.input_layernorm.weight"] = torch.ones(width)
+        state[f"model.layers.{layer}.post_attention_layernorm.weight"] = torch.ones(width)
+    state["model.norm.weight"] = torch.ones(width)
+    return state
+
+
+def make_tower(folder: Path, *, native: bool = False, seed: int = 1) -> Path:
+    """An AIMv2 encoder of random weights for 56 pixels (4 x 4 patches), with its processor."""
+    torch.manual_seed(seed)
+    config = EncoderConfig(24, 48, 3, 3, image_size=56, native=native)
+    save_encoder(AIMv2Encoder(config), folder)
+    mean, std = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+    processor = {"image_mean": mean, "image_std": std, "crop_size": {"height": 56, "width": 56}}
+    if native:
+        del processor["crop_size"]
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    return folder
+
+
+def make_data(folder: Path, count: int = 8) -> Path:
+    """`count` conversations in LLaVA's JSON, with pictures of different shapes under `images`.
+
+    Of `data.json`, which is returned, the last is without one; `pictures.json` has one for each."""
+    (folder / "images").mkdir(parents=True)
+    generator = np.random.default_rng(3)
+    rows = []
+    for number in range(count):
+        height, width = (int(n) for n in generator.integers(60, 120, 2))
+        pixels = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "images" / f"{number}.png")
+        answer = " ".join(generator.choice(WORDS.split(), 5))
+        asked = {"from": "human", "value": "<image>\nwhat is it"}
+        said = {"from": "gpt", "value": answer}
+        rows.append({"id": str(number), "image": f"{number}.png", "conversations": [asked, said]})
+    (folder / "pictures.json").write_text(json.dumps(rows))
+    del rows[-1]["image"]
+    rows[-1]["conversations"][0]["value"] = "what is it"
+    (folder / "data.json").write_text(json.dumps(rows))
+    return folder / "data.json"
