@@ -1,8 +1,8 @@
 """AIMv2 towers and our connectors inside LLaVA, which stays as it is: `install()`, once.
 
 Then LLaVA takes `--vision_tower aimv2:FOLDER_OR_HUB_ID` and, for `--mm_projector_type`, the names
-of `CONNECTORS` with their options, as in `pixel_shuffle:factor=2`. LLaVA 1.2 and newer: git c121f04,
-and `llava-torch` 1.2.2.post1 on PyPI.
+of `CONNECTORS` with their options, as in `pixel_shuffle:factor=2`. LLaVA 1.2 and newer: git
+c121f04, and `llava-torch` 1.2.2.post1 on PyPI.
 
 LLaVA's own names go to LLaVA, but for folders of other encoders, which it would take for CLIP and
 fill with random weights.
@@ -64,11 +64,11 @@ def install() -> None:
 
     Raises UsageError where there is no LLaVA, or one that this was not made for.
     """
-    arch = host()
+    arch: Any = host()
     if getattr(arch, "aimv2_mllm", False):
         return
-    towers = importlib.import_module("llava.model.multimodal_encoder.builder")
-    projectors = importlib.import_module("llava.model.multimodal_projector.builder")
+    towers: Any = importlib.import_module("llava.model.multimodal_encoder.builder")
+    projectors: Any = importlib.import_module("llava.model.multimodal_projector.builder")
     # llava_arch has bound both names at its import.
     for module in (towers, arch):
         module.build_vision_tower = _tower_builder(towers.build_vision_tower)
@@ -83,7 +83,7 @@ def install() -> None:
 
 
 def host() -> ModuleType:
-    """LLaVA's module of model parts; UsageError with what to do where it is not there or another."""
+    """LLaVA's module of model parts; UsageError with what to do where it is another or none."""
     try:
         # Not `llava.model`, which swallows what went wrong below it.
         importlib.import_module("llava.model.language_model.llava_llama")
@@ -91,8 +91,9 @@ def host() -> ModuleType:
     except ImportError as error:
         if error.name == "llava":
             raise UsageError(f"there is no llava here: {INSTALL}") from None
-        where = _folder("llava")
-        raise UsageError(f"the package llava in {where} cannot be imported ({error})") from None
+        raise UsageError(
+            f"the package llava in {_folder('llava')} cannot be imported ({error})"
+        ) from None
     where = Path(str(arch.__file__)).parents[1]
     if not hasattr(arch, "LlavaMetaForCausalLM") or hasattr(arch, "build_vision_resampler"):
         raise UsageError(

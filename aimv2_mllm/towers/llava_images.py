@@ -57,9 +57,9 @@ def install_images(model: Any) -> None:
         if isinstance(images, NativeBatch):
             features = tower(images.images)  # a list of (1, N, D)
             sized = zip(features, images.images, strict=True)
-            return [_project(projector, f, tower.grid(image))[0] for f, image in sized]
+            return [project(projector, f, tower.grid(image))[0] for f, image in sized]
         if isinstance(tower, VisionTower):
-            return _project(projector, tower(images), tower.grid(images))
+            return project(projector, tower(images), tower.grid(images))
         return stock_encode(self, images)
 
     @functools.wraps(stock_prepare)
@@ -92,7 +92,8 @@ def _differ(images: Any) -> bool:
     return single and len({tuple(image.shape[-2:]) for image in images}) > 1
 
 
-def _project(projector: nn.Module, features: Tensor, grid: tuple[int, int]) -> Tensor:
+def project(projector: nn.Module, features: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The embeddings (B, M, E) that `projector`, LLaVA's or ours, makes of features (B, N, D)."""
     embedded: Tensor = (
         projector(features, grid) if isinstance(projector, Connector) else projector(features)
     )

@@ -79,7 +79,7 @@ class ImageProcessor:
         picture = picture.convert("RGB")
         picture = self._crop(picture) if self.patch_size is None else self._whole(picture)
         pixels = np.asarray(picture, dtype=np.float32) / np.float32(255)
-        mean, std = np.float32(self.image_mean), np.float32(self.image_std)
+        mean, std = (np.array(v, dtype=np.float32) for v in (self.image_mean, self.image_std))
         return torch.from_numpy(np.ascontiguousarray(((pixels - mean) / std).transpose(2, 0, 1)))
 
     def _crop(self, picture: Image.Image) -> Image.Image:

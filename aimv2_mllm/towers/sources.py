@@ -23,17 +23,31 @@ from .processor import ImageProcessor
 class TowerConfig(Protocol):
     """What hosts read of a tower's network."""
 
-    hidden_size: int
-    image_size: int
-    patch_size: int
-    num_hidden_layers: int
+    @property
+    def hidden_size(self) -> int:
+        """The width of its tokens."""
+
+    @property
+    def image_size(self) -> int:
+        """The side of the images that it is for, pixels."""
+
+    @property
+    def patch_size(self) -> int:
+        """The side of a patch, pixels."""
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """How many blocks it has."""
 
 
 class Source(Protocol):
     """A network that can be made without weights, and read with them."""
 
-    config: TowerConfig
     native: bool  # takes images of any size
+
+    @property
+    def config(self) -> TowerConfig:
+        """The numbers of the network."""
 
     def allocate(self) -> nn.Module:
         """The network on the default device, its weights not set."""

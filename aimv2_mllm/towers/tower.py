@@ -1,9 +1,9 @@
 """The tower that every host gets: right weights, whoever loads them and when.
 
-A host builds a tower inside its own `from_pretrained`, whose checkpoint may hold the tower's weights
-(a tuned tower), or not (a projector, an adapter). So building only allocates, and `load_model`
-decides afterwards: a witness among the weights is there only if the checkpoint held this tower;
-without it the weights come from the source. Never neither, never half of each.
+A host builds a tower inside its own `from_pretrained`, whose checkpoint may hold the tower's
+weights (a tuned tower), or not (a projector, an adapter). So building only allocates, and
+`load_model` decides afterwards: a witness among the weights is there only if the checkpoint held
+this tower; without it the weights come from the source. Never neither, never half of each.
 """
 
 from collections.abc import Mapping, Sequence
@@ -88,7 +88,7 @@ class VisionTower(nn.Module):
         if brought and f"{prefix}witness" not in state_dict and not self.is_loaded:
             self.load_model()
             self.origin = CHECKPOINT
-        super()._load_from_state_dict(state_dict, prefix, *rest, **more)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(state_dict, prefix, *rest, **more)
 
     def forward(self, images: Tensor | Sequence[Tensor]) -> Any:
         """Patch tokens (B, N, D) of images (B, 3, H, W), in their dtype; of a list of images
