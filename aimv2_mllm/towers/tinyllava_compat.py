@@ -1,0 +1,43 @@
+"""What TinyLLaVA_Factory needs to run on libraries newer than its own (transformers 4.40.1): each
+fix changes nothing where nothing is broken. In brackets, the first transformers that breaks it."""
+
+from importlib import import_module
+from typing import Any
+
+from .llava_compat import fit_trainer, restore_norms
+
+MOVED = ("apply_chunking_to_forward", "find_pruneable_heads_and_indices", "prune_linear_layer")
+
+
+def install_names() -> None:
+    """Names that its Q-Former imports, and `transformers.modeling_utils` has no more [5.0]."""
+    utils = import_module("transformers.modeling_utils")
+    new = import_module("transformers.pytorch_utils")
+    for name in MOVED:
+        if not hasattr(utils, name):
+            setattr(utils, name, getattr(new, name, _gone(name)))
+
+
+def _gone(name: str) -> Any:
+    def gone(*_: Any, **__: Any) -> None:
+        raise NotImplementedError(f"transformers has no {name} any more")
+
+    return gone
+
+
+def install_model() -> None:
+    """Its model: `_supports_sdpa` is asked before there is a language model [4.5x], and
+    `tie_weights` is given arguments [5.0]."""
+    modeling: Any = import_module("tinyllava.model.modeling_tinyllava")
+    base, model = modeling.TinyLlavaPreTrainedModel, modeling.TinyLlavaForConditionalGeneration
+    base._supports_sdpa = True
+    model.tie_weights = lambda self, *_, **__: self.language_model.tie_weights()
+
+
+def install_training() -> None:
+    """Its trainer, which is LLaVA's."""
+    trainer = restore_norms()
+    own: Any = import_module("tinyllava.train.tinyllava_trainer").LLaVATrainer
+    if not getattr(own, "aimv2_mllm", False):
+        fit_trainer(own, trainer.Trainer)
+        own.aimv2_mllm = True
