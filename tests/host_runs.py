@@ -27,7 +27,7 @@ def checkout_of(name: str) -> tuple[Path, str]:
 
 
 def run_host(name: str, *words: str | Path) -> dict[str, Any]:
-    """What `tests/hosts/NAME.py` prints as its last line, run in the host's checkout."""
+    """What `tests/hosts/in_NAME.py` prints as its last line, run in the host's checkout."""
     folder, python = checkout_of(name)
     paths = [HERE.parent, HERE, folder, os.environ.get("PYTHONPATH", "")]
     environment = {
@@ -38,7 +38,7 @@ def run_host(name: str, *words: str | Path) -> dict[str, Any]:
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
     }
-    command = [python, HERE / "hosts" / f"{name}.py", *words]
+    command = [python, HERE / "hosts" / f"in_{name}.py", *words]
     done = subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300
     )

@@ -82,10 +82,10 @@ def _module(name: str) -> Any:
     try:
         module = import_module(name)
     except ModuleNotFoundError as error:
-        if error.name != "tinyllava":
+        if not str(error.name).startswith("tinyllava"):
             raise UsageError(f"{HOST} needs {error.name}: pip install {error.name}") from None
         raise UsageError(
-            f"there is no tinyllava here: pip install --no-deps -e CHECKOUT of {HOST}, or put that "
+            f"there is no {error.name} here: pip install --no-deps -e CHECKOUT of {HOST}, or put that "
             "on PYTHONPATH"
         ) from None
     for attribute in NEEDS[name]:

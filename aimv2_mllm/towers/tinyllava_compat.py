@@ -1,6 +1,8 @@
-"""What TinyLLaVA_Factory needs to run on libraries newer than its own (transformers 4.40.1): each
-fix changes nothing where nothing is broken. In brackets, the first transformers that breaks it."""
+"""What TinyLLaVA_Factory needs to run on a Python and libraries newer than its own (3.10,
+transformers 4.40.1): each fix changes nothing where nothing is broken. In brackets, the first
+transformers that breaks it."""
 
+import sys
 from importlib import import_module
 from typing import Any
 
@@ -35,9 +37,22 @@ def install_model() -> None:
 
 
 def install_training() -> None:
-    """Its trainer, which is LLaVA's."""
+    """Its templates and its trainer, which is LLaVA's."""
+    _install_templates()
     trainer = restore_norms()
     own: Any = import_module("tinyllava.train.tinyllava_trainer").LLaVATrainer
     if not getattr(own, "aimv2_mllm", False):
         fit_trainer(own, trainer.Trainer)
         own.aimv2_mllm = True
+
+
+def _install_templates() -> None:
+    """Its formatters are defaults of dataclasses, which Python 3.11 demands to be hashable."""
+    template = "tinyllava.data.template"
+    try:
+        import_module(template)
+    except ValueError:
+        for formatter in vars(sys.modules[f"{template}.formatter"]).values():
+            if isinstance(formatter, type) and formatter.__hash__ is None:
+                formatter.__hash__ = object.__hash__  # type: ignore[assignment]
+        import_module(template)

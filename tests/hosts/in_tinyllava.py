@@ -8,6 +8,7 @@ import sys
 import types
 import warnings
 from contextlib import suppress
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import torch
@@ -31,7 +32,10 @@ def stub_deepspeed() -> None:
 
         return
     for name in ("", ".runtime", ".runtime.zero", ".runtime.zero.partition_parameters"):
-        sys.modules[f"deepspeed{name}"] = types.ModuleType(f"deepspeed{name}")
+        module = types.ModuleType(f"deepspeed{name}")
+        # transformers looks for the package in this way, and then misses its metadata.
+        module.__spec__ = ModuleSpec(module.__name__, None)
+        sys.modules[module.__name__] = module
     sys.modules["deepspeed"].zero = None
     sys.modules["deepspeed.runtime.zero.partition_parameters"].ZeroParamStatus = None
 
@@ -68,11 +72,13 @@ def checks(tower: str, connector: str, layer: int = -1) -> dict:
     frozen = not any(p.requires_grad for p in model.parameters())
     model.requires_grad_(True)
     pixels, ids, labels = batch()
-    loss = model(input_ids=ids, labels=labels, images=pixels, attention_mask=torch.ones_like(ids)).loss
+    loss = model(
+        input_ids=ids, labels=labels, images=pixels, attention_mask=torch.ones_like(ids)
+    ).loss
     loss.backward()
     with torch.no_grad():
         for p in model.vision_tower.parameters():
-            p -= 0.1 * p.grad.sign()  # a tower that is tuned must not be lost
+            p += 0.01  # a tower that is tuned must not be lost
     model.eval()
     folder = work / "saved"
     model.save_pretrained(folder)
@@ -136,7 +142,11 @@ def stages() -> dict:
         "--tune_type_vision_tower", "partially-tune", "--tune_vision_tower_from_layer", "2",
         "--pretrained_model_path", str(first),
     )  # fmt: skip
-    losses = [row["loss"] for row in json.loads((second / "trainer_state.json").read_text())["log_history"] if "loss" in row]
+    losses = [
+        row["loss"]
+        for row in json.loads((second / "trainer_state.json").read_text())["log_history"]
+        if "loss" in row
+    ]
     model, _, processor, _ = load_pretrained_model(str(second), device="cpu")
     before = load_encoder(tower.removeprefix("aimv2:")).state_dict()
     after = model.vision_tower._vision_tower.vision_tower.state_dict()
@@ -180,7 +190,10 @@ def stock() -> dict:
     from tinyllava.model.vision_tower import VisionTowerFactory
 
     return {
-        **{n: ConnectorFactory(n).__name__ for n in ("mlp2x_gelu", "linear", "resampler", "identity")},
+        **{
+            n: ConnectorFactory(n).__name__
+            for n in ("mlp2x_gelu", "linear", "resampler", "identity")
+        },
         "clip": VisionTowerFactory("openai/clip-vit-large-patch14").__name__,
     }
 
@@ -206,5 +219,9 @@ if __name__ == "__main__":
     ):  # fmt: skip
         found[connector] = checks(tower, connector)
     found["refusals"] = refusals()
+    # Its programs are meant for a launcher, and log by rank.
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{work}/rendezvous", rank=0, world_size=1
+    )
     found["stages"] = stages()
     print(json.dumps(found))
