@@ -85,8 +85,8 @@ def _module(name: str) -> Any:
         if not str(error.name).startswith("tinyllava"):
             raise UsageError(f"{HOST} needs {error.name}: pip install {error.name}") from None
         raise UsageError(
-            f"there is no {error.name} here: pip install --no-deps -e CHECKOUT of {HOST}, or put that "
-            "on PYTHONPATH"
+            f"there is no {error.name} here: pip install --no-deps -e CHECKOUT of {HOST}, or put "
+            "that on PYTHONPATH"
         ) from None
     for attribute in NEEDS[name]:
         if not hasattr(module, attribute):

@@ -52,7 +52,8 @@ def _install_templates() -> None:
     try:
         import_module(template)
     except ValueError:
-        for formatter in vars(sys.modules[f"{template}.formatter"]).values():
-            if isinstance(formatter, type) and formatter.__hash__ is None:
-                formatter.__hash__ = object.__hash__  # type: ignore[assignment]
+        found: list[Any] = [*vars(sys.modules[f"{template}.formatter"]).values()]
+        for formatter in found:
+            if isinstance(formatter, type) and vars(formatter).get("__hash__", ...) is None:
+                setattr(formatter, "__hash__", object.__hash__)  # noqa: B010
         import_module(template)

@@ -1,6 +1,6 @@
 """Run by an interpreter of TinyLLaVA_Factory, in its checkout: what the plug-in does there.
 
-Prints one JSON object. Arguments: a work folder; `TinyLLaVA`, for `tinyllava` must lie in the LLM's.
+Prints one JSON object. Argument: a work folder. `tinyllama` must lie in the LLM's name.
 """
 
 import json
@@ -118,9 +118,10 @@ def run_program(output: str, *words: str) -> Path:
     sys.argv = [
         "train", "--model_name_or_path", str(llm), "--data_path", str(data), "--image_folder",
         str(data.parent / "images"), "--is_multimodal", "True", "--conv_version", "pretrain",
-        "--mm_vision_select_layer", "-1", "--image_aspect_ratio", "square", "--output_dir", str(folder),
+        "--mm_vision_select_layer", "-1", "--image_aspect_ratio", "square",
+        "--output_dir", str(folder), "--model_max_length", "256",
         "--per_device_train_batch_size", "2", "--max_steps", "2", "--learning_rate", "1e-2",
-        "--logging_steps", "1", "--report_to", "none", "--use_cpu", "True", "--model_max_length", "256",
+        "--logging_steps", "1", "--report_to", "none", "--use_cpu", "True",
         "--save_strategy", "no", "--dataloader_num_workers", "0", "--lazy_preprocess", "True",
         "--bf16", "False", *words,
     ]  # fmt: skip
@@ -154,10 +155,12 @@ def stages() -> dict:
     pixels, ids, _ = batch()
     with torch.no_grad():
         model(input_ids=ids, images=pixels)
+    kept = [before_stage[f"vision_tower.{n}"].equal(before[n]) for n in before]
+    same = [n for n in after if torch.allclose(after[n].float(), before[n], atol=1e-6)]
     return {
         "losses": losses,
-        "moved": sorted(n for n in after if not torch.allclose(after[n].float(), before[n], atol=1e-6)),
-        "first_stage_keeps": all(torch.equal(before_stage[f"vision_tower.{n}"], before[n]) for n in before),
+        "moved": sorted(after.keys() - same),
+        "first_stage_keeps": all(kept),
         "origin": model.vision_tower._vision_tower.origin,
         "processor": type(processor).__name__,
     }  # fmt: skip
