@@ -11,7 +11,6 @@ it again; of our backbones it does with this plug-in.
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from torch.distributed.fsdp import wrap
 from ..errors import UsageError
 from ..model.connectors import Connector, build_connector
 from ..model.encoder import Block
+from .hosts import host_modules
 from .processor import ImageProcessor
 from .sources import open_source
 from .words import count_tokens, is_ours, read_connector
@@ -68,7 +68,7 @@ def install() -> None:
     Once is enough. Raises UsageError, with what to do, where there is no prismatic-vlms or one
     without what this builds on.
     """
-    materialize, vision, vlms = (_module(name) for name in NEEDS)
+    materialize, vision, vlms = host_modules(HOST, NEEDS)
     if isinstance(materialize.VISION_BACKBONES, Backbones):
         return
     backbone = _backbone(vision.VisionBackbone)
@@ -93,22 +93,6 @@ class Backbones(dict[str, Any]):
         if not is_ours(key, HOST):
             raise KeyError(key)
         return {"cls": self.backbone, "kwargs": {}}
-
-
-def _module(name: str) -> Any:
-    try:
-        module = import_module(name)
-    except ModuleNotFoundError as error:
-        if not str(error.name).startswith("prismatic"):
-            raise UsageError(f"{HOST} needs {error.name}: pip install {error.name}") from None
-        raise UsageError(
-            f"there is no {error.name} here: pip install -e CHECKOUT of {HOST}, or put that on "
-            "PYTHONPATH"
-        ) from None
-    for attribute in NEEDS[name]:
-        if not hasattr(module, attribute):
-            raise UsageError(f"{HOST} here has no {name}.{attribute}: update the checkout")
-    return module
 
 
 def _backbone(base: Any) -> type:
@@ -146,11 +130,13 @@ def _backbone(base: Any) -> type:
 
         @property
         def embed_dim(self) -> int:
-            return self.source.config.hidden_size
+            width: int = self.source.config.hidden_size
+            return width
 
         @property
         def num_patches(self) -> int:
-            return (self.default_image_size // self.source.config.patch_size) ** 2
+            side: int = self.default_image_size // self.source.config.patch_size
+            return side * side
 
         @property
         def half_precision_dtype(self) -> torch.dtype:

@@ -21,6 +21,7 @@ from ..errors import UsageError
 from ..model.connectors import CONNECTORS, build_connector
 from ..model.encoder import AIMv2Encoder
 from . import tinyllava_compat
+from .hosts import host_modules
 from .sources import open_source
 from .tower import WITNESS, VisionTower
 from .words import OURS, count_tokens, is_ours, read_connector
@@ -54,7 +55,7 @@ def install() -> None:
     builds on.
     """
     tinyllava_compat.install_names()
-    towers, connectors, configuration, recipes = (_module(name) for name in NEEDS)
+    towers, connectors, configuration, recipes = host_modules(HOST, NEEDS)
     if TOWER in towers.VISION_TOWER_FACTORY:
         if getattr(towers.VISION_TOWER_FACTORY[TOWER], "aimv2_mllm", False):
             return
@@ -76,22 +77,6 @@ def train() -> None:
     install()
     tinyllava_compat.install_training()
     import_module("tinyllava.train.train").train()
-
-
-def _module(name: str) -> Any:
-    try:
-        module = import_module(name)
-    except ModuleNotFoundError as error:
-        if not str(error.name).startswith("tinyllava"):
-            raise UsageError(f"{HOST} needs {error.name}: pip install {error.name}") from None
-        raise UsageError(
-            f"there is no {error.name} here: pip install --no-deps -e CHECKOUT of {HOST}, or put "
-            "that on PYTHONPATH"
-        ) from None
-    for attribute in NEEDS[name]:
-        if not hasattr(module, attribute):
-            raise UsageError(f"{HOST} here has no {name}.{attribute}: update the checkout")
-    return module
 
 
 def _tower(base: Any) -> type:

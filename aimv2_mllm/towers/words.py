@@ -50,7 +50,7 @@ def read_connector(words: object, own: Collection[str] = ()) -> tuple[str, dict[
     if not words.startswith(OURS) and words in own:
         return None
     if name not in CONNECTORS:
-        known = (*own, *CONNECTORS)
+        known = [*dict.fromkeys((*own, *CONNECTORS))]
         raise UsageError(
             f"connector is {words!r}, and must be one of {', '.join(known)}{nearest(name, known)}"
         )
