@@ -53,6 +53,7 @@ def make_llm(folder: Path) -> Path:
         input=str(text), model_prefix=str(folder / "tokenizer"), vocab_size=400,
         model_type="bpe", byte_fallback=True, character_coverage=1.0, num_threads=1,
         minloglevel=2, hard_vocab_limit=False, pad_id=-1,
+        normalization_rule_name="identity", remove_extra_whitespaces=False,  # as Llama's
     )  # fmt: skip
     size = sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model")).get_piece_size()
     tokenizer = {
@@ -99,6 +100,67 @@ def make_tower(folder: Path, *, native: bool = False, seed: int = 1) -> Path:
     return folder
 
 
+def make_foreign(folder: Path, kind: str) -> Path:
+    """A CLIP or SigLIP tower of random weights for 56 pixels, in the names that transformers has
+    always written."""
+    from transformers import (
+        CLIPVisionConfig,
+        CLIPVisionModel,
+        SiglipVisionConfig,
+        SiglipVisionModel,
+    )
+
+    types = {"clip": (CLIPVisionConfig, CLIPVisionModel)}
+    types["siglip"] = SiglipVisionConfig, SiglipVisionModel
+    config, model = types[kind]
+    torch.manual_seed(2)
+    sizes = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 3, "image_size": 56}
+    network = model(config(**sizes, num_attention_heads=3, patch_size=14))
+    folder.mkdir(parents=True)
+    network.config.save_pretrained(folder)
+    state = {
+        name if name.startswith("vision_model.") else f"vision_model.{name}": tensor.contiguous()
+        for name, tensor in network.state_dict().items()
+    }
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    processor = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 56}}
+    processor["crop_size"] = {"height": 56, "width": 56}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    return folder
+
+
+def make_world(folder: Path) -> Path:
+    """All of it."""
+    make_llm(folder / "llm")
+    make_tower(folder / "aimv2")
+    make_tower(folder / "native", native=True)
+    for kind in ("clip", "siglip"):
+        make_foreign(folder / kind, kind)
+    for kind in ("mlp2x_gelu", "pixel_shuffle"):
+        make_projector(folder / f"{kind}.bin", kind)
+    make_data(folder / "data")
+    return folder
+
+
+def make_projector(path: Path, kind: str, width: int = 24) -> Path:
+    """A `mm_projector.bin` of fixed random weights: `mlp2x_gelu` or `pixel_shuffle`."""
+    first = width if kind == "mlp2x_gelu" else 4 * width
+    names = ("0", "2") if kind == "mlp2x_gelu" else ("mlp.0", "mlp.2")
+    draw = torch.Generator().manual_seed(5)
+    state = {}
+    for name, shape in zip(names, ((32, first), (32, 32)), strict=True):
+        state[f"model.mm_projector.{name}.weight"] = torch.randn(shape, generator=draw) * 0.2
+        state[f"model.mm_projector.{name}.bias"] = torch.zeros(32)
+    torch.save(state, path)
+    return path
+
+
+def said(question: str, answer: str) -> list[dict[str, str]]:
+    """A conversation about a picture, in LLaVA's words."""
+    asked = {"from": "human", "value": f"<image>\n{question}"}
+    return [asked, {"from": "gpt", "value": answer}]
+
+
 def make_data(folder: Path, count: int = 8) -> Path:
     """`count` conversations in LLaVA's JSON, with pictures of different shapes under `images`.
 
@@ -111,11 +173,21 @@ def make_data(folder: Path, count: int = 8) -> Path:
         pixels = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / "images" / f"{number}.png")
         answer = " ".join(generator.choice(WORDS.split(), 5))
-        asked = {"from": "human", "value": "<image>\nwhat is it"}
-        said = {"from": "gpt", "value": answer}
-        rows.append({"id": str(number), "image": f"{number}.png", "conversations": [asked, said]})
+        row = {"image": f"{number}.png", "conversations": said("what is it", answer)}
+        rows.append(row)
     (folder / "pictures.json").write_text(json.dumps(rows))
     del rows[-1]["image"]
     rows[-1]["conversations"][0]["value"] = "what is it"
     (folder / "data.json").write_text(json.dumps(rows))
+    (folder / "images" / "cut.png").write_bytes((folder / "images" / "0.png").read_bytes()[:900])
+    long = " ".join(["red"] * 400)
+    sick = [
+        # LLaVA takes the quoted word for the answer's, and then learns nothing of the sample.
+        {"image": "0.png", "conversations": said("who says ASSISTANT: here", "red")},
+        {"image": "gone.png", "conversations": said("what is it", "red")},
+        {"image": "cut.png", "conversations": said("what is it", "red")},
+        {"image": "1.png", "conversations": said(f"what is it {long}", "red")},
+        {"image": "2.png", "conversations": said("what is it", f"blue {long}")},
+    ]
+    (folder / "sick.json").write_text(json.dumps([*rows, *sick]))
     return folder / "data.json"

@@ -343,7 +343,7 @@ class AIMv2Encoder(nn.Module):
         return [by_place[i] for i in range(len(images))]
 
     def check(self, pixel_values: Tensor) -> None:
-        """ValueError for pixel_values (B, C, H, W) that the encoder cannot take."""
+        """ValueError for pixel values of a shape that the encoder cannot take."""
         config, shape = self.config, tuple(pixel_values.shape)
         if len(shape) != 4 or shape[1] != config.num_channels:
             raise ValueError(

@@ -37,6 +37,7 @@ def join(tower: Any, projector: nn.Module, config: Any) -> None:
     if isinstance(projector, Connector):
         out = projector.out_grid((side, side))
         tower.num_patches = projector.num_tokens((side, side))
+        tower.image_processor.multiple = getattr(projector, "factor", None) or 1
     merge = getattr(config, "mm_patch_merge_type", None) or "flat"
     if merge != "flat" and (out is None or out[0] != out[1]):
         raise UsageError(

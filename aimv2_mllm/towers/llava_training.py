@@ -66,7 +66,10 @@ def with_tower_flags(stock: type) -> type:
         ),
     ]
     # repr: transformers' own hides tokens.
-    return make_dataclass("TrainingArguments", flags, bases=(stock,), repr=False)
+    ours = make_dataclass("TrainingArguments", flags, bases=(stock,), repr=False)
+    # Trainers pickle their arguments, under this name.
+    ours.__module__ = stock.__module__
+    return ours
 
 
 def _language_only(stock: Callable[[nn.Module], list[str]]) -> Callable[[nn.Module], str]:

@@ -29,8 +29,8 @@ class ImageProcessor:
     """Pictures to pixel values, under the names that hosts read.
 
     `size` and `crop_size` are plain dicts. A fixed processor scales the shorter edge to
-    `image_size` and crops the middle; one with `patch_size` keeps the shape, at sides that are
-    multiples of it, and 112 to 4096 patches.
+    `image_size` and crops the middle; one with `patch_size` keeps the shape, in a size of 112 to
+    4096 patches whose rows and columns are multiples of `multiple`.
     """
 
     image_size: int
@@ -38,6 +38,7 @@ class ImageProcessor:
     image_std: Sequence[float] = CLIP_STD
     resample: int = BICUBIC
     patch_size: int | None = None
+    multiple: int = 1
 
     def __post_init__(self) -> None:
         self.size = {"shortest_edge": self.image_size}
@@ -94,14 +95,14 @@ class ImageProcessor:
     def _whole(self, picture: Image.Image) -> Image.Image:
         """All of `picture`, in the nearest size whose patches can be served."""
         assert self.patch_size is not None
-        area = picture.width * picture.height / self.patch_size**2
-        scale = math.sqrt(min(max(area, MIN_PATCHES), MAX_PATCHES) / area) / self.patch_size
+        unit = self.patch_size * self.multiple
+        least = math.ceil(MIN_PATCHES / self.multiple**2)
+        most = MAX_PATCHES // self.multiple**2
+        area = picture.width * picture.height / unit**2
+        scale = math.sqrt(min(max(area, least), most) / area) / unit
         columns, rows = (max(1, round(side * scale)) for side in picture.size)
         # Rounding, or a long strip, may leave the range: the longer side gives or takes.
-        if rows * columns > MAX_PATCHES or rows * columns < MIN_PATCHES:
-            short = min(rows, columns)
-            bounds = math.ceil(MIN_PATCHES / short), MAX_PATCHES // short
-            long = min(max(max(rows, columns), bounds[0]), bounds[1])
-            rows, columns = (long, short) if rows >= columns else (short, long)
-        size = columns * self.patch_size, rows * self.patch_size
-        return picture.resize(size, Image.Resampling(self.resample))
+        short, long = sorted((rows, columns))
+        long = min(max(long, math.ceil(least / short)), most // short)
+        rows, columns = (long, short) if rows > columns else (short, long)
+        return picture.resize((columns * unit, rows * unit), Image.Resampling(self.resample))

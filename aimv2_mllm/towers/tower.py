@@ -56,8 +56,7 @@ class VisionTower(nn.Module):
         A host may name a device, or a map of modules to devices.
         """
         if not self.is_loaded:
-            whole = not self.witness.is_meta and int(self.witness) == WITNESS
-            whole = whole and not any(p.is_meta for p in self.vision_tower.parameters())
+            whole = self._witnessed and not any(p.is_meta for p in self.vision_tower.parameters())
             if not whole:
                 self._fill()
             self.origin = CHECKPOINT if whole else self.name
@@ -87,9 +86,11 @@ class VisionTower(nn.Module):
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, *rest: Any, **more: Any
     ) -> None:
-        # A part of the tower, as adapters bring of a tuned one, lies upon the source's weights.
+        # A part of the tower, as adapters bring of a tuned one, lies upon the source's weights. A
+        # shard may be a part too: its witness came before, or the others come after.
         brought = any(name.startswith(f"{prefix}vision_tower.") for name in state_dict)
-        if brought and f"{prefix}witness" not in state_dict and not self.is_loaded:
+        witnessed = f"{prefix}witness" in state_dict or self._witnessed
+        if brought and not witnessed and not self.is_loaded:
             self.load_model()
             self.origin = CHECKPOINT
         super()._load_from_state_dict(state_dict, prefix, *rest, **more)
@@ -123,6 +124,10 @@ class VisionTower(nn.Module):
         """Rows and columns of the patches of images (..., H, W)."""
         size = self.config.patch_size
         return images.shape[-2] // size, images.shape[-1] // size
+
+    @property
+    def _witnessed(self) -> bool:
+        return not self.witness.is_meta and int(self.witness) == WITNESS
 
     @property
     def config(self) -> TowerConfig:
