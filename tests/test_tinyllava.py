@@ -9,7 +9,7 @@ import pytest
 from host_runs import run_host
 
 from aimv2_mllm.errors import UsageError
-from aimv2_mllm.towers import tinyllava, tinyllava_compat
+from aimv2_mllm.towers import tinyllava
 from aimv2_mllm.towers.sources import open_source
 
 TOKENS = {
@@ -94,14 +94,14 @@ def test_what_cannot_be_is_refused_in_one_line(found: dict[str, Any], case: str,
 
 
 def test_without_it_the_message_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tinyllava_compat, "install_names", lambda: None)
+    monkeypatch.setattr(tinyllava, "restore_names", lambda: None)
     monkeypatch.setitem(sys.modules, "tinyllava", None)
     with pytest.raises(UsageError, match="pip install --no-deps -e CHECKOUT"):
         tinyllava.install()
 
 
 def test_one_without_registries_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tinyllava_compat, "install_names", lambda: None)
+    monkeypatch.setattr(tinyllava, "restore_names", lambda: None)
     for name in tinyllava.NEEDS:
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     with pytest.raises(UsageError, match="VISION_TOWER_FACTORY: update the checkout"):

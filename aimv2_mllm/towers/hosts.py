@@ -1,10 +1,13 @@
-"""A host's modules, or one line that says how to get the host, or a newer one."""
+"""A host's modules, or one line that says how to get the host, or a newer one; and the names of
+transformers that hosts of its fourth release import."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
 from ..errors import UsageError
+
+MOVED = ("apply_chunking_to_forward", "find_pruneable_heads_and_indices", "prune_linear_layer")
 
 
 def host_modules(host: str, needs: Mapping[str, Sequence[str]]) -> list[Any]:
@@ -31,3 +34,19 @@ def host_modules(host: str, needs: Mapping[str, Sequence[str]]) -> list[Any]:
                 )
         found.append(module)
     return found
+
+
+def restore_names() -> None:
+    """Put back the names that Q-Formers import of `transformers.modeling_utils`, where it has them
+    no more (from 5.0 on). Two are elsewhere; the third only prunes heads, which nobody does."""
+    utils, new = (import_module(f"transformers.{n}") for n in ("modeling_utils", "pytorch_utils"))
+    for name in MOVED:
+        if not hasattr(utils, name):
+            setattr(utils, name, getattr(new, name, _gone(name)))
+
+
+def _gone(name: str) -> Callable[..., None]:
+    def gone(*_: Any, **__: Any) -> None:
+        raise NotImplementedError(f"transformers has no {name} any more")
+
+    return gone

@@ -21,7 +21,7 @@ from ..errors import UsageError
 from ..model.connectors import CONNECTORS, build_connector
 from ..model.encoder import AIMv2Encoder
 from . import tinyllava_compat
-from .hosts import host_modules
+from .hosts import host_modules, restore_names
 from .sources import open_source
 from .tower import WITNESS, VisionTower
 from .words import OURS, count_tokens, is_ours, read_connector
@@ -54,7 +54,7 @@ def install() -> None:
     Raises UsageError, with what to do, where there is no TinyLLaVA_Factory or one without what this
     builds on.
     """
-    tinyllava_compat.install_names()
+    restore_names()
     towers, connectors, configuration, recipes = host_modules(HOST, NEEDS)
     if TOWER in towers.VISION_TOWER_FACTORY:
         if getattr(towers.VISION_TOWER_FACTORY[TOWER], "aimv2_mllm", False):

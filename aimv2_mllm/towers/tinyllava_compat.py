@@ -8,24 +8,6 @@ from typing import Any
 
 from .llava_compat import fit_trainer, restore_norms
 
-MOVED = ("apply_chunking_to_forward", "find_pruneable_heads_and_indices", "prune_linear_layer")
-
-
-def install_names() -> None:
-    """Names that its Q-Former imports, and `transformers.modeling_utils` has no more [5.0]."""
-    utils = import_module("transformers.modeling_utils")
-    new = import_module("transformers.pytorch_utils")
-    for name in MOVED:
-        if not hasattr(utils, name):
-            setattr(utils, name, getattr(new, name, _gone(name)))
-
-
-def _gone(name: str) -> Any:
-    def gone(*_: Any, **__: Any) -> None:
-        raise NotImplementedError(f"transformers has no {name} any more")
-
-    return gone
-
 
 def install_model() -> None:
     """Its model: `_supports_sdpa` is asked before there is a language model [4.5x], and
