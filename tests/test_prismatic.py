@@ -104,7 +104,7 @@ def test_without_it_the_message_says_how_to_install_it(monkeypatch: pytest.Monke
 def test_one_without_a_registry_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in prismatic.NEEDS:
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    with pytest.raises(UsageError, match="VISION_BACKBONES: update the checkout"):
+    with pytest.raises(UsageError, match="VISION_BACKBONES: it is an old prismatic-vlms"):
         prismatic.install()
 
 

@@ -104,7 +104,7 @@ def test_one_without_registries_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(tinyllava, "restore_names", lambda: None)
     for name in tinyllava.NEEDS:
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    with pytest.raises(UsageError, match="VISION_TOWER_FACTORY: update the checkout"):
+    with pytest.raises(UsageError, match="VISION_TOWER_FACTORY: it is an old TinyLLaVA_Factory"):
         tinyllava.install()
 
 

@@ -27,10 +27,16 @@ def host_modules(host: str, needs: Mapping[str, Sequence[str]]) -> list[Any]:
                 f"there is no {error.name} here: pip install --no-deps -e CHECKOUT of {host}, or "
                 "put that on PYTHONPATH"
             ) from None
+        except ImportError as error:  # a host may print what went wrong below it, and go on
+            raise UsageError(
+                f"{host} cannot be imported with the libraries here ({error}): see what it has "
+                "printed before this"
+            ) from None
         for attribute in attributes:
             if not hasattr(module, attribute):
                 raise UsageError(
-                    f"{host} here has no {name}.{attribute}: update the checkout (git pull)"
+                    f"what is here as {package} has no {name}.{attribute}: it is an old {host} "
+                    "(git pull), or another package of that name (an environment for each)"
                 )
         found.append(module)
     return found
