@@ -73,9 +73,18 @@ def install() -> None:
 
 
 def train() -> None:
-    """LLaVA-NeXT's training, by its own flags, with our parts in place."""
+    """LLaVA-NeXT's training, by its own flags, with our parts in place.
+
+    On libraries of its time (transformers 4.40): its trainer does not fit newer ones.
+    """
     install()
-    import_module("llava.train.train").train()
+    program: Any = import_module("llava.train.train")
+    own = program.LLaVATrainer
+    loop = vars(own).get("_inner_training_loop")
+    # At df17966 it has a loop of its own, of which half the names are imported nowhere.
+    if loop is not None and "DebugOption" not in loop.__globals__:
+        del own._inner_training_loop
+    program.train()
 
 
 def _tower_builder(stock: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
