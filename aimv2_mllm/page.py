@@ -94,6 +94,11 @@ def _about(place: Place) -> str:
             "An AIMv2 vision encoder, pre-trained by predicting the next patch and then the"
             " caption, became the eyes of a language model."
         )
+    elif last_stage(place, "lit"):
+        what = (
+            "A text tower learned here which caption belongs to what a frozen AIMv2 vision encoder"
+            " sees."
+        )
     elif last_stage(place, "pretrain"):
         what = (
             "An AIMv2 vision encoder was pre-trained here from random weights: predict the next"
@@ -121,6 +126,15 @@ def _headline(numbers: dict[str, Any]) -> list[dict[str, str]]:
     ):
         if key in numbers:
             rows.append((name, f"{_percent(numbers[key])} %", more))
+    if "digit_zeroshot_accuracy" in numbers:
+        low, high = numbers["digit_zeroshot_accuracy_interval"]
+        others = [numbers[f"digit_zeroshot_accuracy_{end}"] for end in ("shuffled", "majority")]
+        more = (
+            f"95 % interval {_percent(low)} to {_percent(high)} %; by the words for the next digit"
+            f" {_percent(others[0])} %, always the commonest {_percent(others[1])} %"
+        )
+        value = f"{_percent(numbers['digit_zeroshot_accuracy'])} %"
+        rows.append(("single digits told by their words alone", value, more))
     if "caption_loss" in numbers and "vqa_accuracy" not in numbers:
         flat = f"one tone per patch: {numbers['pixel_loss_flat']:.3f}"
         rows.append(("caption loss", f"{numbers['caption_loss']:.3f}", "nats per token"))
@@ -249,6 +263,9 @@ def _next(place: Place) -> list[dict[str, str]]:
     folder = shlex.quote(
         place.folder.name if place.folder.is_absolute() else place.folder.as_posix()
     )
+    if (name := last_stage(place, "lit")) and not last_stage(place, "align", "tune"):
+        line = f"aimv2-mllm probe {folder}/{name}/model IMAGES --kind zeroshot --templates FILE"
+        return [{"what": "Tell pictures of your own by words", "line": line}]
     if not last_stage(place, "align", "tune"):
         return [
             {"what": "Train what comes after it", "line": "aimv2-mllm run recipes/quickstart.yaml"}

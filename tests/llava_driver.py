@@ -150,9 +150,15 @@ class Driver:
 def stages(driver: Driver) -> dict[str, Any]:
     """Projector stage, then LoRA, then an answer, for each tower and connector."""
     found = {}
-    towers = [("aimv2", "mlp2x_gelu"), ("aimv2", "pixel_shuffle"), ("native", "mlp2x_gelu")]
+    towers = [
+        ("aimv2:aimv2", "mlp2x_gelu"),
+        ("aimv2:aimv2", "pixel_shuffle"),
+        ("aimv2:native", "mlp2x_gelu"),
+        ("hf:siglip", "mlp2x_gelu"),
+    ]
     for name, connector in towers:
-        tower, key = f"aimv2:{driver.world / name}", f"{name}-{connector}"
+        kind, _, folder_name = name.partition(":")
+        tower, key = f"{kind}:{driver.world / folder_name}", f"{folder_name}-{connector}"
         start = ["--pretrain_mm_mlp_adapter", str(driver.world / f"{connector}.bin")]
         pictures = ["--data_path", str(driver.world / "data/pictures.json")]
         first = driver.fit(
@@ -184,7 +190,10 @@ def tuned(driver: Driver) -> dict[str, Any]:
             "--mm_vision_tower_lr", "1e-3", "--gradient_checkpointing", "True", "--bf16", "True",
             "--pretrain_mm_mlp_adapter", str(driver.world / "mlp2x_gelu.bin"),
         )  # fmt: skip
-        end = {n: p.detach() for n, p in driver.model.get_vision_tower().vision_tower.named_parameters()}
+        end = {
+            n: p.detach()
+            for n, p in driver.model.get_vision_tower().vision_tower.named_parameters()
+        }
         model = driver.load(driver.out / name, driver.world / "llm" if words else None)[1]
         tower_again = model.get_vision_tower()
         again = dict(tower_again.vision_tower.named_parameters())
@@ -212,6 +221,7 @@ def main(world: str, out: str) -> None:
         "stages": stages(driver),
         "tuned": tuned(driver),
         "matrix": matrix.matrix(driver),
+        "across": matrix.across(driver),
         **parts.parts(driver),
     }
     (folder / "found.json").write_text(json.dumps(found, indent=1))

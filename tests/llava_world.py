@@ -35,6 +35,11 @@ LLM = {
     "torch_dtype": "float32",
 }
 
+PROCESSOR = {
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
+
 
 def make_llm(folder: Path) -> Path:
     """A Llama of random weights with a SentencePiece tokenizer, as `tokenizer.model` alone."""
@@ -92,10 +97,9 @@ def make_tower(folder: Path, *, native: bool = False, seed: int = 1) -> Path:
     torch.manual_seed(seed)
     config = EncoderConfig(24, 48, 3, 3, image_size=56, native=native)
     save_encoder(AIMv2Encoder(config), folder)
-    mean, std = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
-    processor = {"image_mean": mean, "image_std": std, "crop_size": {"height": 56, "width": 56}}
+    processor = {**PROCESSOR, "crop_size": {"height": 56, "width": 56}}
     if native:
-        del processor["crop_size"]
+        processor = {**PROCESSOR, "do_resize": False, "do_center_crop": False}
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))
     return folder
 
@@ -123,8 +127,11 @@ def make_foreign(folder: Path, kind: str) -> Path:
         for name, tensor in network.state_dict().items()
     }
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    processor = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 56}}
-    processor["crop_size"] = {"height": 56, "width": 56}
+    square = {"height": 56, "width": 56}
+    sized = {"size": square}  # SigLIP squashes, CLIP crops
+    if kind == "clip":
+        sized = {"size": {"shortest_edge": 56}, "crop_size": square, "do_center_crop": True}
+    processor = {"image_processor_type": "CLIPImageProcessor", **PROCESSOR, **sized}
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))
     return folder
 

@@ -1,4 +1,4 @@
-"""The real LLaVA, with our towers, in two environments: its own libraries of 2024, and current ones.
+"""The real LLaVA with our towers in two environments: its own libraries of 2024, and current ones.
 
 `llava_driver.py` runs once in each; the tests look at what it found. The old environment is made by
 `make test` (`make .venv-llava437/installed`); without it its half is skipped.
@@ -29,9 +29,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def both(world: Path) -> dict[str, Found]:
     """What the driver found in each environment that is there."""
     found = {}
-    for name, python in PYTHONS.items():
-        if python.exists():
-            found[name] = drive(python, world, world.parent / name)
+    for name in ("4.37.2", "current"):  # which then reads what the old one wrote
+        if PYTHONS[name].exists():
+            found[name] = drive(PYTHONS[name], world, world.parent / name)
     return found
 
 
@@ -58,7 +58,7 @@ def test_the_environments_are_what_they_are_called(found: Found, both: dict[str,
 
 
 def test_projector_and_lora_stages_learn(found: Found) -> None:
-    assert len(found["stages"]) >= 3
+    assert len(found["stages"]) == 4
     for stage in found["stages"].values():
         for losses in (stage["projector"]["losses"], stage["lora"]["losses"]):
             assert len(losses) == 3
@@ -72,8 +72,10 @@ def test_losses_and_greedy_tokens_are_equal_in_both_environments(both: dict[str,
     assert now.keys() == then.keys()
     for name in now:
         for stage in ("projector", "lora"):
-            # The old trainer logs four decimals.
-            expected = pytest.approx(then[name][stage]["losses"], abs=2e-4)
+            # The old trainer logs four decimals; and SigLIP is transformers' own, whose attention
+            # rounds otherwise now (LLaVA runs towers in float16).
+            near = 2e-3 if name.startswith("siglip") else 2e-4
+            expected = pytest.approx(then[name][stage]["losses"], abs=near)
             assert now[name][stage]["losses"] == expected, (name, stage)
         assert now[name]["tokens"] == then[name]["tokens"], name
         assert len(set(now[name]["tokens"])) > 1
@@ -110,14 +112,23 @@ def test_a_tower_that_is_trained_is_saved_and_loaded_again(found: Found, kind: s
 
 
 def test_every_way_of_saving_and_loading_gives_the_right_tower_frozen(found: Found) -> None:
-    assert len(found["matrix"]) == 42
+    assert len(found["matrix"]) == 2 * 42
     wrong = {name: row for name, row in found["matrix"].items() if not row["right"]}
     assert not wrong
     assert not [name for name, row in found["matrix"].items() if not row["frozen"]]
-    kinds = {name.split(",")[0] for name in found["matrix"]}
+    kinds = {name.split(",")[1].strip() for name in found["matrix"]}
     assert kinds == {
         "frozen", "tuned", "sharded", "absent", "adapter", "tuned adapter", "partly tuned adapter",
     }  # fmt: skip
+
+
+def test_a_tower_tuned_on_the_old_libraries_is_found_by_the_current_ones(
+    both: dict[str, Found],
+) -> None:
+    if len(both) < 2:
+        pytest.skip(f"there is no {OLD}: make .venv-llava437/installed")
+    across = both["current"]["across"]
+    assert across == {"aimv2:aimv2": 0.0, "hf:siglip": 0.0, "hf:clip": 0.0}
 
 
 def test_images_of_different_sizes_give_in_a_batch_what_they_give_alone(found: Found) -> None:
@@ -151,13 +162,13 @@ def test_lora_stays_out_of_a_tower_that_is_already_there(found: Found) -> None:
 
 
 def test_pixels_are_those_of_transformers_with_pillow(found: Found) -> None:
-    assert found["pixels"] == 0.0
+    assert found["pixels"] < 1e-6
 
 
 def test_clip_stays_llavas_and_other_folders_are_refused(found: Found) -> None:
     assert found["stock"]["clip"] == "CLIPVisionTower"
     assert "type aimv2:" in found["stock"]["aimv2"]
-    assert "siglip" in found["stock"]["siglip"]
+    assert "type hf:" in found["stock"]["siglip"]
 
 
 def test_llavas_evaluation_scripts_run(found: Found) -> None:

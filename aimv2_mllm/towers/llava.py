@@ -136,7 +136,7 @@ def demand_known(name: str) -> None:
     if model_type is not None and model_type not in CLIP_TYPES:
         raise UsageError(
             f"vision tower {name} is a {model_type}, and LLaVA would take it for CLIP: "
-            f"give a name with {prefixes}"
+            f"type hf:{name}"
         )
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ..errors import UsageError
-from ..model.encoder import RMSNorm
+from ..model.blocks import RMSNorm
 from . import llava_compat
 from .tower import VisionTower
 

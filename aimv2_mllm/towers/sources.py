@@ -1,22 +1,20 @@
 """Where a tower's weights come from: the text that users give a host as the name of its tower.
 
-`aimv2:FOLDER_OR_HUB_ID`, and `?image_size=448` behind it for learned positions resized to that many
-pixels. Hosts keep this text in their own config, so it must say everything.
+`aimv2:FOLDER_OR_HUB_ID`, with `?image_size=448` behind it for learned positions resized to that
+many pixels; `hf:FOLDER_OR_HUB_ID` for the other families of `model.families.TOWERS`. Hosts keep
+this text in their own config, so it must say everything.
 """
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..errors import UsageError, nearest
-from ..model.encoder import AIMv2Encoder, EncoderConfig
-from ..model.hub import locate
-from ..model.layouts import CONFIG_FILE, encoder_config, read_config
-from ..model.weights import read_encoder, resized_config
+from .foreign import ForeignSource
+from .own import AIMv2Source
 from .processor import ImageProcessor
 
 
@@ -52,6 +50,9 @@ class Source(Protocol):
     def allocate(self) -> nn.Module:
         """The network on the default device, its weights not set."""
 
+    def build(self) -> nn.Module:
+        """The network on the CPU, its weights not set, and its buffers as they must be."""
+
     def read(self) -> nn.Module:
         """The network with its weights, on the CPU; UsageError for anything but all of them."""
 
@@ -66,62 +67,11 @@ class Source(Protocol):
         """Patch tokens (N, D) of each image (3, H, W), after the last layer; sizes may differ."""
 
 
-class AIMv2Source:
-    """An AIMv2 encoder, in any layout that `load_encoder` reads."""
-
-    def __init__(self, location: str, image_size: int | None = None) -> None:
-        self.location, self.image_size = location, image_size
-        self.folder = locate(location)
-        self.config: EncoderConfig = encoder_config(
-            read_config(self.folder), self.folder / CONFIG_FILE
-        )
-        if image_size is not None and image_size != self.config.image_size:
-            self.config = resized_config(self.config, image_size, self.folder)
-        self.native = self.config.native
-
-    def allocate(self) -> nn.Module:
-        """The encoder on the default device, its weights not set."""
-        # A host may be building its whole model on the meta device.
-        device = torch.empty(0).device
-        with torch.device("meta"):  # draws no random weights
-            encoder = AIMv2Encoder(self.config)
-        return encoder if device.type == "meta" else encoder.to_empty(device=device)
-
-    def read(self) -> nn.Module:
-        """The encoder with its weights, on the CPU; see `read_encoder`."""
-        with torch.device("cpu"):
-            return read_encoder(self.folder, self.image_size)[0]
-
-    def processor(self) -> ImageProcessor:
-        """The folder's image processor, at the encoder's own size."""
-        patch_size = self.config.patch_size if self.native else None
-        return ImageProcessor.load(self.folder, self.config.image_size, patch_size)
-
-    def features(self, network: nn.Module, pixels: Tensor, *, layer: int, save: bool) -> Tensor:
-        """The tokens after the final norm for the last layer, and else the residual stream after
-        block `layer`; blocks behind it are not run."""
-        assert isinstance(network, AIMv2Encoder)
-        depth = len(network.trunk.blocks)
-        if layer == depth and not save:
-            final: Tensor = network(pixels)
-            return final
-        network.check(pixels)
-        tokens: Tensor = network.preprocessor(pixels)
-        for block in network.trunk.blocks[:layer]:
-            if save and torch.is_grad_enabled():
-                tokens = checkpoint(block, tokens, use_reentrant=False)
-            else:
-                tokens = block(tokens)
-        return network.trunk.post_trunk_norm(tokens) if layer == depth else tokens
-
-    def packed(self, network: nn.Module, images: list[Tensor]) -> list[Tensor]:
-        """See `AIMv2Encoder.encode_images`."""
-        assert isinstance(network, AIMv2Encoder)
-        return network.encode_images(images)
-
-
 # What stands before the colon of a tower's name.
-SOURCES: dict[str, type[AIMv2Source]] = {"aimv2": AIMv2Source}
+SOURCES: dict[str, Callable[[str, int | None], Source]] = {
+    "aimv2": AIMv2Source,
+    "hf": ForeignSource,
+}
 _NAME = re.compile(r"(?P<kind>[a-z0-9_]+):(?P<location>[^?]+)(\?image_size=(?P<size>\d+))?")
 
 

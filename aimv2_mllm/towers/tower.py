@@ -59,6 +59,8 @@ class VisionTower(nn.Module):
             whole = self._witnessed and not any(p.is_meta for p in self.vision_tower.parameters())
             if not whole:
                 self._fill()
+            elif any(True for _ in self.vision_tower.buffers()):
+                self._restore_buffers(self.source.build())
             self.origin = CHECKPOINT if whole else self.name
             demand_finite(self.vision_tower, self.origin)
             # Loaders of transformers 5 make every parameter anew, and trainable.
@@ -81,7 +83,18 @@ class VisionTower(nn.Module):
                 self.vision_tower.to_empty(device=device)
             # In place: an optimizer may hold these parameters already.
             self.vision_tower.load_state_dict(network.state_dict(), strict=True)
+            self._restore_buffers(network)
         self.witness = torch.tensor([WITNESS], dtype=torch.int64, device=device)
+
+    def _restore_buffers(self, network: nn.Module) -> None:
+        """Set the buffers that no checkpoint holds to those of `network`: a loader that makes a
+        model without memory leaves them as whatever was there."""
+        saved = self.vision_tower.state_dict().keys()
+        for name, buffer in network.named_buffers():
+            if name not in saved:
+                module, _, last = name.rpartition(".")
+                place = self.vision_tower.get_submodule(module)
+                setattr(place, last, buffer.to(self.device))
 
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, *rest: Any, **more: Any
@@ -119,6 +132,11 @@ class VisionTower(nn.Module):
         pixels = [image[0].to(device=self.device, dtype=self.dtype) for image in images]
         tokens = self.source.packed(self.vision_tower, pixels)
         return [t[None].to(image.dtype) for t, image in zip(tokens, images, strict=True)]
+
+    def train(self, mode: bool = True) -> "VisionTower":
+        """Only a tower that is trained leaves evaluation mode."""
+        super().train(mode and self.trainable)
+        return self
 
     def grid(self, images: Tensor) -> tuple[int, int]:
         """Rows and columns of the patches of images (..., H, W)."""
