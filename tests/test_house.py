@@ -69,6 +69,7 @@ TABLE = (
     "stages",
     "evaluation",
     "charts",
+    "gallery",
     "page",
     "report",
     "run",
