@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .chat import answer, load_model
+    from .model.connectors import CONNECTORS, build_connector
     from .model.encoder import (
         AIMv2Encoder,
         aimv2_1b,
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from .model.lit import AIMv2LiT
     from .model.lit_weights import load_lit
     from .model.pretrainer import AIMv2ForPreTraining
+    from .model.towers import TOWERS, load_tower
     from .model.weights import load_encoder, save_encoder
 
     __version__: str
@@ -29,6 +31,8 @@ NAMES = {
     "AIMv2Encoder": "model.encoder",
     "AIMv2ForPreTraining": "model.pretrainer",
     "AIMv2LiT": "model.lit",
+    "CONNECTORS": "model.connectors",
+    "TOWERS": "model.towers",
     "aimv2_1b": "model.encoder",
     "aimv2_3b": "model.encoder",
     "aimv2_base": "model.encoder",
@@ -36,9 +40,11 @@ NAMES = {
     "aimv2_large": "model.encoder",
     "aimv2_nano": "model.encoder",
     "answer": "chat",
+    "build_connector": "model.connectors",
     "load_encoder": "model.weights",
     "load_lit": "model.lit_weights",
     "load_model": "chat",
+    "load_tower": "model.towers",
     "save_encoder": "model.weights",
 }
 
@@ -46,6 +52,8 @@ __all__ = [  # noqa: RUF022 (in the order of NAMES, which a test holds)
     "AIMv2Encoder",
     "AIMv2ForPreTraining",
     "AIMv2LiT",
+    "CONNECTORS",
+    "TOWERS",
     "aimv2_1b",
     "aimv2_3b",
     "aimv2_base",
@@ -53,9 +61,11 @@ __all__ = [  # noqa: RUF022 (in the order of NAMES, which a test holds)
     "aimv2_large",
     "aimv2_nano",
     "answer",
+    "build_connector",
     "load_encoder",
     "load_lit",
     "load_model",
+    "load_tower",
     "save_encoder",
     "__version__",
 ]

@@ -64,7 +64,7 @@ def _load(folder: Path) -> tuple[Any, Any]:
     from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    from aimv2_mllm.model.mllm import demand_whole
+    from aimv2_mllm.model.foreign import demand_whole
 
     path = folder / CONFIG_FILE
     try:

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,7 @@ def _write_preprocessor(
     none that of the released checkpoints; the mean and deviation that it has."""
     path, written, side = source / PREPROCESSOR_FILE, target / PREPROCESSOR_FILE, config.image_size
     if not path.is_file():
-        _published(source, side).save(target)
+        replace(_published(source, side), native=config.native).save(target)
     try:
         raw = dict(json.loads((path if path.is_file() else written).read_text(encoding="utf-8")))
         mean, std = tuple(raw["image_mean"]), tuple(raw["image_std"])
@@ -116,8 +117,6 @@ def _write_preprocessor(
         square, size = {"height": side, "width": side}, raw.get("size")
         shortest = not (isinstance(size, dict) and "height" in size)
         raw |= {"size": {"shortest_edge": side} if shortest else square, "crop_size": square}
-    elif not path.is_file():  # whoever prepares the pictures rounds their sizes to whole patches
-        raw |= {"do_resize": False, "size": None, "do_center_crop": False, "crop_size": None}
     write_json(written, raw)
     return mean, std
 

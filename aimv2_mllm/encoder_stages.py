@@ -4,9 +4,12 @@ LiT.
 Refuses weights of another size than the recipe says.
 """
 
+import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from aimv2_mllm.data.batches import CaptionBatches, caption_batches
 from aimv2_mllm.errors import UsageError
@@ -50,16 +53,13 @@ def build_pretrain(stage: PretrainStage, place: Place) -> Job:
         preprocessing.save(folder)
         tokenizer.save_pretrained(folder)
 
-    batches = caption_batches(
-        stage.data,
-        stage.train,
-        seed=place.recipe.seed,
-        tokenizer=tokenizer,
-        preprocessing=preprocessing,
-        num_patches=encoder.config.num_patches,
+    batches = _batches(
+        stage,
+        place,
+        reader=(tokenizer, preprocessing),
         max_text_tokens=sizes.max_text_tokens,
         full_prefix=stage.prefix == "full",
-        share=place.share,
+        areas=stage.encoder.areas if stage.encoder.native else None,
     )
     objective = PreTrainingObjective(
         encoder.config.patch_size, tokenizer.eos_token_id, stage.alpha, stage.text_weight
@@ -73,13 +73,14 @@ def _encoder(stage: PretrainStage, place: Place) -> tuple[AIMv2Encoder, Preproce
     choice = stage.encoder
     config = EncoderConfig(**SIZES[choice.size], image_size=choice.image_size, native=choice.native)
     if stage.start.encoder is None:
-        return AIMv2Encoder(config), Preprocessing(choice.image_size)
+        return AIMv2Encoder(config), Preprocessing(choice.image_size, native=choice.native)
     folder = locate(place.source(stage.start.encoder))
     encoder = load_encoder(folder, image_size=None if choice.native else choice.image_size).float()
     # A native encoder takes any size: the one it was meant for is no difference.
-    found = (
-        replace(encoder.config, image_size=config.image_size) if choice.native else encoder.config
-    )
+    found = encoder.config
+    if choice.native:
+        encoder = _without_learned_positions(encoder, folder)
+        found = replace(encoder.config, image_size=config.image_size)
     if found != config:
         was, now = asdict(found), asdict(config)
         odd = [f"{key} {was[key]} instead of {now[key]}" for key in was if was[key] != now[key]]
@@ -87,7 +88,28 @@ def _encoder(stage: PretrainStage, place: Place) -> tuple[AIMv2Encoder, Preproce
             f"start.encoder: {folder} is another encoder than {choice.size}: {', '.join(odd)}"
         )
     encoder.config = config
-    return encoder, Preprocessing.load(folder, image_size=choice.image_size)
+    given = Preprocessing.load(folder, image_size=choice.image_size)
+    return encoder, replace(given, native=choice.native)
+
+
+def _without_learned_positions(encoder: AIMv2Encoder, folder: Path) -> AIMv2Encoder:
+    """`encoder` with computed positions, for any grid, in place of those that it has learned.
+
+    How the authors came from one to the other is not published: this is ours.
+    """
+    if encoder.config.native:
+        return encoder
+    warnings.warn(
+        f"{folder}: its learned positions, which fit one size, are left aside: a native encoder"
+        " computes its own",
+        stacklevel=2,
+    )
+    with torch.device("meta"):
+        native = AIMv2Encoder(replace(encoder.config, native=True))
+    state = encoder.state_dict()
+    del state["preprocessor.pos_embed"]
+    native.load_state_dict(state, strict=True, assign=True)
+    return native
 
 
 def build_lit(stage: LitStage, place: Place) -> Job:
@@ -109,16 +131,12 @@ def build_lit(stage: LitStage, place: Place) -> Job:
         preprocessing.save(folder)
         tokenizer.save_pretrained(folder)
 
-    batches = caption_batches(
-        stage.data,
-        stage.train,
-        seed=place.recipe.seed,
-        tokenizer=tokenizer,
-        preprocessing=preprocessing,
-        num_patches=encoder.config.num_patches,
+    batches = _batches(
+        stage,
+        place,
+        reader=(tokenizer, preprocessing),
         max_text_tokens=text.max_position_embeddings - 1,  # and the end token
         full_prefix=True,  # it is not looked at
-        share=place.share,
     )
     parts = named_parts(
         model,
@@ -129,6 +147,29 @@ def build_lit(stage: LitStage, place: Place) -> Job:
     )
     objective: Any = ContrastiveObjective(tokenizer.eos_token_id)
     return Job(model, parts, objective, batches, save, _facts(stage, batches))
+
+
+def _batches(
+    stage: PretrainStage | LitStage,
+    place: Place,
+    *,
+    reader: tuple[Any, Preprocessing],  # and a tokenizer
+    max_text_tokens: int,
+    full_prefix: bool,
+    areas: tuple[int, int] | None = None,
+) -> CaptionBatches:
+    tokenizer, preprocessing = reader
+    return caption_batches(
+        stage.data,
+        stage.train,
+        seed=place.recipe.seed,
+        tokenizer=tokenizer,
+        preprocessing=preprocessing,
+        max_text_tokens=max_text_tokens,
+        full_prefix=full_prefix,
+        areas=areas,
+        share=place.share,
+    )
 
 
 def _facts(stage: PretrainStage | LitStage, batches: CaptionBatches) -> DataFacts:

@@ -111,10 +111,12 @@ def changed_keys(old: Recipe | Mapping[str, Any], new: Recipe) -> list[str]:
 def deciding(stage: Mapping[str, Any]) -> dict[str, Any]:
     """What of a stage's plain values decides the numbers that come out of it.
 
-    That is all but `EXECUTION_KEYS`; of a lit stage, which contrasts within a micro-batch, its size
-    too.
+    That is all but `EXECUTION_KEYS`; where it counts what a micro-batch is, its size too: a lit
+    stage contrasts within it, and a native encoder sees pictures of one area in it.
     """
-    kept = {"micro_batch_size"} if stage.get("kind") == "lit" else set()
+    encoder = stage.get("encoder")
+    is_native = isinstance(encoder, Mapping) and encoder.get("native") is True
+    kept = {"micro_batch_size"} if stage.get("kind") == "lit" or is_native else set()
     return {
         name: _without(section, EXECUTION_KEYS[name] - kept) if name in EXECUTION_KEYS else section
         for name, section in stage.items()

@@ -94,7 +94,8 @@ class CaptionData(Section):
     )
     augment: Switch = Field(
         default=True,
-        description="files: random crops of 0.4 to 1 of the area; false: the middle square",
+        description="files: random crops of 0.4 to 1 of the area, for native encoders none; "
+        "false: the middle square, for native encoders all of it",
     )
     flip: Number = Field(
         default=0.5, ge=0, le=1, description="files: share mirrored while augmenting, in [0, 1]"

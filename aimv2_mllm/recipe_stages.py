@@ -1,6 +1,6 @@
 """The part of a recipe that says what its stages build and train, a section for each kind."""
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
@@ -8,6 +8,10 @@ from aimv2_mllm.errors import nearest
 from aimv2_mllm.recipe_data import CaptionData, ConversationData
 from aimv2_mllm.recipe_train import TrainConfig
 from aimv2_mllm.recipe_types import Count, Number, Section, Switch, Text
+
+RELEASED_AREAS = (128, 4096)  # of the released native encoder, patches
+PATCH = 14  # side of a patch, pixels, of every AIMv2 encoder
+_Area = Annotated[int, Field(ge=4, le=65_536)]
 
 
 class EncoderChoice(Section):
@@ -19,7 +23,27 @@ class EncoderChoice(Section):
     image_size: int = Field(
         ge=28, le=4096, multiple_of=14, description="side of the image, pixels, 28 to 4096"
     )
-    native: Switch = Field(default=False, description="positions for any grid of patches")
+    native: Switch = Field(
+        default=False,
+        description="positions for any grid, and pictures in their own aspect ratio; batch sizes "
+        "count pictures of image_size, and others are as many as have as many patches",
+    )
+    areas: tuple[_Area, _Area] = Field(
+        default=RELEASED_AREAS,
+        strict=False,
+        description="native: patches of a picture at most, drawn per micro-batch: least and most",
+    )
+
+    @field_validator("areas")
+    @classmethod
+    def _are_those_of_a_native_encoder(
+        cls, value: tuple[int, int], info: ValidationInfo
+    ) -> tuple[int, int]:
+        if value[0] > value[1]:
+            raise ValueError("must be the least and then the most patches")
+        if value != RELEASED_AREAS and info.data.get("native") is False:
+            raise ValueError("must be left out where native is false: one image_size has one area")
+        return value
 
 
 class _Attention(Section):
@@ -150,6 +174,29 @@ class PretrainStage(_Stage):
         if value == "full" and info.data.get("alpha"):
             raise ValueError(
                 "must be uniform where alpha is above 0: full hides no patch to predict"
+            )
+        return value
+
+    @field_validator("train")
+    @classmethod
+    def _takes_pictures_of_all_areas(cls, value: TrainConfig, info: ValidationInfo) -> TrainConfig:
+        encoder = info.data.get("encoder")
+        if encoder is None or not encoder.native:
+            return value
+        if value.compile:
+            raise ValueError("must have compile false where encoder.native is true: sizes vary")
+        size, (_, most) = value.micro_batch_size or value.batch_size, encoder.areas
+        if value.batch_size % size:
+            raise ValueError(
+                f"must have a micro_batch_size that divides batch_size where encoder.native is "
+                f"true, and {size} does not divide {value.batch_size}"
+            )
+        patches = (encoder.image_size // PATCH) ** 2
+        if size * patches < most:
+            raise ValueError(
+                f"must have a micro_batch_size of at least {-(-most // patches)} where "
+                f"encoder.areas goes up to {most}: {size} pictures of {encoder.image_size} pixels "
+                f"have {size * patches} patches, fewer than one such picture"
             )
         return value
 

@@ -56,6 +56,11 @@ class TrainConfig(Section):
         default=[], description="where the lines of metrics go besides metrics.jsonl"
     )
 
+    @property
+    def num_mini_batches(self) -> int:
+        """How many mini-batches a step of a native encoder has, over all devices."""
+        return self.batch_size // (self.micro_batch_size or self.batch_size)
+
     @field_validator("micro_batch_size")
     @classmethod
     def _fits_the_batch(cls, value: int | None, info: ValidationInfo) -> int | None:

@@ -31,7 +31,7 @@ from aimv2_mllm.job import Job, Place
 from aimv2_mllm.model.hub import commit_of, locate
 from aimv2_mllm.model.mllm import llm_source
 from aimv2_mllm.recipe import Recipe, changed_keys, deciding, dump_recipe
-from aimv2_mllm.recipe_stages import Stage
+from aimv2_mllm.recipe_stages import PretrainStage, Stage
 from aimv2_mllm.stages import STAGES, check_inputs, inputs, towers
 
 Narrate = Callable[[str], None]
@@ -143,15 +143,24 @@ def _check(place: Place, ranks: Ranks) -> None:
     """UsageError for what would stop a stage later: a model, package or batch size."""
     check_inputs(place)
     for name, stage in place.recipe.stages.items():
-        batch = stage.train.batch_size
-        if batch % ranks.size:
-            above = batch + ranks.size - batch % ranks.size
-            fitting = [size for size in (above - ranks.size, above) if size]
-            raise UsageError(
-                f"stages.{name}.train.batch_size is {batch}, which {ranks.size} processes cannot"
-                f" share evenly; {' or '.join(map(str, fitting))} they can"
-            )
+        _check_shares(name, stage, ranks.size)
         require(stage.train.trackers)
+
+
+def _check_shares(name: str, stage: Stage, num_ranks: int) -> None:
+    """UsageError for a step that so many processes cannot share evenly."""
+    train, whole = stage.train, stage.train.batch_size
+    said = f"stages.{name}.train.batch_size is {whole}"
+    if isinstance(stage, PretrainStage) and stage.encoder.native:
+        whole = train.num_mini_batches
+        said = f"stages.{name}.train: batch_size / micro_batch_size is {whole}"
+    if whole % num_ranks:
+        above = whole + num_ranks - whole % num_ranks
+        fitting = [size for size in (above - num_ranks, above) if size]
+        raise UsageError(
+            f"{said}, which {num_ranks} processes cannot share evenly;"
+            f" {' or '.join(map(str, fitting))} they can"
+        )
 
 
 def _say_nothing(text: str) -> None:

@@ -19,12 +19,12 @@ from aimv2_mllm.errors import UsageError
 from aimv2_mllm.evaluation import dreams, zeroshot
 from aimv2_mllm.evaluation.features import see
 from aimv2_mllm.evaluation.probes import KINDS, probe
-from aimv2_mllm.evaluation.vision import AIMv2Tower, Tower, load_tower
 from aimv2_mllm.files import write, write_picture
 from aimv2_mllm.folders import pretrained_folder
 from aimv2_mllm.model.hub import locate
 from aimv2_mllm.model.lit_weights import load_lit
 from aimv2_mllm.model.preprocessing import Preprocessing
+from aimv2_mllm.model.towers import Tower, load_tower
 
 SHOWN = 8  # pictures in a picture of features
 NOTE = (
@@ -38,7 +38,7 @@ def probe_tower(args: Namespace) -> None:
     """Print what the probe `args.kind` (or `all`) tells of the tower `args.encoder` by the labelled
     pictures `args.data`; write what was asked for."""
     data = load_labelled(args.data, seed=args.seed, limit=args.limit)
-    tower = load_tower(args.encoder, args.image_size)
+    tower = load_tower(args.encoder, image_size=args.image_size).float()
     kinds = list(KINDS) if args.kind == "all" else [args.kind]
     results = probe(tower, data, kinds, seed=args.seed, k=args.k, epochs=args.epochs)
     if args.pca:
@@ -141,7 +141,7 @@ def dream(args: Namespace, picture: Image.Image | None) -> None:
     if picture is None:
         scene = scenes.scene(args.seed, "heldout", 0)
         picture = Image.fromarray(scenes.render(scene, preprocessing.image_size))
-    pixels = AIMv2Tower(model.encoder, preprocessing).prepare([picture])
+    pixels = preprocessing.prepare([picture])
     [original] = preprocessing.restore(pixels)
     columns = []
     for prefix in prefixes:

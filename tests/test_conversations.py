@@ -188,9 +188,7 @@ def test_batches_are_pure_functions_of_the_step(tokenizer: Any) -> None:
         "tokenizer": tokenizer,
         "preprocessing": Preprocessing(56),
     }
-    captions = caption_batches(
-        CaptionData(), train_config(), num_patches=16, max_text_tokens=64, **options
-    )
+    captions = caption_batches(CaptionData(), train_config(), max_text_tokens=64, **options)
     talks = conversation_batches(ConversationData(), train_config(), num_image_tokens=16, **options)
     for batches in (captions, talks):
         first, again, other = batches(5), batches(5), batches(6)
@@ -208,7 +206,6 @@ def test_prefix_lengths_are_uniform_over_one_to_all_but_one(tokenizer: Any) -> N
         seed=0,
         tokenizer=tokenizer,
         preprocessing=Preprocessing(28),
-        num_patches=4,
         max_text_tokens=64,
     )
     lengths = batches(0)[0]["prefix_length"].numpy()

@@ -52,7 +52,6 @@ def batches_of(
         seed=3,
         tokenizer=TOKENIZER,
         preprocessing=Preprocessing(SIZE),
-        num_patches=4,
         max_text_tokens=40,
         share=share,
     )

@@ -9,15 +9,17 @@ from safetensors import safe_open
 from aimv2_mllm.data.labelled import Pictures
 from aimv2_mllm.errors import RunFailed, UsageError
 from aimv2_mllm.evaluation import examples
-from aimv2_mllm.evaluation.vision import AIMv2Tower
 from aimv2_mllm.model.encoder import AIMv2Encoder, EncoderConfig
 from aimv2_mllm.model.preprocessing import Preprocessing
+from aimv2_mllm.model.towers import Tower
 
 
 @pytest.fixture(scope="module")
-def tower() -> AIMv2Tower:
+def tower() -> Tower:
     torch.manual_seed(0)
-    return AIMv2Tower(AIMv2Encoder(EncoderConfig(16, 32, 1, 2, image_size=28)), Preprocessing(28))
+    return Tower(
+        "aimv2", AIMv2Encoder(EncoderConfig(16, 32, 1, 2, image_size=28)), Preprocessing(28)
+    )
 
 
 def pictures(count: int, broken: tuple[int, ...] = ()) -> Pictures:
@@ -61,7 +63,7 @@ def test_features_that_are_no_numbers_are_refused() -> None:
     encoder = AIMv2Encoder(EncoderConfig(16, 32, 1, 2, image_size=28))
     torch.nn.init.constant_(encoder.trunk.post_trunk_norm.weight, torch.inf)
     with pytest.raises(RunFailed, match="not finite numbers"):
-        examples.look(AIMv2Tower(encoder, Preprocessing(28)), pictures(2), "pictures")
+        examples.look(Tower("aimv2", encoder, Preprocessing(28)), pictures(2), "pictures")
 
 
 def test_large_tokens_go_to_a_safetensors_file_that_goes_with_the_process(

@@ -10,9 +10,9 @@ from aimv2_mllm.data.labelled import Labelled, Pictures, handwriting
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.evaluation import probes
 from aimv2_mllm.evaluation.answers import wilson_interval
-from aimv2_mllm.evaluation.vision import AIMv2Tower
 from aimv2_mllm.model.encoder import EncoderConfig
 from aimv2_mllm.model.preprocessing import Preprocessing
+from aimv2_mllm.model.towers import Tower
 
 CONFIG = EncoderConfig(16, 32, 1, 2, image_size=28)
 
@@ -172,7 +172,7 @@ def test_a_fresh_encoder_is_the_seeds_and_leaves_the_generator_alone() -> None:
 
 
 def test_equal_towers_and_seeds_give_equal_results() -> None:
-    tower = AIMv2Tower(probes.fresh_encoder(CONFIG, 0), Preprocessing(28))
+    tower = Tower("aimv2", probes.fresh_encoder(CONFIG, 0), Preprocessing(28))
     data = coloured((60, 20))
     first, second = (probes.probe(tower, data, probes.KINDS, seed=1, epochs=2) for _ in range(2))
     assert first == second

@@ -11,9 +11,10 @@ from test_dreams import result_folder
 from aimv2_mllm import __main__ as cli
 from aimv2_mllm.data import scenes
 from aimv2_mllm.data.tokenizer import train_tokenizer
-from aimv2_mllm.evaluation.vision import load_tower, weights_sha256
+from aimv2_mllm.evaluation.vision import weights_sha256
 from aimv2_mllm.model.encoder import AIMv2Encoder, EncoderConfig
 from aimv2_mllm.model.pretrainer import AIMv2ForPreTraining, DecoderConfig
+from aimv2_mllm.model.towers import load_tower
 
 
 @pytest.fixture(scope="module")

@@ -2,45 +2,59 @@
 
 The samples of step s are those from number s * batch_size on, whatever the number of micro-batches,
 ranks and workers; so the whole state of the data is the step.
+
+Where sizes vary, a step has batch_size / micro_batch_size mini-batches, and those of step s are
+from number s times that on; `Areas` says how many samples each has, and which. Ranks share its
+mini-batches, which hold as many patches, and so are about as much work.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from functools import partial
+from typing import Any, NamedTuple, NotRequired, TypedDict, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from aimv2_mllm.data import scenes
+from aimv2_mllm.data.areas import Areas, grid
 from aimv2_mllm.data.conversations import Encoded, conversation, encode, pad
 from aimv2_mllm.data.corpus import Corpus, Skipped
+from aimv2_mllm.data.decode import Fit
+from aimv2_mllm.data.order import mixed
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.model.preprocessing import Preprocessing
-from aimv2_mllm.objective import ConversationBatch, PreTrainingBatch
+from aimv2_mllm.objective import ConversationBatch
 from aimv2_mllm.recipe_data import CaptionData, ConversationData
 from aimv2_mllm.recipe_train import TrainConfig
 
-Sample = TypeVar("Sample")
+Row = TypeVar("Row")
 
 
-class CaptionBatch(PreTrainingBatch, total=False):
-    """A pre-training batch with what was left out for it, where something was."""
+class CaptionBatch(TypedDict):
+    """A `PreTrainingBatch`, or a `MixedSizesBatch` where sizes vary, with what was left out for it,
+    where something was."""
 
-    skipped: dict[str, int]  # rows by reason
-    skipped_rows: list[str]  # some of them, in words
+    pixel_values: Tensor | list[Tensor]  # (B, 3, H, W), or B of (3, H, W)
+    prefix_length: Tensor  # (B,) int64
+    caption_ids: Tensor  # (B, T) int64
+    caption_length: Tensor  # (B,) int64
+    skipped: NotRequired[dict[str, int]]  # rows by reason
+    skipped_rows: NotRequired[list[str]]  # some of them, in words
 
 
 class Share(NamedTuple):
-    """Which part of every step's samples this process reads: the `rank`-th of `size` equal ones."""
+    """Which part of every step this process reads: the `rank`-th of `size` equal ones."""
 
     rank: int = 0
     size: int = 1
 
-    def of(self, step: int, train: TrainConfig) -> tuple[int, int]:
-        """The first sample of this part of a step, and how many it has."""
-        assert train.batch_size % self.size == 0, (train.batch_size, self)
-        count = train.batch_size // self.size
-        return step * train.batch_size + self.rank * count, count
+    def of(self, step: int, num_in_step: int) -> tuple[int, int]:
+        """The first number of this part of a step of so many samples, and how many it has."""
+        assert num_in_step % self.size == 0, (num_in_step, self)
+        count = num_in_step // self.size
+        return step * num_in_step + self.rank * count, count
 
 
 EVERYTHING = Share()
@@ -48,9 +62,9 @@ EVERYTHING = Share()
 
 def micro_batches(
     config: TrainConfig,
-    read: Callable[[Sequence[int]], Sequence[Sample]],
-    collate: Callable[[Sequence[Sample]], Any],
-    length: Callable[[Sample], int] | None = None,
+    read: Callable[[Sequence[int]], Sequence[Row]],
+    collate: Callable[[Sequence[Row]], Any],
+    length: Callable[[Row], int] | None = None,
     *,
     share: Share = EVERYTHING,
 ) -> Callable[[int], list[Any]]:
@@ -62,7 +76,7 @@ def micro_batches(
     """
 
     def at(step: int) -> list[Any]:
-        first, count = share.of(step, config)
+        first, count = share.of(step, config.batch_size)
         size = config.micro_batch_size or count
         samples = read(range(first, first + count))
         if length is not None:
@@ -86,27 +100,42 @@ class CaptionBatches:
     seed: int
     tokenizer: Any
     preprocessing: Preprocessing
-    num_patches: int
+    patch_size: int
     max_text_tokens: int
     full_prefix: bool = False
+    areas: Areas | None = None
     share: Share = EVERYTHING
 
     def __call__(self, step: int) -> list[CaptionBatch]:
         """The rank's contiguous share of the step's samples, in micro-batches."""
-        size, (first, count) = self.train.micro_batch_size, self.share.of(step, self.train)
+        if self.areas is not None:
+            first, count = self.share.of(step, self.train.num_mini_batches)
+            return [
+                self._batch(range(begin, begin + size), partial(_in_patches, area, self.patch_size))
+                for area, begin, size in map(self.areas.mini_batch, range(first, first + count))
+            ]
+        first, count = self.share.of(step, self.train.batch_size)
+        size, end = self.train.micro_batch_size or count, first + count
         return [
-            self._batch(range(begin, min(begin + (size or count), first + count)))
-            for begin in range(first, first + count, size or count)
+            self._batch(range(begin, min(begin + size, end))) for begin in range(first, end, size)
         ]
 
-    def _batch(self, numbers: Sequence[int]) -> CaptionBatch:
-        skipped = Skipped()
-        samples = [self.corpus.sample(number, skipped) for number in numbers]
-        prefixes = [self._prefix(number) for number in numbers]
+    def _batch(self, numbers: Sequence[int], fit: Fit | None = None) -> CaptionBatch:
+        skipped, area = Skipped(), self.patch_size**2
+        samples = [self.corpus.sample(number, skipped, fit) for number in numbers]
+        # Pictures (H, W, 3): of one size, or with `fit` of many.
+        pictures = [sample.pixels for sample in samples]
+        prefixes = [
+            self._prefix(number, picture.shape[0] * picture.shape[1] // area)
+            for number, picture in zip(numbers, pictures, strict=True)
+        ]
         captions = [sample.caption for sample in samples]
         ids, length = encode_captions(captions, self.tokenizer, self.max_text_tokens)
+        normalise = self.preprocessing.normalise
         batch = CaptionBatch(
-            pixel_values=self.preprocessing.normalise(np.stack([s.pixels for s in samples])),
+            pixel_values=[normalise(picture[None])[0] for picture in pictures]
+            if fit
+            else normalise(np.stack(pictures)),
             prefix_length=torch.tensor(prefixes),
             caption_ids=ids,
             caption_length=length,
@@ -116,11 +145,17 @@ class CaptionBatches:
             batch["skipped_rows"] = skipped.examples
         return batch
 
-    def _prefix(self, number: int) -> int:
+    def _prefix(self, number: int, num_patches: int) -> int:
         """How many patches of a sample the encoder may see at once: 1..num_patches - 1, or all."""
         if self.full_prefix:
-            return self.num_patches
-        return int(scenes.generator(self.seed, "prefix", number).integers(1, self.num_patches))
+            return num_patches
+        return int(scenes.generator(self.seed, "prefix", number).integers(1, num_patches))
+
+
+def _in_patches(area: int, patch_size: int, width: int, height: int) -> tuple[int, int]:
+    """Width and height in pixels of a picture that is to have at most `area` whole patches."""
+    rows, columns = grid(height, width, area)
+    return columns * patch_size, rows * patch_size
 
 
 def caption_batches(
@@ -130,36 +165,39 @@ def caption_batches(
     seed: int,
     tokenizer: Any,
     preprocessing: Preprocessing,
-    num_patches: int,
     max_text_tokens: int,
+    patch_size: int = 14,
     full_prefix: bool = False,
+    areas: tuple[int, int] | None = None,
     share: Share = EVERYTHING,
 ) -> CaptionBatches:
-    """The pre-training batches by step: pictures, captions, and a prefix length of
-    1..num_patches-1 for each picture, or with `full_prefix` of all its patches.
+    """The pre-training batches by step: pictures, captions, and a prefix length of 1 to all but one
+    of its patches for each picture, or with `full_prefix` of all.
 
-    Opens the sources of `data`; UsageError where one cannot be read. A rank gets its
-    contiguous `share` of every step.
+    Pictures are squares, or with `areas`, the least and the most patches, whole ones of an area
+    that is drawn for each micro-batch; this then has as many patches as `micro_batch_size` squares.
+    Opens the sources of `data`; UsageError where one cannot be read. A rank gets its contiguous
+    `share` of every step.
     """
-    world = world_seed(seed, data)
-    size = preprocessing.image_size
-    corpus = Corpus(data, world, image_size=size, max_text_tokens=max_text_tokens)
+    world, size = world_seed(seed, data), preprocessing.image_size
+    num_patches = (train.micro_batch_size or train.batch_size) * (size // patch_size) ** 2
     return CaptionBatches(
-        corpus,
+        Corpus(data, world, image_size=size, max_text_tokens=max_text_tokens),
         train,
         world,
         tokenizer,
         preprocessing,
-        num_patches,
+        patch_size,
         max_text_tokens,
         full_prefix,
+        None if areas is None else Areas(*areas, num_patches, mixed(world, 2)),
         share,
     )
 
 
 def encode_captions(
     captions: list[str], tokenizer: Any, max_text_tokens: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Captions as ids (B, T) and lengths (B,), cut at `max_text_tokens` and padded with zeros."""
     # The leading space makes a first word the token that it is elsewhere; a caption that says
     # <|end|> means these letters.
@@ -219,7 +257,7 @@ def conversation_batches(
     return micro_batches(train, read, collate, lambda sample: len(sample[1].ids), share=share)
 
 
-def picture_batch(sheets: Sequence[scenes.Scene], preprocessing: Preprocessing) -> torch.Tensor:
+def picture_batch(sheets: Sequence[scenes.Scene], preprocessing: Preprocessing) -> Tensor:
     """The sheets rendered at the encoder's own size and normalised: (B, 3, H, W)."""
     return preprocessing.normalise(
         np.stack([scenes.render(sheet, preprocessing.image_size) for sheet in sheets])

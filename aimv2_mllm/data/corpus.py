@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from aimv2_mllm.data import scenes
-from aimv2_mllm.data.decode import decode, middle_square, random_crop
+from aimv2_mllm.data.decode import Fit, decode, middle_square, random_crop, whole
 from aimv2_mllm.data.files import Unusable
 from aimv2_mllm.data.order import EpochOrder, Mixture, mixed
 from aimv2_mllm.data.sources import open_sources
@@ -23,6 +23,7 @@ EXAMPLES = 3  # names of unusable rows that are passed on, per batch
 # The longest token of the usual vocabularies that is a word has about 20 characters; what comes
 # after this many times the tokens that are kept cannot be among them.
 CHARACTERS_PER_TOKEN = 32
+LONGEST_SHEET = 2.0  # of the embedded world where sizes vary: the largest aspect ratio
 
 
 @dataclass
@@ -41,7 +42,7 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Sample:
-    """Pixels (S, S, 3) uint8 and their caption."""
+    """Pixels (H, W, 3) uint8 and their caption."""
 
     pixels: np.ndarray
     caption: str
@@ -68,16 +69,18 @@ class Corpus:
         # Nothing for the embedded world alone, which never changes.
         self.digest = hashlib.sha256(digests.encode()).hexdigest()[:16] if opened else ""
 
-    def sample(self, number: int, skipped: Skipped) -> Sample:
+    def sample(self, number: int, skipped: Skipped, fit: Fit | None = None) -> Sample:
         """Sample `number`; rows that had to be left out for it are added to `skipped`.
 
-        RunFailed when `MOST_TRIES` rows in a row are unusable.
+        Its picture is a square of `image_size` pixels, or with `fit` a whole picture at the size
+        that this gives. RunFailed when `MOST_TRIES` rows in a row are unusable.
         """
         turn, position = self._mixture.turn(number)
         source, order = self._sources[turn], self._orders[turn]
         if source is None or order is None:
             sheet = scenes.scene(self._seed, "train", position)
-            return Sample(scenes.render(sheet, self._size), scenes.caption(sheet))
+            width, height = self._sheet_size(position, fit)
+            return Sample(scenes.render(sheet, height, width), scenes.caption(sheet))
         errors = []
         for place in range(position, position + MOST_TRIES):
             row = order.row(place)
@@ -86,7 +89,7 @@ class Corpus:
                 caption = self._cleaned(caption)
                 if not caption:
                     raise Unusable("no_caption", "its caption is empty")
-                return Sample(self._pixels(content, turn, place), caption)
+                return Sample(self._pixels(content, (turn, place), fit), caption)
             except Unusable as error:
                 name = source.name(row)
                 text = str(error) if name in str(error) else f"{name}: {error}"
@@ -98,13 +101,22 @@ class Corpus:
             f"{said}\nmend or remove them, and run the same command again"
         )
 
-    def _pixels(self, content: bytes, turn: int, place: int) -> np.ndarray:
+    def _sheet_size(self, position: int, fit: Fit | None) -> tuple[int, int]:
+        """Width and height of a sheet in pixels; with `fit` its aspect ratio is drawn."""
+        if fit is None:
+            return self._size, self._size
+        exponent = scenes.generator(self._seed, "aspect", position).uniform(-0.5, 0.5)
+        longer = LONGEST_SHEET**exponent
+        return fit(round(1000 * longer), round(1000 / longer))
+
+    def _pixels(self, content: bytes, where: tuple[int, int], fit: Fit | None) -> np.ndarray:
         if not content:
             raise Unusable("empty", "the picture is empty")
+        size = fit or self._size
         if not self._data.augment:
-            return decode(content, self._size, middle_square)
-        random = scenes.generator(self._seed, "crop", turn, place)
-        pixels = decode(content, self._size, lambda w, h: random_crop(w, h, random))
+            return decode(content, size, whole if fit else middle_square)
+        random = scenes.generator(self._seed, "crop", *where)
+        pixels = decode(content, size, whole if fit else lambda w, h: random_crop(w, h, random))
         return pixels[:, ::-1] if random.random() < self._data.flip else pixels
 
     def _cleaned(self, caption: str) -> str:

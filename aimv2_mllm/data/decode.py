@@ -21,6 +21,10 @@ ASPECT = (3 / 4, 4 / 3)
 TRIES = 10  # for a crop that fits, as torchvision has it
 
 
+# From a picture's width and height to those it gets, in pixels.
+Fit = Callable[[int, int], tuple[int, int]]
+
+
 class Box(NamedTuple):
     """A part of a picture, in pixels from its top left."""
 
@@ -34,6 +38,11 @@ def middle_square(width: int, height: int) -> Box:
     """The largest square in the middle: what an encoder sees outside of training."""
     side = min(width, height)
     return Box((width - side) / 2, (height - side) / 2, side, side)
+
+
+def whole(width: int, height: int) -> Box:
+    """All of the picture: what an encoder for any size sees."""
+    return Box(0, 0, width, height)
 
 
 def random_crop(width: int, height: int, random: np.random.Generator) -> Box:
@@ -52,30 +61,35 @@ def random_crop(width: int, height: int, random: np.random.Generator) -> Box:
     return Box((width - wide) // 2, (height - high) // 2, wide, high)
 
 
-def decode(content: bytes, size: int, choose: Callable[[int, int], Box]) -> np.ndarray:
-    """A part of an encoded picture, resized bicubically to (size, size, 3) uint8.
+def decode(content: bytes, size: int | Fit, choose: Callable[[int, int], Box]) -> np.ndarray:
+    """A part of an encoded picture, resized bicubically to (height, width, 3) uint8.
 
-    `choose` gives the part from the width and height of the picture as it stands upright. Of
-    something animated the first picture is taken. Raises `Unusable` for what is no whole picture.
+    `size` is the side of a square, or gives width and height from those of the picture as it stands
+    upright; `choose` gives the part from the same. Of something animated the first picture is
+    taken. Raises `Unusable` for what is no whole picture.
     """
+
+    def wanted(width: int, height: int) -> tuple[int, int]:
+        return (size, size) if isinstance(size, int) else size(width, height)
+
     with opened(io.BytesIO(content)) as picture:
         if isinstance(picture, JpegImageFile):
             turned = orientation(picture) in (5, 6, 7, 8)  # lies on its side
             width, height = picture.size[::-1] if turned else picture.size
-            box = choose(width, height)
+            box, to = choose(width, height), wanted(width, height)
             # The whole at the size where the part is just large enough.
-            needed = math.ceil(width * size / box.width), math.ceil(height * size / box.height)
+            needed = math.ceil(width * to[0] / box.width), math.ceil(height * to[1] / box.height)
             drafted = picture.draft(None, needed[::-1] if turned else needed)
             # Its answer is the whole in pixels of what will be decoded, unrounded.
             scale = 1.0 if drafted is None else drafted[1][2] / (height if turned else width)
             picture.load()
-            return _resized(upright(picture), Box(*(side * scale for side in box)), size)
+            return _resized(upright(picture), Box(*(side * scale for side in box)), to)
         picture.load()
-        whole = upright(picture)
-        return _resized(whole, choose(*whole.size), size)
+        standing = upright(picture)
+        return _resized(standing, choose(*standing.size), wanted(*standing.size))
 
 
-def _resized(picture: Image.Image, box: Box, size: int) -> np.ndarray:
+def _resized(picture: Image.Image, box: Box, size: tuple[int, int]) -> np.ndarray:
     # Only the part is converted, cut at whole pixels around the box; but the range of deep grey is
     # told from the whole.
     picture = as_rgb(picture) if picture.mode[0] in "IF" else picture
@@ -89,4 +103,4 @@ def _resized(picture: Image.Image, box: Box, size: int) -> np.ndarray:
         min(box.left + box.width - left, part.width),
         min(box.top + box.height - top, part.height),
     )
-    return np.asarray(part.resize((size, size), Image.Resampling.BICUBIC, box=inside))
+    return np.asarray(part.resize(size, Image.Resampling.BICUBIC, box=inside))

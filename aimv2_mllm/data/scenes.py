@@ -140,15 +140,16 @@ def single_digit(scan: int, seed: int) -> Scene:
     return Scene((250, 250, 250), (digit,))
 
 
-def render(scene: Scene, size: int) -> np.ndarray:
-    """The sheet as (size, size, 3) uint8: each scan enlarged bicubically and laid on the paper as
-    ink."""
-    sheet = np.empty((size, size, 3), dtype=np.float32)
+def render(scene: Scene, height: int, width: int | None = None) -> np.ndarray:
+    """The sheet as (height, width, 3) uint8, a square one without `width`: each scan enlarged
+    bicubically, by the sheet's shorter side, and laid on the paper as ink."""
+    width = width or height
+    sheet = np.empty((height, width, 3), dtype=np.float32)
     sheet[:] = scene.paper
     for digit in scene.digits:
-        side = max(8, round(digit.side * size))
-        left = min(round(digit.left * size), size - side)
-        top = min(round(digit.top * size), size - side)
+        side = min(max(8, round(digit.side * min(height, width))), height, width)
+        left = min(round(digit.left * width), width - side)
+        top = min(round(digit.top * height), height - side)
         scan = Image.fromarray(scans()[0][digit.scan])
         ink = np.asarray(scan.resize((side, side), Image.Resampling.BICUBIC)).clip(0, 1)[..., None]
         area = sheet[top : top + side, left : left + side]

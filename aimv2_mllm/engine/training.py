@@ -122,11 +122,12 @@ class Training:
     ) -> metrics.Step:
         """Leave the step's clipped gradients in the model, and tell what they were made of."""
         batches = [dict(batch) for batch in micro_batches]
-        totals, skipped = self._totals(objective, batches)
+        totals, skipped, samples = self._totals(objective, batches)
         sums: dict[str, Tensor] = {}
         self.optimizer.zero_grad()
-        config = self._run.config
-        counter = FlopCounter() if self._flops_per_sample is None else None
+        # Samples of different sizes are different work, which then is counted at every step.
+        sizes_vary = any(isinstance(value, list) for value in batches[0].values())
+        counter = FlopCounter() if self._flops_per_sample is None or sizes_vary else None
         # A counter cannot see into compiled code: what the first step computes is not compiled.
         with torch.compiler.set_stance("default" if counter is None else "force_eager"):
             for number, batch in enumerate(batches, 1):
@@ -137,31 +138,32 @@ class Training:
                 for name, value in loss._asdict().items():
                     sums[name] = sums.get(name, 0) + value.detach().float()
         if counter is not None:
-            self._flops_per_sample = counter.flops * self._run.ranks.size / config.batch_size
-        flops = (self._flops_per_sample or 0.0) * config.batch_size
+            self._flops_per_sample = counter.flops * self._run.ranks.size / samples
+        flops = (self._flops_per_sample or 0.0) * samples
         values = self._added_and_clipped(sums)
-        return metrics.Step(values, totals, skipped, config.batch_size, flops)
+        return metrics.Step(values, totals, skipped, samples, flops)
 
     def _totals(
         self, objective: Objective, batches: list[dict[str, Any]]
-    ) -> tuple[dict[str, int], dict[str, int]]:
-        """The step's targets by kind and skipped rows by reason, over all ranks."""
+    ) -> tuple[dict[str, int], dict[str, int], int]:
+        """The step's targets by kind, skipped rows by reason, and samples, over all ranks."""
         assert batches, "a step without a batch"
-        skipped, totals = dict[str, int](), dict[str, int]()
+        skipped, totals, samples = dict[str, int](), dict[str, int](), 0
         for batch in batches:
             _add_to(skipped, batch.pop("skipped", {}))
             _add_to(totals, objective.targets(batch))
+            samples += len(next(iter(batch.values())))
         ranks = self._run.ranks
         kinds = sorted(totals)
-        *counts, num_batches, num_skipped = ranks.add_up(
-            [*(totals[kind] for kind in kinds), len(batches), sum(skipped.values())]
+        *counts, samples, num_batches, num_skipped = ranks.add_up(
+            [*(totals[kind] for kind in kinds), samples, len(batches), sum(skipped.values())]
         )
         assert num_batches == len(batches) * ranks.size, "ranks differ in their micro-batches"
         if num_skipped:
             every, skipped = ranks.gather(skipped), {}
             for one in every:
                 _add_to(skipped, one)
-        return {kind: counts[kinds.index(kind)] for kind in totals}, skipped
+        return {kind: counts[kinds.index(kind)] for kind in totals}, skipped, samples
 
     def _loss(
         self,

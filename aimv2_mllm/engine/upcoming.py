@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-# From the 0-based step to this rank's micro-batches of it, at least one. A micro-batch may hold
-# `skipped`, the rows left out by reason, which the model does not get to see.
+# From the 0-based step to this rank's micro-batches of it, at least one. What a micro-batch holds
+# has a row for each sample, but for `skipped`, the rows left out by reason, which the model does
+# not get to see.
 Batches = Callable[[int], Sequence[Mapping[str, Any]]]
 
 

@@ -6,6 +6,7 @@ What a worker says is wrong comes out in the trainer as it would without workers
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import multiprocessing.process
 import signal
@@ -14,6 +15,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from aimv2_mllm.errors import RunFailed, UsageError
@@ -28,6 +30,13 @@ class _Refusal(NamedTuple):
     text: str
 
 
+class _Joined(NamedTuple):
+    """Tensors of different shapes, one after the other."""
+
+    values: Tensor
+    shapes: list[tuple[int, ...]]
+
+
 class _Steps(Dataset[MicroBatches | _Refusal]):
     """A step's batches by the step's number, or what was refused while making them."""
 
@@ -36,10 +45,24 @@ class _Steps(Dataset[MicroBatches | _Refusal]):
 
     def __getitem__(self, step: int) -> MicroBatches | _Refusal:
         try:
-            return self._batches(step)
+            return [{k: _joined(v) for k, v in batch.items()} for batch in self._batches(step)]
         except (UsageError, RunFailed) as error:
             # As a value: raised, it would come out wrapped in the worker's traceback.
             return _Refusal(type(error), str(error))
+
+
+def _joined(value: Any) -> Any:
+    # Each tensor on its way to the trainer takes an open file, of which there may be 1,024.
+    if not (isinstance(value, list) and value and isinstance(value[0], Tensor)):
+        return value
+    return _Joined(torch.cat([one.flatten() for one in value]), [tuple(v.shape) for v in value])
+
+
+def _split(value: Any) -> Any:
+    if not isinstance(value, _Joined):
+        return value
+    parts = torch.split(value.values, [math.prod(shape) for shape in value.shapes])
+    return [part.view(*shape) for part, shape in zip(parts, value.shapes, strict=True)]
 
 
 def _ignore_signals(worker: int) -> None:
@@ -92,7 +115,7 @@ def prepared_by_workers(
                 )
             if isinstance(micro_batches, _Refusal):
                 raise micro_batches.kind(micro_batches.text)
-            yield step, micro_batches
+            yield step, [{k: _split(v) for k, v in batch.items()} for batch in micro_batches]
     finally:
         del made  # ends the workers
         _end(started)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from aimv2_mllm.data.labelled import Pictures
 from aimv2_mllm.errors import RunFailed, UsageError
-from aimv2_mllm.evaluation.vision import Tower
+from aimv2_mllm.evaluation.vision import Seeing
 
 BATCH_SIZE = 128
 MOST_SKIPPED = 0.05  # the largest share of a split that may be left out as undecodable
@@ -39,7 +39,7 @@ class Examples:
     skipped: list[str] = field(default_factory=list)  # why, of each picture left out
 
 
-def look(tower: Tower, pictures: Pictures, name: str, *, keep_tokens: bool = False) -> Examples:
+def look(tower: Seeing, pictures: Pictures, name: str, *, keep_tokens: bool = False) -> Examples:
     """`pictures`, in words `name`, as `tower` sees them.
 
     With `keep_tokens` the patch tokens are kept, in a file of the temporary folder where they are
@@ -64,7 +64,9 @@ def look(tower: Tower, pictures: Pictures, name: str, *, keep_tokens: bool = Fal
             )
         if not decoded:
             continue
-        tokens = tower(tower.prepare([picture for _, picture in decoded]))  # (B, N, D)
+        pixels = tower.prepare([picture for _, picture in decoded])
+        with torch.inference_mode():
+            tokens = tower(pixels).float()  # (B, N, D)
         if not tokens.half().isfinite().all():
             raise RunFailed(f"{name}: the tower gives features that are not finite numbers")
         if keep_tokens:

@@ -19,7 +19,7 @@ from aimv2_mllm.errors import UsageError
 from aimv2_mllm.evaluation import attentive
 from aimv2_mllm.evaluation.answers import wilson_interval
 from aimv2_mllm.evaluation.examples import BATCH_SIZE, Examples, centred, look
-from aimv2_mllm.evaluation.vision import Tower, weights_sha256
+from aimv2_mllm.evaluation.vision import Seeing, weights_sha256
 from aimv2_mllm.model.encoder import AIMv2Encoder, EncoderConfig
 
 # DINO's protocol (Caron et al., 2021, arXiv 2104.14294, k-NN evaluation): the 20 nearest by cosine,
@@ -29,7 +29,7 @@ PENALTY = 0.1  # scikit-learn's C, fixed: nothing is chosen for the linear probe
 
 
 def probe(
-    tower: Tower,
+    tower: Seeing,
     data: Labelled,
     kinds: Sequence[str],
     *,
@@ -168,7 +168,7 @@ def majority(labels: Sequence[int], truth: Tensor) -> dict[str, Any]:
     return score(torch.tensor(labels).mode().values.expand(len(truth)), truth)
 
 
-def describe(tower: Tower) -> dict[str, Any]:
+def describe(tower: Seeing) -> dict[str, Any]:
     """What a tower is, for the record: its kind, what it looks at, the hash of its weights."""
     return {
         "model_type": tower.kind,

@@ -20,8 +20,8 @@ from aimv2_mllm.evaluation.answers import Asked, Speaker
 from aimv2_mllm.evaluation.features import see
 from aimv2_mllm.evaluation.losses import held_out_losses
 from aimv2_mllm.evaluation.probes import fresh_encoder, probe
-from aimv2_mllm.evaluation.vision import AIMv2Tower
 from aimv2_mllm.job import Place
+from aimv2_mllm.model.towers import Tower
 
 Narrate = Callable[[str], None]
 
@@ -92,7 +92,7 @@ def _judge_pretraining(findings: Findings, folder: Path, place: Place) -> None:
     encoder, seed = model.encoder, config.seed
     sheets = _sheets(findings.asked, seed)
     findings.numbers |= held_out_losses(model, tokenizer, preprocessing, sheets, seed=seed)
-    findings.numbers |= _digits(AIMv2Tower(encoder, preprocessing), seed)
+    findings.numbers |= _digits(Tower("aimv2", encoder, preprocessing), seed)
     findings.numbers["parameters"] = {
         "encoder": _count(encoder),
         "decoder": _count(model) - _count(encoder),
@@ -127,16 +127,16 @@ def _compare_pretraining(findings: Findings, place: Place) -> None:
         model, tokenizer, preprocessing = dreams.load_pretrainer(place.result(name))
         sheets = _sheets(findings.asked, seed)
         told = held_out_losses(model, tokenizer, preprocessing, sheets, seed=seed, whole=True)
-        digits = _digits(AIMv2Tower(model.encoder, preprocessing), seed)
+        digits = _digits(Tower("aimv2", model.encoder, preprocessing), seed)
         told |= {key: digits[key] for key in ("digit_knn_accuracy", "digit_linear_accuracy")}
         compared[name] = told
     findings.numbers["pretrain_stages"] = compared
 
 
-def _digits(tower: AIMv2Tower, seed: int) -> dict[str, float]:
+def _digits(tower: Tower, seed: int) -> dict[str, float]:
     """How many single held-out digits the tower's features tell, and those of a fresh tower."""
     data = labelled.handwriting(seed)
-    fresh = AIMv2Tower(fresh_encoder(tower.module.config, seed), tower.preprocessing)
+    fresh = Tower("aimv2", fresh_encoder(tower.config, seed), tower.preprocessing)
     found, untrained = (probe(one, data, ("knn", "linear"), seed=seed) for one in (tower, fresh))
     shares = {
         "digit_knn_accuracy": found["probes"]["knn"],

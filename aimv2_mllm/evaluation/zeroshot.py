@@ -20,7 +20,6 @@ from aimv2_mllm.data.labelled import Labelled
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.evaluation.examples import look
 from aimv2_mllm.evaluation.probes import describe, majority, score
-from aimv2_mllm.evaluation.vision import fit
 from aimv2_mllm.model.preprocessing import Preprocessing
 
 NAME = "{}"  # stands for the class in a template
@@ -53,7 +52,7 @@ class LitTower:
         return module
 
     def prepare(self, pictures: Sequence[Image.Image]) -> Tensor:
-        return fit(pictures, self.preprocessing)
+        return self.preprocessing.prepare(pictures)
 
     @torch.inference_mode()
     def __call__(self, pixel_values: Tensor) -> Tensor:

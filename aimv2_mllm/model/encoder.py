@@ -311,7 +311,7 @@ class AIMv2Encoder(nn.Module):
         the pre-training's (see `prefix_mask`); without it every patch sees every patch. Raises
         ValueError on a size it cannot take.
         """
-        self._check(pixel_values)
+        self.check(pixel_values)
         tokens = self.preprocessor(pixel_values)  # (B, N, D)
         mask = None if prefix_length is None else prefix_mask(prefix_length, tokens.shape[1])
         features: Tensor = self.trunk(tokens, mask)
@@ -328,7 +328,7 @@ class AIMv2Encoder(nn.Module):
         if not images:
             return []
         for image in images:
-            self._check(image[None])
+            self.check(image[None])
         area = self.config.patch_size**2
         num_patches = [image.shape[-2] * image.shape[-1] // area for image in images]
         if prefix_lengths is not None:
@@ -342,7 +342,8 @@ class AIMv2Encoder(nn.Module):
         by_place = dict(zip(order, features, strict=True))
         return [by_place[i] for i in range(len(images))]
 
-    def _check(self, pixel_values: Tensor) -> None:
+    def check(self, pixel_values: Tensor) -> None:
+        """ValueError for pixel values of a shape that the encoder cannot take."""
         config, shape = self.config, tuple(pixel_values.shape)
         if len(shape) != 4 or shape[1] != config.num_channels:
             raise ValueError(

@@ -12,6 +12,7 @@ import torch
 
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.model.encoder import AIMv2Encoder
+from aimv2_mllm.model.foreign import demand_whole, first_line
 from aimv2_mllm.model.layouts import transformers_config
 from aimv2_mllm.model.namings import NAMINGS, rename
 from aimv2_mllm.model.preprocessing import Preprocessing
@@ -40,7 +41,7 @@ def load_tokenizer(name: str, *, talks: bool = True) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(llm_source(name), trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
         raise UsageError(
-            f"{name}: no tokenizer can be loaded from there ({_first_line(error)})"
+            f"{name}: no tokenizer can be loaded from there ({first_line(error)})"
         ) from None
     if not talks:
         if tokenizer.eos_token_id is None:
@@ -72,22 +73,10 @@ def load_llm(name: str) -> "PreTrainedModel":
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise UsageError(
-            f"{name}: no causal LLM can be loaded from there ({_first_line(error)})"
+            f"{name}: no causal LLM can be loaded from there ({first_line(error)})"
         ) from None
     demand_whole(report, name)
     return model
-
-
-def demand_whole(report: dict[str, Any], where: str) -> None:
-    """UsageError unless transformers' loading report says that weights and model fit exactly."""
-    faults = [f"{name} is missing" for name in sorted(report["missing_keys"])]
-    faults += [f"{name} is left over" for name in sorted(report["unexpected_keys"])]
-    faults += [f"{name} has another shape" for name, *_ in sorted(report["mismatched_keys"])]
-    if faults:
-        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
-        raise UsageError(
-            f"{where}: its weights do not fit its config.json: {', '.join(faults[:3])}{more}"
-        )
 
 
 def layer_names(name: str) -> list[str]:
@@ -100,7 +89,7 @@ def layer_names(name: str) -> list[str]:
             return linear_layers(AutoModelForCausalLM.from_config(config).base_model)
     except (OSError, ValueError) as error:
         raise UsageError(
-            f"{name}: no causal LLM can be loaded from there ({_first_line(error)})"
+            f"{name}: no causal LLM can be loaded from there ({first_line(error)})"
         ) from None
 
 
@@ -165,7 +154,3 @@ def build_processor(
         chat_template=tokenizer.chat_template,
         image_token=IMAGE_TOKEN,
     )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,59 @@
+"""Models of transformers, loaded strictly: all of their weights, and none too many."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..errors import UsageError
+from .families import TOWERS
+
+
+def load_foreign(kind: str, folder: Path) -> nn.Module:
+    """The network of transformers in `folder`, a tower of the family `kind`; UsageError, naming
+    the tensors, where its weights do not fit it."""
+    family = TOWERS[kind]
+    try:
+        import transformers
+        from safetensors import SafetensorError
+    except ImportError:
+        raise UsageError(
+            f"{folder}: a {kind} tower needs transformers: pip install 'aimv2-mllm[train]'"
+        ) from None
+    if not hasattr(transformers, family.model):
+        raise UsageError(
+            f"{folder}: transformers {transformers.__version__} has no {family.model}: "
+            "pip install --upgrade transformers"
+        )
+    try:
+        module, report = getattr(transformers, family.model).from_pretrained(
+            folder,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in the report
+            use_safetensors=True,
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UsageError(
+            f"{folder}: no {kind} can be loaded from there ({first_line(error)})"
+        ) from None
+    left_over = [n for n in report["unexpected_keys"] if not n.startswith(family.other_parts)]
+    demand_whole({**report, "unexpected_keys": left_over}, str(folder))
+    network: nn.Module = module
+    return network
+
+
+def demand_whole(report: dict[str, Any], where: str) -> None:
+    """UsageError unless transformers' loading report says that weights and model fit exactly."""
+    faults = [f"{name} is missing" for name in sorted(report["missing_keys"])]
+    faults += [f"{name} is left over" for name in sorted(report["unexpected_keys"])]
+    faults += [f"{name} has another shape" for name, *_ in sorted(report["mismatched_keys"])]
+    if faults:
+        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise UsageError(
+            f"{where}: its weights do not fit its config.json: {', '.join(faults[:3])}{more}"
+        )
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what `error` says, or if it says nothing its type."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
