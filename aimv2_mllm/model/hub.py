@@ -8,6 +8,7 @@ from os.path import exists, isdir  # pathlib's raise on a name that is too long
 from pathlib import Path
 
 from ..errors import UsageError
+from .shapes import shapes_only
 
 # `model*`: the same repositories hold the weights of other frameworks too.
 HUB_FILES = [
@@ -56,6 +57,10 @@ def commit_of(source: str | Path, folder: Path) -> str | None:
     return folder.name if downloaded else None
 
 
+def _wanted() -> list[str]:
+    return [name for name in HUB_FILES if not (shapes_only() and name.endswith(".safetensors"))]
+
+
 def _download(repository: str, revision: str | None) -> Path:
     try:
         from huggingface_hub import errors, snapshot_download
@@ -67,7 +72,7 @@ def _download(repository: str, revision: str | None) -> Path:
     page = f"https://huggingface.co/{repository}"
     try:
         path = snapshot_download(
-            repository, revision=revision, allow_patterns=HUB_FILES, etag_timeout=TIMEOUT
+            repository, revision=revision, allow_patterns=_wanted(), etag_timeout=TIMEOUT
         )
         return Path(path)
     # It raises types of the network libraries below it too, others with every release.
