@@ -186,9 +186,7 @@ def _stood_in(here: str, stage: Stage, wrong: set[str], micro: int, folder: Path
     if is_native:  # what a micro-batch holds follows from its size
         size = few = micro
     few -= few % size
-    update["train"] = stage.train.model_copy(
-        update={"batch_size": few, "micro_batch_size": size}
-    )
+    update["train"] = stage.train.model_copy(update={"batch_size": few, "micro_batch_size": size})
     listed = getattr(stage.data, "sources", None)
     if listed is not None:
         there = [s for i, s in enumerate(listed) if f"{here}.data.sources.{i}" not in wrong]
@@ -290,10 +288,12 @@ def _cost(
     share = num_devices
     gathered = unsharded * (width + 4)  # weights as they are multiplied, gradients as added
     held = most.activations + gathered
-    return Memory(weights // share, trained // share, 2 * trained // share, held, most.logits), flops
+    return Memory(
+        weights // share, trained // share, 2 * trained // share, held, most.logits
+    ), flops
 
 
 def _gathered(model: nn.Module) -> int:
     """How many parameters FSDP2 holds whole at once: what is in no block, and two blocks."""
-    sizes = sorted((sum(p.numel() for p in block.parameters()) for block in blocks(model)))
+    sizes = sorted(sum(p.numel() for p in block.parameters()) for block in blocks(model))
     return sum(p.numel() for p in model.parameters()) - sum(sizes) + sum(sizes[-2:])

@@ -66,6 +66,9 @@ TABLE = (
     "page",
     "report",
     "run",
+    "problems",
+    "plan",
+    "plan_text",
     "seeing",
     "prompts",
     "chat",
@@ -188,9 +191,11 @@ def test_the_hub_is_reached_only_where_it_is_asked_for() -> None:
 
 def test_the_command_line_offers_the_layouts_and_precisions_that_there_are() -> None:
     from aimv2_mllm import convert, parser
+    from aimv2_mllm.engine.accelerators import ACCELERATORS
     from aimv2_mllm.model.layouts import LAYOUTS
 
     assert tuple(LAYOUTS) == parser.LAYOUTS
+    assert tuple(ACCELERATORS) == parser.ACCELERATORS
     assert tuple(convert.DTYPES) == parser.DTYPES
 
 
@@ -205,7 +210,10 @@ def test_verbs_and_flags_are_frozen() -> None:
     [verbs] = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
     assert flags(parser) == ["--help", "--version"]
     assert {verb: flags(words) for verb, words in verbs.choices.items()} == {
-        "run": ["--help", "RECIPE", "key.sub=value"],
+        "run": [
+            "--help", "RECIPE", "key.sub=value", "--dry-run", "--accelerator", "--devices",
+            "--utilisation",
+        ],
         "chat": ["--help", "MODEL", "--image", "--prompt", "--max-new-tokens"],
         "sample": ["--help", "MODEL", "OUT", "--seed", "--size"],
         "probe": [

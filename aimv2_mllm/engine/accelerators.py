@@ -21,6 +21,7 @@ class Accelerator:
     has_bf16: bool
     bf16: float
     fp32: float
+    is_shared: bool = False  # by all processes, as a machine's own memory is
 
     def peak(self, precision: str) -> float:
         """Operations per second at most."""
@@ -64,4 +65,5 @@ def _at_hand() -> Accelerator:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     half = has_bf16(device)
     fp32 = peak(device, "fp32")
-    return Accelerator(name, memory, half, peak(device, "bf16") if half else fp32, fp32)
+    bf16 = peak(device, "bf16") if half else fp32
+    return Accelerator(name, memory, half, bf16, fp32, is_shared=device.type == "cpu")

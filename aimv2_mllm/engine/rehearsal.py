@@ -25,7 +25,6 @@ from aimv2_mllm.engine.strategies import keep_inputs
 
 if TYPE_CHECKING:
     from aimv2_mllm.engine.training import Objective
-    from aimv2_mllm.recipe_train import TrainConfig
 
 META = torch.device("meta")
 CPU = torch.device("cpu")
