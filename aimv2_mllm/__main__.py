@@ -68,6 +68,9 @@ def _dry_run(
 ) -> None:
     """Print the plan, and end with the problems if there are any."""
     from aimv2_mllm.engine.accelerators import accelerator as known
+    from aimv2_mllm.model.hub import stay_offline_unless_reached
+
+    stay_offline_unless_reached()
     from aimv2_mllm.plan import plan
     from aimv2_mllm.plan_text import limits, written
 

@@ -5,7 +5,6 @@ the meta device; so a plan follows whatever the models are. Results of earlier s
 for by their configs, corpora that are not there by the longest captions.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -22,18 +21,13 @@ from aimv2_mllm.engine.rehearsal import Footprint, rehearse
 from aimv2_mllm.engine.strategies import blocks
 from aimv2_mllm.errors import RunFailed, UsageError
 from aimv2_mllm.job import Job, Place
-from aimv2_mllm.model.mllm import TINY_LLM
 from aimv2_mllm.model.shapes import only_shapes
 from aimv2_mllm.problems import Problem, find_problems
 from aimv2_mllm.recipe import Recipe
-from aimv2_mllm.recipe_data import HandwritingSource
-from aimv2_mllm.recipe_stages import LitStage, PretrainStage, Stage, StartChoice
+from aimv2_mllm.recipe_stages import LitStage, PretrainStage, Stage
 from aimv2_mllm.recipe_train import TrainConfig
 from aimv2_mllm.stages import STAGES
-
-MOST_SAMPLES, MOST_MICRO_BATCHES = 32, 4  # read for a plan
-# Words of the tokenizers with which AIMv2 was trained, where a recipe's own cannot be had.
-WORDS = {"pretrain": 32_000, "lit": 49_408}
+from aimv2_mllm.stand_ins import WORDS, grown, longest_caption, stood_in
 
 
 @dataclass(frozen=True)
@@ -63,7 +57,7 @@ class SourceUse:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """What one stage would do; `shapes`, `memory` and `flops` are empty where a model is missing."""
+    """What one stage would do; no table, shapes, memory and operations where a model is missing."""
 
     name: str
     kind: str
@@ -127,7 +121,7 @@ def _planned(
     micro = min(stage.train.micro_batch_size or count, count)
     sources, is_missing = _sources(f"stages.{name}", stage, wrong)
     result = StagePlan(name, stage.kind, stage.train, micro, math.ceil(count / micro), sources)
-    standing = _stood_in(f"stages.{name}", stage, wrong, micro, sketch.folder)
+    standing = stood_in(f"stages.{name}", stage, wrong, micro, sketch.folder)
     try:
         with only_shapes():
             job = STAGES[stage.kind].build(standing, sketch)
@@ -138,20 +132,20 @@ def _planned(
         batches = job.batches(0)
     except (UsageError, RunFailed) as error:
         return result, str(error)
-    longest = _longest_caption(stage) if is_missing else None
-    grown = [_grown(dict(batch), micro, longest) for batch in batches]
+    longest = longest_caption(stage) if is_missing else None
+    full = [grown(dict(batch), micro, longest) for batch in batches]
     notes = []
     if longest:
         notes.append(f"no captions at hand: all are counted with {longest} tokens")
     if f"stages.{name}.tokenizer" in wrong:
         notes.append(f"no tokenizer at hand: counted with {WORDS.get(stage.kind, 0):,} words")
     table = job.table()
-    memory, flops = _cost(job, stage.train, grown, device, num_devices, result.num_micro_batches)
+    memory, flops = _cost(job, stage.train, full, device, num_devices, result.num_micro_batches)
     trained = [p for named in job.parts.values() for _, p in named]
     return replace(
         result,
         table=table,
-        shapes={k: _shape(v) for k, v in _largest(grown).items() if _shape(v)},
+        shapes={k: _shape(v) for k, v in _largest(full).items() if _shape(v)},
         memory=memory,
         flops=flops,
         checkpoint=3 * sum(p.nbytes for p in trained),
@@ -175,67 +169,6 @@ def _sources(here: str, stage: Stage, wrong: set[str]) -> tuple[list[SourceUse],
         drawn = stage.train.steps * stage.train.batch_size * source.weight / weights
         found.append(SourceUse(source.kind, rows, drawn / rows if rows else None))
     return found, is_missing
-
-
-def _stood_in(here: str, stage: Stage, wrong: set[str], micro: int, folder: Path) -> Stage:
-    """The stage with what is at hand in place of what is missing, and few samples a step."""
-    update: dict[str, Any] = {}
-    size = min(micro, MOST_SAMPLES)
-    few = min(stage.train.batch_size, MOST_MICRO_BATCHES * size, max(MOST_SAMPLES, size))
-    is_native = isinstance(stage, PretrainStage) and stage.encoder.native
-    if is_native:  # what a micro-batch holds follows from its size
-        size = few = micro
-    few -= few % size
-    update["train"] = stage.train.model_copy(update={"batch_size": few, "micro_batch_size": size})
-    listed = getattr(stage.data, "sources", None)
-    if listed is not None:
-        there = [s for i, s in enumerate(listed) if f"{here}.data.sources.{i}" not in wrong]
-        if isinstance(stage, PretrainStage | LitStage):
-            there = there or [HandwritingSource()]
-            update["data"] = stage.data.model_copy(update={"sources": there})
-    if f"{here}.tokenizer" in wrong and stage.kind in WORDS:
-        update["tokenizer"] = str(_tokenizer_of(WORDS[stage.kind], folder / "tokenizer"))
-    if isinstance(stage, PretrainStage):
-        update["start"] = StartChoice()  # sizes are the recipe's own
-    return stage.model_copy(update=update)
-
-
-def _tokenizer_of(words: int, folder: Path) -> Path:
-    """A tokenizer that tells as many words apart: the shipped one, with words never used."""
-    folder.mkdir(exist_ok=True)
-    for path in TINY_LLM.glob("*token*"):
-        (folder / path.name).write_bytes(path.read_bytes())
-    path = folder / "tokenizer.json"
-    plain = json.loads(path.read_text(encoding="utf-8"))
-    vocabulary = plain["model"]["vocab"]
-    taken = {*vocabulary.values(), *(token["id"] for token in plain["added_tokens"])}
-    vocabulary |= {f"unused{i}": i for i in range(words) if i not in taken}
-    path.write_text(json.dumps(plain), encoding="utf-8")
-    return folder
-
-
-def _longest_caption(stage: Stage) -> int:
-    if isinstance(stage, LitStage):
-        return stage.text.max_position_embeddings - 1
-    return stage.decoder.max_text_tokens if isinstance(stage, PretrainStage) else 0
-
-
-def _grown(batch: dict[str, Any], size: int, longest: int | None) -> dict[str, Any]:
-    """`batch` with its samples over and over up to `size`, captions as long as `longest`."""
-    for name in ("skipped", "skipped_rows"):
-        batch.pop(name, None)
-    if isinstance(batch.get("pixel_values"), list):
-        return batch
-    count = len(next(iter(batch.values())))
-    if longest and "caption_ids" in batch:
-        batch["caption_ids"] = torch.zeros(count, longest, dtype=torch.int64)
-        batch["caption_length"] = torch.full((count,), longest)
-    rows = torch.arange(size) % count
-    # Pixels are no more than a shape.
-    return {
-        k: v.to("meta")[rows.to("meta")] if v.is_floating_point() else v[rows]
-        for k, v in batch.items()
-    }
 
 
 def _shape(value: Any) -> tuple[int, ...]:

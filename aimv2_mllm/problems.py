@@ -27,7 +27,8 @@ class Problem:
 
     def __str__(self) -> str:
         text = self.text.removeprefix(self.key)
-        return f"{self.key}{'' if text != self.text else ': '}{text}".replace("\n", "; ")
+        lines = "; ".join(line.strip() for line in text.splitlines()).replace(":; ", ": ")
+        return f"{self.key}{'' if text != self.text else ': '}{lines}"
 
 
 def find_problems(place: Place, num_devices: int) -> list[Problem]:

@@ -67,6 +67,7 @@ TABLE = (
     "report",
     "run",
     "problems",
+    "stand_ins",
     "plan",
     "plan_text",
     "seeing",

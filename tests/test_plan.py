@@ -15,21 +15,30 @@ from aimv2_mllm.engine.rehearsal import rehearse
 from aimv2_mllm.engine.strategies import keep_inputs
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.job import Place
-from aimv2_mllm.plan import StagePlan, plan
+from aimv2_mllm.model.shapes import only_shapes
+from aimv2_mllm.plan import Memory, StagePlan, plan
 from aimv2_mllm.stages import STAGES
+from aimv2_mllm.stand_ins import grown
 
 LARGE = Accelerator("large", 10**12, True, 1e15, 1e14)
 
 
-def planned(folder: Path, *overrides: str, devices: int = 1) -> list[StagePlan]:
-    found = plan(tiny_recipe(folder, *overrides), LARGE, devices)
+def memory_of(folder: Path, *overrides: str, devices: int = 1) -> Memory:
+    """What a plan says of the memory of the quickstart's first stage."""
+    recipe = tiny_recipe(folder, *overrides)
+    alone = recipe.model_copy(update={"stages": {"pretrain": recipe.stages["pretrain"]}})
+    found = plan(alone, LARGE, devices)
     assert not found.problems
-    return list(found.stages)
+    [stage] = found.stages
+    assert stage.memory
+    return stage.memory
 
 
 def test_a_plan_has_the_parts_and_operations_of_the_run(tiny_run: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(tiny_run)
-    stages = planned(tmp_path / "new")
+    found = plan(tiny_recipe(tmp_path / "new"), LARGE, 1)
+    assert not found.problems
+    stages = found.stages
     assert [stage.name for stage in stages] == list(recipe.stages)
     for stage in stages:
         record = json.loads((tiny_run / stage.name / "model" / "stage.json").read_text())
@@ -61,9 +70,6 @@ def most_bytes(model: torch.nn.Module, objective: Any, batch: dict[str, Any]) ->
 def test_memory_is_what_is_allocated(
     tiny_run: Path, tmp_path: Path, name: str, checkpointing: bool
 ) -> None:
-    from aimv2_mllm.model.shapes import only_shapes
-    from aimv2_mllm.plan import _grown
-
     recipe = tiny_recipe(tiny_run)
     stage, where = recipe.stages[name], Place(recipe, tiny_run)
     job = STAGES[stage.kind].build(stage, where)
@@ -73,7 +79,7 @@ def test_memory_is_what_is_allocated(
     footprint = rehearse(
         shapes.model.train(),
         shapes.objective,
-        _grown(dict(batch), 4, None),
+        grown(dict(batch), 4, None),
         half=False,
         checkpointing=checkpointing,
         words=512,
@@ -89,12 +95,10 @@ def test_memory_is_what_is_allocated(
 
 
 def test_sharding_divides_what_is_kept_and_copies_keep_all(tmp_path: Path) -> None:
-    alone = planned(tmp_path)[0].memory
-    copied = planned(tmp_path, devices=4)[0].memory
-    sharded = planned(tmp_path, "stages.pretrain.train.strategy=fsdp2", devices=4)[0].memory
-    assert alone
-    assert copied
-    assert sharded
+    alone = memory_of(tmp_path)
+    copied = memory_of(tmp_path, devices=4)
+    halves = ("stages.pretrain.train.strategy=fsdp2", "stages.pretrain.train.precision=bf16")
+    sharded = memory_of(tmp_path, *halves, devices=4)
     assert copied.weights == alone.weights
     assert copied.gradients == alone.weights == alone.optimiser // 2
     assert sharded.weights == alone.weights // 4
@@ -104,9 +108,7 @@ def test_sharding_divides_what_is_kept_and_copies_keep_all(tmp_path: Path) -> No
 def test_half_precision_and_checkpointing_take_less(tmp_path: Path) -> None:
     def activations(*words: str) -> int:
         more = ["stages.pretrain.train.batch_size=64", "stages.pretrain.encoder.image_size=112"]
-        memory = planned(tmp_path, *more, *words)[0].memory
-        assert memory
-        return memory.activations
+        return memory_of(tmp_path, *more, *words).activations
 
     plain = activations()
     assert activations("stages.pretrain.train.activation_checkpointing=true") < plain / 2
@@ -125,7 +127,7 @@ def test_accelerators_have_a_peak_and_a_memory() -> None:
         device = accelerator(name)
         assert device.bf16 > device.fp32 > 1e13
         assert device.memory > 2e10
-    with pytest.raises(UsageError, match="there is no h10; there is .* did you mean h100"):
+    with pytest.raises(UsageError, match=r"there is no h10; there is .* did you mean h100"):
         accelerator("h10")
 
 
@@ -167,7 +169,7 @@ def test_every_problem_is_told_beside_the_plan(
     assert code == 2
     for words in (
         "output: ",
-        "stages.pretrain.data.sources.0: nowhere/a.tar: there is no such shard",
+        "stages.pretrain.data.sources.0: nowhere/a.tar: there is no folder nowhere",
         "stages.pretrain.tokenizer: ./nowhere: no tokenizer can be loaded",
         "stages.align.train.batch_size is 33, which 2 processes cannot share evenly",
         "no_such_package is not installed",

@@ -52,10 +52,10 @@ class _Shapes(TorchDispatchMode):
         kwargs = dict(kwargs or {})
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         on_meta = any(tensor.is_meta for tensor in given)
-        if not on_meta and kwargs.get("device") is not None:
+        is_placed = not on_meta and kwargs.get("device") is not None
+        if is_placed and not _is_floating(given, kwargs):
             # Made from whole numbers, or moved, to the device of a float: it stays real.
-            if not _is_floating(given, kwargs):
-                kwargs["device"] = CPU
+            kwargs["device"] = CPU
         if on_meta and any(not tensor.is_meta for tensor in given):
             args, kwargs = tree_map(_as_meta, _with_places(func, args)), tree_map(_as_meta, kwargs)
         result = func(*args, **kwargs)
@@ -194,7 +194,8 @@ def rehearse(
     if checkpointing:
         # Not a mode around backward, which leaves all modes; nor counted, for it is done twice.
         keep_inputs(model, lambda: (nullcontext(), _Kernels(half, keeps_casts=False)))
-    batch = {name: _floats_on_meta(value) for name, value in batch.items()}
+    dtype = next(model.parameters()).dtype
+    batch = {name: _floats_on_meta(value, dtype) for name, value in batch.items()}
     totals = objective.targets(batch)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     counter, shapes, weights = FlopCounter(), _Shapes(words), 0
@@ -228,7 +229,8 @@ def rehearse(
     return Footprint(alive - weights - gradients, logits, gradients, counter.flops)
 
 
-def _floats_on_meta(value: Any) -> Any:
+def _floats_on_meta(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, list):
-        return [_floats_on_meta(one) for one in value]
-    return _as_meta(value) if isinstance(value, Tensor) and value.is_floating_point() else value
+        return [_floats_on_meta(one, dtype) for one in value]
+    is_floating = isinstance(value, Tensor) and value.is_floating_point()
+    return value.to(META, dtype) if is_floating else value

@@ -3,9 +3,12 @@
 Only configs, safetensors, the card and the licence are ever downloaded; no code is.
 """
 
+import os
 import re
+import socket
 from os.path import exists, isdir  # pathlib's raise on a name that is too long
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from ..errors import UsageError
 from .shapes import shapes_only
@@ -48,6 +51,20 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
     if named and revision is not None and named != revision:
         raise UsageError(f"{source} names a revision, and another is asked for: {revision}")
     return _download(repository, revision or named or None)
+
+
+def stay_offline_unless_reached(seconds: float = 3.0) -> None:
+    """Tell the libraries that are not imported yet to look only at what was downloaded before, if
+    the hub does not answer: each would try six times for every file."""
+    proxies = ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")
+    if any(name in os.environ for name in proxies):
+        return
+    end = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    port = end.port or (80 if end.scheme == "http" else 443)
+    try:
+        socket.create_connection((end.hostname or "", port), timeout=seconds).close()
+    except OSError:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 def commit_of(source: str | Path, folder: Path) -> str | None:
