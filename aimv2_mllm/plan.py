@@ -101,7 +101,7 @@ def plan(recipe: Recipe, device: Accelerator, num_devices: int) -> Plan:
         for name, stage in recipe.stages.items():
             planned, unbuilt = _planned(name, stage, sketch, wrong, device, num_devices)
             stages.append(planned)
-            known = any(key.startswith(f"stages.{name}.") for key in wrong)
+            known = any(f"{key}.".startswith(f"stages.{name}.") for key in wrong)
             if unbuilt and not known and not _follows_on(stage, stages):
                 problems.append(Problem(f"stages.{name}", unbuilt))
     return Plan(stages, problems)
@@ -140,15 +140,15 @@ def _planned(
     if f"stages.{name}.tokenizer" in wrong:
         notes.append(f"no tokenizer at hand: counted with {WORDS.get(stage.kind, 0):,} words")
     table = job.table()
+    trained = sum(p.nbytes for named in job.parts.values() for _, p in named)
     memory, flops = _cost(job, stage.train, full, device, num_devices, result.num_micro_batches)
-    trained = [p for named in job.parts.values() for _, p in named]
     return replace(
         result,
         table=table,
         shapes={k: _shape(v) for k, v in _largest(full).items() if _shape(v)},
         memory=memory,
         flops=flops,
-        checkpoint=3 * sum(p.nbytes for p in trained),
+        checkpoint=3 * trained,
         notes=notes,
     ), ""
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from os.path import isdir
 from typing import Any
 
@@ -26,9 +27,8 @@ class Problem:
     text: str
 
     def __str__(self) -> str:
-        text = self.text.removeprefix(self.key)
-        lines = "; ".join(line.strip() for line in text.splitlines()).replace(":; ", ": ")
-        return f"{self.key}{'' if text != self.text else ': '}{lines}"
+        lines = "; ".join(line.strip() for line in self.text.splitlines()).replace(":; ", ": ")
+        return lines if lines.startswith(self.key) else f"{self.key}: {lines}"
 
 
 def find_problems(place: Place, num_devices: int) -> list[Problem]:
@@ -39,19 +39,16 @@ def find_problems(place: Place, num_devices: int) -> list[Problem]:
             continue
         here = f"stages.{name}"
         of_stage = [*_data(here, stage), *_models(here, stage, place)]
-        if not of_stage:
-
-            def check(name: str = name) -> None:
-                with only_shapes():
-                    check_stage(name, place)
-
-            of_stage = list(_tried(here, check))
-        found += of_stage
-        found += _tried(
-            f"{here}.train.batch_size", lambda n=name, s=stage: check_shares(n, s, num_devices)
-        )
-        found += _tried(f"{here}.train.trackers", lambda s=stage: require(s.train.trackers))
+        # It stops at the first problem, which may be one that is known.
+        found += of_stage or _tried(here, partial(_checked, name, place))
+        found += _tried(f"{here}.train.batch_size", partial(check_shares, name, stage, num_devices))
+        found += _tried(f"{here}.train.trackers", partial(require, stage.train.trackers))
     return found
+
+
+def _checked(name: str, place: Place) -> None:
+    with only_shapes():
+        check_stage(name, place)
 
 
 def _tried(key: str, check: Callable[[], Any]) -> Iterator[Problem]:
@@ -66,7 +63,7 @@ def _data(here: str, stage: Stage) -> Iterator[Problem]:
     for number, source in enumerate(sources):
         if source.kind in SOURCES and isinstance(stage, PretrainStage | LitStage):
             one = stage.data.model_copy(update={"sources": [source]})
-            yield from _tried(f"{here}.data.sources.{number}", lambda one=one: open_sources(one))
+            yield from _tried(f"{here}.data.sources.{number}", partial(open_sources, one))
 
 
 def _models(here: str, stage: Stage, place: Place) -> Iterator[Problem]:
@@ -78,12 +75,11 @@ def _models(here: str, stage: Stage, place: Place) -> Iterator[Problem]:
         if not isinstance(value, str) or value in place.recipe.stages:
             continue
         if key in ("tokenizer", "llm"):
-            talks = key == "llm"
             yield from _tried(
-                f"{here}.{key}", lambda v=value, t=talks: mllm.load_tokenizer(v, talks=t)
+                f"{here}.{key}", partial(mllm.load_tokenizer, value, talks=key == "llm")
             )
         else:
-            yield from _tried(f"{here}.{key}", lambda v=value: _weights(v))
+            yield from _tried(f"{here}.{key}", partial(_weights, value))
 
 
 def _weights(source: str) -> None:

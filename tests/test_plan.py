@@ -176,7 +176,7 @@ def test_every_problem_is_told_beside_the_plan(
         "stages.tune: lora.targets: the LLM has no q_prj",
     ):
         assert words in err, words
-    assert len(err.splitlines()) == 6
+    assert len(err.splitlines()) == 6, err
     assert "all are counted with 64 tokens" in out
     assert "counted with 32,000 words" in out
     assert "caption_ids 16x64" in out

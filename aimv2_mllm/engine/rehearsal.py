@@ -30,12 +30,12 @@ META = torch.device("meta")
 CPU = torch.device("cpu")
 
 
-class _Shapes(TorchDispatchMode):
+class _Shapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While entered, floating numbers on the meta device meet real whole ones from the CPU, and the
     bytes of what is alive on the meta device are counted."""
 
     def __init__(self, words: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.alive = self.logits = self.gradients = 0
         self.peak = (0, 0, 0)  # bytes of everything, of logits and of gradients, at one moment
         self._words = words
@@ -209,7 +209,7 @@ def rehearse(
             if parameter.grad is not None:
                 shapes.note(parameter.grad, is_gradient=True)
             hooks.append(
-                parameter.register_post_accumulate_grad_hook(
+                parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
                     lambda p: shapes.note(p.grad, is_gradient=True)
                 )
             )

@@ -42,11 +42,13 @@ def _from_config(
 ) -> Any:
     config = config or cls.config_class.from_pretrained(source, trust_remote_code=False)
     model = cls._from_config(config, dtype=kwargs.get("dtype") or torch.float32)
-    whole = {key: [] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    whole: dict[str, list[str]] = {
+        key: [] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")
+    }
     return (model, whole) if output_loading_info else model
 
 
-_FROM_CONFIG = classmethod(_from_config)
+_FROM_CONFIG: Any = classmethod(_from_config)  # type: ignore[arg-type]
 
 
 def _save_config(self: Any, folder: Any, **kwargs: Any) -> None:
