@@ -53,7 +53,7 @@ def read_encoder(folder: Path, image_size: int | None = None) -> tuple[AIMv2Enco
     config = encoder_config(read_config(folder), folder / CONFIG_FILE)
     if shapes_only():
         side = None if config.native else image_size
-        return AIMv2Encoder(_resized(config, side, folder) if side else config), []
+        return AIMv2Encoder(resized_config(config, side, folder) if side else config), []
     with torch.device("meta"):
         encoder = AIMv2Encoder(config)
     tensors = read_tensors(folder)
