@@ -7,13 +7,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from aimv2_mllm.data import scenes
-from aimv2_mllm.data.batches import conversation_batches, world_seed
-from aimv2_mllm.data.conversations import conversation
+from aimv2_mllm.data.batches import world_seed
+from aimv2_mllm.data.drawing import Skipped
+from aimv2_mllm.data.talk_batches import TalkBatches, conversation_batches
+from aimv2_mllm.data.talks import TalkCorpus
+from aimv2_mllm.data.templates import chat_template
 from aimv2_mllm.data.tokenizer import train_tokenizer
 from aimv2_mllm.engine.optimizer import Parts
 from aimv2_mllm.errors import UsageError, nearest
-from aimv2_mllm.job import Job, Place, named_parts
+from aimv2_mllm.job import DataFacts, Job, Place, named_parts
 from aimv2_mllm.model import mllm
 from aimv2_mllm.model.hub import locate
 from aimv2_mllm.model.preprocessing import Preprocessing
@@ -27,7 +29,7 @@ TOKENIZER_TEXTS = 3000  # conversations from which a tokenizer is learned
 def build_align(stage: AlignStage, place: Place) -> Job:
     """A Llava of a frozen tower and a frozen LLM, with the connector between them trained."""
     tower, llm = locate(place.source(stage.tower)), place.source(stage.llm)
-    tokenizer = mllm.load_tokenizer(llm)
+    tokenizer = mllm.load_tokenizer(llm, chat_template=chat_template(stage.data))
     model = mllm.assemble(load_encoder(tower), mllm.load_llm(llm), tokenizer)
     model.requires_grad_(False)
     model.model.multi_modal_projector.requires_grad_(True)
@@ -50,6 +52,8 @@ def build_tune(stage: TuneStage, place: Place) -> Job:
     start = place.result(stage.start)
     base = LlavaForConditionalGeneration.from_pretrained(start, dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(start)
+    if template := chat_template(stage.data):
+        processor.chat_template = processor.tokenizer.chat_template = template
     check_targets(stage.lora.targets, mllm.linear_layers(base.model.language_model))
     targets = "|".join(stage.lora.targets)
     config = LoraConfig(
@@ -94,7 +98,7 @@ def _conversation_job(
         num_image_tokens=(preprocessing.image_size // processor.patch_size) ** 2,
         share=place.share,
     )
-    return Job(model, parts, AnswerObjective(), batches, save)
+    return Job(model, parts, AnswerObjective(), batches, save, _facts(stage, batches))
 
 
 def build_language(stage: LanguageStage, place: Place) -> Job:
@@ -103,17 +107,8 @@ def build_language(stage: LanguageStage, place: Place) -> Job:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     seed = world_seed(place.recipe.seed, stage.data)
-    tasks = {str(task): weight for task, weight in stage.data.tasks.items()}
-    talks = (
-        conversation(
-            scenes.scene(seed, "train", i),
-            scenes.generator(seed, "words", i),
-            tasks=tasks,
-            turns=4,
-            seen=False,
-        )
-        for i in range(TOKENIZER_TEXTS)
-    )
+    corpus, skipped = TalkCorpus(stage.data, seed, None), Skipped()
+    talks = (corpus.words(number, skipped) for number in range(TOKENIZER_TEXTS))
     texts = (f" {message['content'][-1]['text']}" for talk in talks for message in talk)
     tokenizer = train_tokenizer(texts, stage.vocab_size)
     config = LlamaConfig(
@@ -139,7 +134,13 @@ def build_language(stage: LanguageStage, place: Place) -> Job:
         preprocessing=None,
         share=place.share,
     )
-    return Job(model, {"llm": list(model.named_parameters())}, AnswerObjective(), batches, save)
+    parts = {"llm": list(model.named_parameters())}
+    return Job(model, parts, AnswerObjective(), batches, save, _facts(stage, batches))
+
+
+def _facts(stage: AlignStage | TuneStage | LanguageStage, batches: TalkBatches) -> DataFacts:
+    corpus = batches.corpus
+    return DataFacts(stage.data.workers, stage.data.max_skipped, corpus.digest, corpus.notes)
 
 
 def check_targets(targets: list[str], layers: list[str]) -> None:

@@ -8,13 +8,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from aimv2_mllm.data.sources import open_sources
+from aimv2_mllm.data.talk_sources import open_talk_sources
+from aimv2_mllm.data.templates import Writer, chat_template
 from aimv2_mllm.encoder_stages import build_lit, build_pretrain
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.job import Job, Place
 from aimv2_mllm.llm_stages import build_align, build_language, build_tune, check_targets
 from aimv2_mllm.model import mllm
 from aimv2_mllm.model.weights import load_encoder
-from aimv2_mllm.recipe_stages import AlignStage, LitStage, PretrainStage, Stage, TuneStage
+from aimv2_mllm.recipe_stages import (
+    AlignStage,
+    LanguageStage,
+    LitStage,
+    PretrainStage,
+    Stage,
+    TuneStage,
+)
 
 
 @dataclass(frozen=True)
@@ -60,12 +69,17 @@ def check_inputs(place: Place) -> None:
             done = place.result(name).is_dir()
             if isinstance(stage, PretrainStage | LitStage) and not done:
                 open_sources(stage.data)
+            if isinstance(stage, AlignStage | TuneStage | LanguageStage) and not done:
+                open_talk_sources(stage.data)
             encoder = stage.start.encoder if isinstance(stage, PretrainStage) else None
             for source in _outside([encoder, getattr(stage, "tower", None)], place):
                 load_encoder(source)
             for source in set(inputs(stage, place)) - set(towers(stage, place)):
-                talks = not isinstance(stage, PretrainStage | LitStage)
-                mllm.load_tokenizer(source, talks=talks)
+                if isinstance(stage, AlignStage):
+                    own = mllm.load_tokenizer(source, chat_template=chat_template(stage.data))
+                    Writer(own, stage.data.template)
+                else:
+                    mllm.load_tokenizer(source, talks=False)
             if isinstance(stage, TuneStage):
                 start = place.recipe.stages[stage.start]
                 assert isinstance(start, AlignStage), start

@@ -128,12 +128,15 @@ def test_on_and_off_are_switches_where_a_switch_is_wanted(file: Path) -> None:
         ("train.step=3", "unknown key; the keys here are steps, .* did you mean steps?"),
         ("lora.dropout=1", "must be less than 1"),
         ("lora.targets=[]", "must not be empty"),
-        ("data.turns=9", "must be less than or equal to 8"),
+        ("data.sources=[{kind: handwriting, turns: 9}]", "must be less than or equal to 8"),
         (
-            "data.tasks={quest: 1}",
+            "data.sources=[{kind: handwriting, tasks: {quest: 1}}]",
             "must be one of describe, backwards, table, several, question; did you mean question",
         ),
-        ("data.source=hand", "must be one of handwriting"),
+        (
+            "data.sources=[{kind: hand}]",
+            "must be one of handwriting, llava, .*; did you mean handwriting",
+        ),
         ("train=3", "is 3, must be a mapping"),
         ("kind=tuna", 'is "tuna", must be one of .*; did you mean tune?'),
     ],

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
-from aimv2_mllm.data.images import as_rgb, opened, orientation, upright
+from aimv2_mllm.data.images import MAX_SQUARE_SIDE, as_rgb, opened, orientation, upright
 
 # AIMv2's augmentation (section 2 of its paper's appendix): share of the area, and width / height.
 AREA = (0.4, 1.0)
@@ -73,6 +73,27 @@ def decode(content: bytes, size: int, choose: Callable[[int, int], Box]) -> np.n
         picture.load()
         whole = upright(picture)
         return _resized(whole, choose(*whole.size), size)
+
+
+def decode_padded(content: bytes, size: int, rim: tuple[int, int, int]) -> np.ndarray:
+    """The whole of an encoded picture in the middle of a square of the colour `rim`, resized
+    bicubically to (size, size, 3) uint8, as LLaVA does it. Refuses what `decode` refuses.
+    """
+    with opened(io.BytesIO(content)) as picture:
+        if isinstance(picture, JpegImageFile):
+            # The longer side at least `size`, and so the other in proportion.
+            scale = size / max(picture.size)
+            width, height = picture.size
+            picture.draft(None, (math.ceil(width * scale), math.ceil(height * scale)))
+        picture.load()
+        whole = as_rgb(upright(picture))
+        side = max(whole.size)
+        if side > MAX_SQUARE_SIDE:  # the square of a long strip would not fit into memory
+            whole.thumbnail((MAX_SQUARE_SIDE, MAX_SQUARE_SIDE))
+            side = max(whole.size)
+        square = Image.new("RGB", (side, side), rim)
+        square.paste(whole, ((side - whole.width) // 2, (side - whole.height) // 2))
+        return np.asarray(square.resize((size, size), Image.Resampling.BICUBIC))
 
 
 def _resized(picture: Image.Image, box: Box, size: int) -> np.ndarray:
