@@ -12,8 +12,8 @@ from typing import Any
 
 FACTS = Path(__file__).with_suffix(".json")
 WORDS = (
-    "▁ ▁a ▁the ▁cat ▁USER ▁A SIST ANT ▁ASSISTANT ▁Yes ▁No US ER USER ▁of ▁What ▁is ▁in ▁this ▁picture"
-    " .</ ▁two ▁red ; ▁curious ▁user ▁assistant ▁and ▁questions"
+    "▁ ▁a ▁the ▁cat ▁USER ▁A SIST ANT ▁ASSISTANT ▁Yes ▁No US ER USER ▁of ▁What ▁is ▁in ▁this"
+    " ▁picture .</ ▁two ▁red ; ▁curious ▁user ▁assistant ▁and ▁questions"
 )
 ROWS: dict[str, list[tuple[str, str]]] = {
     "picture first": [("human", "<image>\nWhat is in this picture?"), ("gpt", "A red cat.")],

@@ -134,8 +134,8 @@ def test_on_and_off_are_switches_where_a_switch_is_wanted(file: Path) -> None:
             "must be one of describe, backwards, table, several, question; did you mean question",
         ),
         (
-            "data.sources=[{kind: hand}]",
-            "must be one of handwriting, llava, .*; did you mean handwriting",
+            "data.sources=[{kind: llama}]",
+            "must be one of handwriting, llava, .*; did you mean llava",
         ),
         ("train=3", "is 3, must be a mapping"),
         ("kind=tuna", 'is "tuna", must be one of .*; did you mean tune?'),

@@ -55,14 +55,19 @@ class TalkBatches:
         return batches
 
     def _collated(self, samples: Sequence[TalkSample]) -> ConversationBatch:
-        batch = pad([sample.encoded for sample in samples], self.pad_token_id)
-        if self.preprocessing is not None:
+        rows = [sample.encoded for sample in samples]
+        pictures = [picture for sample in samples for picture in sample.pictures]
+        if self.preprocessing is None:
+            return pad(rows, self.pad_token_id)
+        if not pictures:
+            # Where nobody sees anything the connector would get no gradient at all, and neither
+            # other ranks nor a model of which nothing else is trained could do with that. A blank
+            # picture with nothing to learn gives it one of zeros.
+            rows.append(self.writer.blank())
             size = self.preprocessing.image_size
-            pictures = [picture for sample in samples for picture in sample.pictures]
-            # Without any picture there are none of that size: the connector then gets gradients of
-            # zero, as every rank and strategy expects, and not nothing at all.
-            stacked = np.stack(pictures) if pictures else np.zeros((0, size, size, 3), np.uint8)
-            batch["pixel_values"] = self.preprocessing.normalise(stacked)
+            pictures.append(np.zeros((size, size, 3), np.uint8))
+        batch = pad(rows, self.pad_token_id)
+        batch["pixel_values"] = self.preprocessing.normalise(np.stack(pictures))
         return batch
 
 

@@ -142,6 +142,11 @@ class Writer:
             raise Unusable("nothing_supervised", "no token of it is supervised")
         return encoded
 
+    def blank(self) -> Encoded:
+        """A picture about which nothing is said, and so nothing supervised."""
+        ids = np.full(self._num_image_tokens, self._image)
+        return Encoded(ids, np.full(len(ids), IGNORED))
+
     def _check(self, messages: Sequence[Message]) -> None:
         # Letters that are a special token would become it: the end of an answer, or a picture.
         for message in messages:
