@@ -58,6 +58,8 @@ class Chat:
 
     def _tells(self, probe: list[Message]) -> bool:
         try:
+            # What follows an answer is the same whether or not the conversation goes on.
+            self._ending = self._render(self._as_taken(probe[:2])).partition("a0z.")[2]
             text, spans = self(probe)
         except (Unusable, jinja2.TemplateError, TypeError, ValueError):
             return False
@@ -72,8 +74,7 @@ class Chat:
 
     def __call__(self, messages: Sequence[Message]) -> Written:
         """The conversation as the template writes it."""
-        write = _tidy if self._takes_parts else as_text
-        messages = [{**message, "content": write(message)} for message in messages]
+        messages = self._as_taken(messages)
         if self._is_marked:
             return self._marked(messages)
         text, spans = self._render(messages), []
@@ -81,6 +82,10 @@ class Chat:
             if message["role"] == "assistant":
                 spans.append(self._span(messages, number, text))
         return Written(text, spans)
+
+    def _as_taken(self, messages: Sequence[Message]) -> list[Message]:
+        write = _tidy if self._takes_parts else as_text
+        return [{**message, "content": write(message)} for message in messages]
 
     def _render(self, messages: Sequence[Message], *, ask: bool = False) -> str:
         return str(
@@ -102,21 +107,20 @@ class Chat:
 
     def _span(self, messages: Sequence[Message], number: int, text: str) -> tuple[int, int]:
         """From where answer `number` is asked for to behind its end token, in the whole `text`."""
-        answer = messages[number]["content"]
-        answer = (answer if isinstance(answer, str) else answer[0]["text"]).strip()
         asked = self._render(messages[:number], ask=True)
         alone = self._render(messages[: number + 1])
-        begin = len(asked)
-        place, place_alone = text.find(answer, begin), alone.find(answer, begin)
-        # What follows an answer is the same whether or not the conversation goes on.
-        ending = alone[place_alone + len(answer) :]
-        end = place + len(answer)
-        is_told = (
-            text.startswith(asked) and alone.startswith(asked) and min(place, place_alone) >= 0
-        )
-        if not is_told or not text.startswith(ending, end):
-            raise Unusable("template", "the chat template does not tell where an answer ends")
-        return begin, end + len(ending.rstrip())
+        begin, blank = len(asked), len(self._ending) - len(self._ending.rstrip())
+        if text.startswith(asked) and alone.startswith(asked) and alone.endswith(self._ending):
+            said = alone[begin:]
+            if text.startswith(said, begin):
+                return begin, begin + len(said) - blank
+            # Some templates open the last answer alone with an empty thought.
+            answer = messages[number]["content"]
+            answer = (answer if isinstance(answer, str) else answer[0]["text"]).strip()
+            place = text.find(answer + self._ending, begin)
+            if place >= 0 and not text[begin:place].strip():
+                return begin, place + len(answer) + len(self._ending) - blank
+        raise Unusable("template", "the chat template does not tell where an answer ends")
 
 
 def _tidy(message: Message) -> list[dict[str, Any]]:
