@@ -11,7 +11,7 @@ from aimv2_mllm.data.batches import world_seed
 from aimv2_mllm.data.drawing import Skipped
 from aimv2_mllm.data.talk_batches import TalkBatches, conversation_batches
 from aimv2_mllm.data.talks import TalkCorpus
-from aimv2_mllm.data.templates import chat_template
+from aimv2_mllm.data.templates import V1_CHAT_TEMPLATE
 from aimv2_mllm.data.tokenizer import train_tokenizer
 from aimv2_mllm.engine.optimizer import Parts
 from aimv2_mllm.errors import UsageError, nearest
@@ -21,6 +21,7 @@ from aimv2_mllm.model.hub import locate
 from aimv2_mllm.model.preprocessing import Preprocessing
 from aimv2_mllm.model.weights import load_encoder
 from aimv2_mllm.objective import AnswerObjective
+from aimv2_mllm.recipe_data import ConversationData
 from aimv2_mllm.recipe_stages import AlignStage, LanguageStage, TuneStage
 
 TOKENIZER_TEXTS = 3000  # conversations from which a tokenizer is learned
@@ -29,7 +30,7 @@ TOKENIZER_TEXTS = 3000  # conversations from which a tokenizer is learned
 def build_align(stage: AlignStage, place: Place) -> Job:
     """A Llava of a frozen tower and a frozen LLM, with the connector between them trained."""
     tower, llm = locate(place.source(stage.tower)), place.source(stage.llm)
-    tokenizer = mllm.load_tokenizer(llm, chat_template=chat_template(stage.data))
+    tokenizer = load_talker(llm, stage.data)
     model = mllm.assemble(load_encoder(tower), mllm.load_llm(llm), tokenizer)
     model.requires_grad_(False)
     model.model.multi_modal_projector.requires_grad_(True)
@@ -38,6 +39,16 @@ def build_align(stage: AlignStage, place: Place) -> Job:
     )
     parts = named_parts(model, {"connector": ("model.multi_modal_projector.",)})
     return _conversation_job(model, parts, stage, place, processor, lambda: model)
+
+
+def load_talker(llm: str, data: ConversationData) -> Any:
+    """The tokenizer of `llm` with the chat template by which one talks to what is trained on
+    `data`; UsageError where it has none."""
+    own = None if data.template == "chat" else V1_CHAT_TEMPLATE
+    tokenizer = mllm.load_tokenizer(llm, chat_template=own)
+    if data.template == "v1":
+        tokenizer.chat_template = V1_CHAT_TEMPLATE
+    return tokenizer
 
 
 def build_tune(stage: TuneStage, place: Place) -> Job:
@@ -52,8 +63,8 @@ def build_tune(stage: TuneStage, place: Place) -> Job:
     start = place.result(stage.start)
     base = LlavaForConditionalGeneration.from_pretrained(start, dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(start)
-    if template := chat_template(stage.data):
-        processor.chat_template = processor.tokenizer.chat_template = template
+    if stage.data.template == "v1":
+        processor.chat_template = processor.tokenizer.chat_template = V1_CHAT_TEMPLATE
     check_targets(stage.lora.targets, mllm.linear_layers(base.model.language_model))
     targets = "|".join(stage.lora.targets)
     config = LoraConfig(

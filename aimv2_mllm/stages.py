@@ -9,11 +9,17 @@ from typing import Any
 
 from aimv2_mllm.data.sources import open_sources
 from aimv2_mllm.data.talk_sources import open_talk_sources
-from aimv2_mllm.data.templates import Writer, chat_template
+from aimv2_mllm.data.templates import Writer
 from aimv2_mllm.encoder_stages import build_lit, build_pretrain
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.job import Job, Place
-from aimv2_mllm.llm_stages import build_align, build_language, build_tune, check_targets
+from aimv2_mllm.llm_stages import (
+    build_align,
+    build_language,
+    build_tune,
+    check_targets,
+    load_talker,
+)
 from aimv2_mllm.model import mllm
 from aimv2_mllm.model.weights import load_encoder
 from aimv2_mllm.recipe_stages import (
@@ -76,8 +82,7 @@ def check_inputs(place: Place) -> None:
                 load_encoder(source)
             for source in set(inputs(stage, place)) - set(towers(stage, place)):
                 if isinstance(stage, AlignStage):
-                    own = mllm.load_tokenizer(source, chat_template=chat_template(stage.data))
-                    Writer(own, stage.data.template)
+                    Writer(load_talker(source, stage.data), stage.data.template)
                 else:
                     mllm.load_tokenizer(source, talks=False)
             if isinstance(stage, TuneStage):
@@ -85,5 +90,6 @@ def check_inputs(place: Place) -> None:
                 assert isinstance(start, AlignStage), start
                 if start.llm not in place.recipe.stages:
                     check_targets(stage.lora.targets, mllm.layer_names(start.llm))
+                    Writer(load_talker(start.llm, stage.data), stage.data.template)
         except UsageError as error:
             raise UsageError(f"stage {name}: {error}") from None

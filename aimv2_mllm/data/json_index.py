@@ -174,8 +174,8 @@ def _elements(stream: BinaryIO, file: Path) -> Iterator[Row]:
             fault = "the list has no end"
         except (ValueError, RecursionError) as error:
             end, fault = len(text), getattr(error, "msg", "is nested too deep")
-        # What ends where the piece ends may go on after it: 12 may be 123.
-        needs_more = end >= len(text)
+        # What ends where the piece ends may go on after it: 12 may be 123, and 1.5e- be 1.5e-3.
+        needs_more = end >= len(text) or (not is_last and len(text) - end < 3)
         if needs_more:
             if is_last or len(text) - begin > MAX_ROW_BYTES + PIECE:
                 raise _broken(file, count, offset + here, fault)

@@ -16,7 +16,6 @@ from aimv2_mllm.data.chat_template import Chat, Written, as_text
 from aimv2_mllm.data.conversations import IGNORED, IMAGE_TOKEN, Message
 from aimv2_mllm.data.files import Unusable
 from aimv2_mllm.errors import UsageError
-from aimv2_mllm.recipe_data import ConversationData
 
 # The conversation `vicuna_v1` of LLaVA, which its option `--version v1` means.
 V1_SYSTEM = (
@@ -38,11 +37,6 @@ V1_CHAT_TEMPLATE = (
     "{% for part in parts %} {{ part.text }}{% endfor %}</s>{% endgeneration %}"
     "{% endif %}{% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
-
-
-def chat_template(data: ConversationData) -> str | None:
-    """The chat template that goes with `data`'s template; None: the tokenizer's own."""
-    return None if data.template == "chat" else V1_CHAT_TEMPLATE
 
 
 class Encoded(NamedTuple):

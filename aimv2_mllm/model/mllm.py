@@ -29,8 +29,8 @@ def llm_source(name: str) -> str:
 
 
 def load_tokenizer(name: str, *, talks: bool = True, chat_template: str | None = None) -> Any:
-    """The tokenizer of the LLM `name`, with an image token and a chat template, its own unless one
-    is given; UsageError if it cannot serve.
+    """The tokenizer of the LLM `name`, with an image token and a chat template, its own or,
+    where it has none, the one given; UsageError if it cannot serve.
 
     One that only reads captions (`talks` false) needs an end token, and is left as it is.
     """
@@ -46,7 +46,7 @@ def load_tokenizer(name: str, *, talks: bool = True, chat_template: str | None =
         if tokenizer.eos_token_id is None:
             raise UsageError(f"{name}: its tokenizer has no end token, so no caption would end")
         return tokenizer
-    tokenizer.chat_template = chat_template or tokenizer.chat_template
+    tokenizer.chat_template = tokenizer.chat_template or chat_template
     if tokenizer.chat_template is None:
         raise UsageError(
             f"{name}: its tokenizer has no chat template, so nobody knows how to talk to it; for an"
