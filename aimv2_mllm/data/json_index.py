@@ -2,15 +2,17 @@
 
 Owns the index of a JSON list or of JSON lines: built in one pass that keeps nothing else in memory,
 and kept in the sidecar `NAME.index.safetensors`, or in the user's cache where that cannot be
-written. It says which file it is of, and is built anew when that file has changed. A line that is
-no JSON is a row all the same, unusable when it is read; a list that is broken is refused, for
-nobody knows where its next row begins.
+written. It says which file it is of, and is built anew when that file has changed. What is no JSON
+is a row all the same, unusable when it is read; refused is a list of which nobody knows where the
+next row begins.
 """
 
 import hashlib
 import json
 import os
+import re
 import zlib
+from array import array
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -33,6 +35,13 @@ MAX_ROW_BYTES = 16 * 2**20  # of one row's text
 PIECE = 4 * 2**20  # bytes read at a time
 LOOKED_AT = 100  # rows of which at least one must be JSON
 BLANK = b" \t\r\n"
+STRING = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
+PLAIN = rb'[^"{}\[\]]++|' + STRING
+NESTED = rb"[\[{](?:" + PLAIN + rb")*+[}\]]"  # a list or mapping of plain values
+for _ in range(2):  # and of such: as deep as a row usually is, which is then passed over at once
+    NESTED = rb"[\[{](?:" + PLAIN + rb"|" + NESTED + rb")*+[}\]]"
+# Up to the next place where a list or mapping begins, goes on or ends.
+PLACE = re.compile(rb'(?:[^"{}\[\],]++|' + STRING + rb"|" + NESTED + rb")*+([{}\[\],])", re.DOTALL)
 COLUMNS = {"offset": np.int64, "size": np.int64, "crc": np.uint32}
 Row = tuple[int, int, int]  # offset, size, CRC-32
 
@@ -107,7 +116,7 @@ def open_rows(file: Path) -> JsonRows:
 
 
 def _built(file: Path, descriptor: int, size: int) -> dict[str, np.ndarray]:
-    rows: list[Row] = []
+    columns = [array("q") for _ in COLUMNS]
     with (
         os.fdopen(os.dup(descriptor), "rb") as stream,
         tqdm(
@@ -128,9 +137,9 @@ def _built(file: Path, descriptor: int, size: int) -> dict[str, np.ndarray]:
         is_list = first == b"["
         stream.seek(stream.tell() if is_list else begin)
         for row in _elements(stream, file) if is_list else _lines(stream, file):
-            rows.append(row)
+            for column, value in zip(columns, row, strict=True):
+                column.append(value)
             progress.update(row[0] + row[1] - progress.n)
-    columns = zip(*rows, strict=True) if rows else [()] * len(COLUMNS)
     return {n: np.array(c, t) for (n, t), c in zip(COLUMNS.items(), columns, strict=True)}
 
 
@@ -148,48 +157,34 @@ def _lines(stream: BinaryIO, file: Path) -> Iterator[Row]:
 
 def _elements(stream: BinaryIO, file: Path) -> Iterator[Row]:
     """The elements of the list after whose bracket `stream` stands."""
-    # As Latin-1 a byte is a character, so that places in the text are places in the file; all
-    # that JSON itself is made of is ASCII.
-    decoder = json.JSONDecoder()
-    offset, text, begin = stream.tell(), "", 0  # text[0] lies at `offset`, the rest begins at begin
-    count, is_last, needs_more = 0, False, True
+    offset, text = stream.tell(), b""  # text[0] lies at `offset`
+    begin = here = depth = count = 0  # text[begin] begins an element, text[here] is next
     while True:
-        if needs_more:
-            offset, text, begin = offset + begin, text[begin:], 0
+        found = PLACE.match(text, here)
+        if found is None:
             piece = stream.read(PIECE)
-            is_last, text = not piece, text + piece.decode("latin-1")
-        here = begin
-        while here < len(text) and text[here] in " \t\r\n":
-            here += 1
-        if count and here < len(text) and text[here] == ",":
-            here += 1
-            while here < len(text) and text[here] in " \t\r\n":
-                here += 1
-        elif here < len(text) and text[here] == "]":
-            return
-        elif count and here < len(text):
-            raise _broken(file, count, offset + here, "there is no comma before it")
-        try:
-            end = decoder.raw_decode(text, here)[1] if here < len(text) else len(text)
-            fault = "the list has no end"
-        except (ValueError, RecursionError) as error:
-            end, fault = len(text), getattr(error, "msg", "is nested too deep")
-        # What ends where the piece ends may go on after it: 12 may be 123, and 1.5e- be 1.5e-3.
-        needs_more = end >= len(text) or (not is_last and len(text) - end < 3)
-        if needs_more:
-            if is_last or len(text) - begin > MAX_ROW_BYTES + PIECE:
-                raise _broken(file, count, offset + here, fault)
+            if not piece or len(text) - begin > MAX_ROW_BYTES:
+                raise UsageError(
+                    f"{file}: is a JSON list without an end: nothing closes its element {count}"
+                    f" (byte {offset + begin:,}); mend it, or write a mapping a line"
+                )
+            offset, text, here, begin = offset + begin, text[begin:] + piece, here - begin, 0
             continue
-        content = text[here:end].encode("latin-1")
-        yield offset + here, len(content), zlib.crc32(content)
-        count, begin = count + 1, end
-
-
-def _broken(file: Path, count: int, place: int, fault: str) -> UsageError:
-    return UsageError(
-        f"{file}: is a JSON list that is broken in its element {count} (byte {place:,}): {fault};"
-        " mend it, or write one mapping a line, where a bad row is skipped"
-    )
+        mark, here = found[1], found.end()
+        if mark in b"{[":
+            depth += 1
+        elif depth:
+            depth -= mark in b"}]"
+        else:
+            content = text[begin : here - 1]
+            if mark == b"]" and not count and not content.strip():
+                return
+            lead = len(content) - len(content.lstrip())
+            content = content.strip()
+            yield offset + begin + lead, len(content), zlib.crc32(content)
+            if mark == b"]":
+                return
+            begin, count = here, count + 1
 
 
 def _demand_json(rows: JsonRows) -> None:
