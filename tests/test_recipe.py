@@ -148,6 +148,41 @@ def test_a_wrong_value_is_told_with_its_place_and_rule(file: Path, word: str, ru
 
 
 @pytest.mark.parametrize(
+    ("sources", "rule"),
+    [
+        ("[{kind: questions}]", "data.sources.0.folder: missing .the folder"),
+        (
+            "[{file: a.json}]",
+            "sources.0.kind: missing .the kind of the source: handwriting, llava,",
+        ),
+        ("[{kind: llava, file: a, rot: b}]", "sources.0.rot: unknown key; .*did you mean root"),
+        ("[{kind: llava, file: a, weight: 0}]", "sources.0.weight: is 0, must be greater than 0"),
+        ("[{kind: captions, pairs: {kind: tar}}]", "pairs.kind: is .tar., must be one of shards,"),
+        ("[{kind: captions, pairs: {url: a}}]", "pairs.kind: missing .the kind of the source: sh"),
+        ("[{kind: captions, pairs: {kind: folder}}]", "sources.0.pairs.folder: missing .the fold"),
+        ("[{kind: captions, pairs: {kind: handwriting}}]", "pairs.kind: is .handwriting., must be"),
+        ("[]", "must not be empty"),
+    ],
+)
+def test_a_mistake_in_a_source_of_conversations_is_told(
+    file: Path, sources: str, rule: str
+) -> None:
+    assert re.search(rule, mistake(file, f"stages.tune.data.sources={sources}"))
+
+
+def test_an_entry_of_a_list_is_overridden_by_its_number(file: Path) -> None:
+    given = "stages.tune.data.sources=[{kind: handwriting}, {kind: llava, file: a.json}]"
+    key = "stages.tune.data.sources"
+    recipe = load_recipe(file, [given, f"{key}.0.turns=3", f"{key}.1.file=b.json"])
+    sources = recipe.stages["tune"].data.sources
+    assert (sources[0].turns, sources[1].file) == (3, "b.json")
+    assert "the list has 2, the first is 0" in mistake(file, given, f"{key}.2.turns=3")
+    line = mistake(file, given, f"{key}.0.turns=9")
+    assert line.startswith(f'{file}, override "{key}.0.turns=9": {key}.0.turns: is 9, must be')
+    assert "it has no keys: give it whole" in mistake(file, given, f"{key}.one.turns=3")
+
+
+@pytest.mark.parametrize(
     ("word", "rule"),
     [
         (
