@@ -144,7 +144,7 @@ def test_a_frozen_tower_gives_no_gradient_and_a_trainable_one_does(
     saved(kind, tmp_path)
     pixels = torch.randn(1, 3, 28, 28)
     frozen = load_tower(str(tmp_path)).train()
-    assert not frozen(pixels).requires_grad
+    assert not frozen(pixels.clone().requires_grad_()).requires_grad
     assert not frozen.module.training
     assert not any(parameter.requires_grad for parameter in frozen.parameters())
     free = load_tower(str(tmp_path), trainable=True)
