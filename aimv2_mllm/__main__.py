@@ -42,6 +42,12 @@ def run(args: argparse.Namespace) -> None:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             raise SystemExit(2) from None
         raise
+    asked = {key: getattr(args, key) for key in ("accelerator", "devices", "utilisation")}
+    if args.dry_run:
+        _dry_run(recipe, **asked)
+        return
+    if given := [f"--{key}" for key, value in asked.items() if value is not None]:
+        raise UsageError(f"{', '.join(given)} belongs to --dry-run, which is not there")
     # After the recipe is known to be right: it takes seconds.
     from aimv2_mllm.folders import TALKING
     from aimv2_mllm.run import run as run_stages
@@ -55,6 +61,27 @@ def run(args: argparse.Namespace) -> None:
         model, sheet = shlex.quote(str(folder)), shlex.quote(str(folder / "sheet.png"))
         print(f"next:   {_program()} sample {model} {sheet}")
         print(f"        {_program()} chat {model} --image {sheet}")
+
+
+def _dry_run(
+    recipe: Any, accelerator: str | None, devices: int | None, utilisation: int | None
+) -> None:
+    """Print the plan, and end with the problems if there are any."""
+    from aimv2_mllm.engine.accelerators import accelerator as known
+    from aimv2_mllm.model.hub import stay_offline_unless_reached
+
+    stay_offline_unless_reached()
+    from aimv2_mllm.plan import plan
+    from aimv2_mllm.plan_text import limits, written
+
+    device, num_devices = known(accelerator), devices or 1
+    planned = plan(recipe, device, num_devices)
+    print(written(planned, device, num_devices, (utilisation or 40) / 100))
+    problems = [*planned.problems, *limits(recipe, planned, device, num_devices)]
+    if problems:
+        sys.stdout.flush()
+        raise UsageError("\n".join(map(str, problems)))
+    print("no problem found")
 
 
 def _program() -> str:

@@ -9,6 +9,10 @@ from aimv2_mllm.errors import UsageError
 PROGRAM = "aimv2-mllm"
 SMALLEST_SHEET, LARGEST_SHEET = 28, 4096  # pixels, the sides of images that a recipe allows
 MOST_NEW_TOKENS, MOST_SEED, MOST_PICTURES = 100_000, 2**63 - 1, 10**9
+MOST_DEVICES = 100_000
+ACCELERATORS = (
+    "a100-40", "a100", "h100", "h100-pcie", "h200", "gh200", "b200", "l40s", "l4",
+)  # fmt: skip
 PROBES = ("knn", "linear", "attentive", "all", "zeroshot")
 STATISTICS = ("true", "previous", "prefix")
 LAYOUTS, DTYPES = ("original", "transformers", "timm"), ("fp32", "bf16")
@@ -35,6 +39,29 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="key.sub=value",
         nargs="*",
         help="replaces a value, as in stages.tune.train.steps=100 or output=FOLDER",
+    )
+    words.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="train nothing: print sizes, memory, hours and every problem; exit code 2 if there is "
+        "one",
+    )
+    words.add_argument(
+        "--accelerator",
+        metavar="NAME",
+        help=f"for --dry-run: {', '.join(ACCELERATORS)} (the device at hand)",
+    )
+    words.add_argument(
+        "--devices",
+        metavar="N",
+        type=_whole(1, MOST_DEVICES),
+        help="for --dry-run: how many processes train together, one a device (1)",
+    )
+    words.add_argument(
+        "--utilisation",
+        metavar="PERCENT",
+        type=_whole(1, 100),
+        help="for --dry-run: share of the device's peak operations that is reached (40)",
     )
 
     words = verbs.add_parser("chat", help="ask a trained model about a picture")

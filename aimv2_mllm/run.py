@@ -143,11 +143,11 @@ def _check(place: Place, ranks: Ranks) -> None:
     """UsageError for what would stop a stage later: a model, package or batch size."""
     check_inputs(place)
     for name, stage in place.recipe.stages.items():
-        _check_shares(name, stage, ranks.size)
+        check_shares(name, stage, ranks.size)
         require(stage.train.trackers)
 
 
-def _check_shares(name: str, stage: Stage, num_ranks: int) -> None:
+def check_shares(name: str, stage: Stage, num_ranks: int) -> None:
     """UsageError for a step that so many processes cannot share evenly."""
     train, whole = stage.train, stage.train.batch_size
     said = f"stages.{name}.train.batch_size is {whole}"
@@ -199,23 +199,30 @@ def _is_finished(name: str, place: Place, fingerprint: str) -> bool:
     return True
 
 
+def check_folder(place: Place) -> None:
+    """UsageError for a run folder that another recipe began."""
+    path = place.folder / RECIPE_FILE
+    if not path.exists():
+        return
+    try:
+        old = yaml.safe_load(path.read_text(encoding="utf-8"))
+        changes = changed_keys(dict(old), place.recipe)
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        raise UsageError(
+            f"{path}: is not a run's recipe ({error!r}); give another output=FOLDER"
+        ) from None
+    if changes:
+        lines = "\n".join(f"  {line}" for line in changes)
+        raise UsageError(
+            f"{place.folder} was begun with another recipe:\n{lines}\n"
+            "Give another folder (output=FOLDER), or remove this one."
+        )
+
+
 def _claim(place: Place, narrate: Narrate) -> None:
     path = place.folder / RECIPE_FILE
     is_new = not path.exists()
-    if not is_new:
-        try:
-            old = yaml.safe_load(path.read_text(encoding="utf-8"))
-            changes = changed_keys(dict(old), place.recipe)
-        except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-            raise UsageError(
-                f"{path}: is not a run's recipe ({error!r}); give another output=FOLDER"
-            ) from None
-        if changes:
-            lines = "\n".join(f"  {line}" for line in changes)
-            raise UsageError(
-                f"{place.folder} was begun with another recipe:\n{lines}\n"
-                "Give another folder (output=FOLDER), or remove this one."
-            )
+    check_folder(place)
     text = dump_recipe(place.recipe)
     try:
         # Also what says how it is executed, which may be new.

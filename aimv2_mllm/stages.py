@@ -61,24 +61,30 @@ def check_inputs(place: Place) -> None:
 
     Said before the first stage is trained, since it would cost that stage's time later.
     """
-    for name, stage in place.recipe.stages.items():
+    for name in place.recipe.stages:
         try:
-            done = place.result(name).is_dir()
-            if isinstance(stage, PretrainStage | LitStage) and not done:
-                open_sources(stage.data)
-            encoder = stage.start.encoder if isinstance(stage, PretrainStage) else None
-            lit = stage.tower if isinstance(stage, LitStage) else None
-            for source in _outside([encoder, lit], place):
-                load_encoder(source)
-            if isinstance(stage, AlignStage):
-                check_connector(stage, place)
-            for source in set(inputs(stage, place)) - set(towers(stage, place)):
-                talks = not isinstance(stage, PretrainStage | LitStage)
-                mllm.load_tokenizer(source, talks=talks)
-            if isinstance(stage, TuneStage):
-                start = place.recipe.stages[stage.start]
-                assert isinstance(start, AlignStage), start
-                if start.llm not in place.recipe.stages:
-                    check_targets(stage.lora.targets, mllm.layer_names(start.llm))
+            check_stage(name, place)
         except UsageError as error:
             raise UsageError(f"stage {name}: {error}") from None
+
+
+def check_stage(name: str, place: Place) -> None:
+    """UsageError for the first thing that one stage will not find."""
+    stage = place.recipe.stages[name]
+    done = place.result(name).is_dir()
+    if isinstance(stage, PretrainStage | LitStage) and not done:
+        open_sources(stage.data)
+    encoder = stage.start.encoder if isinstance(stage, PretrainStage) else None
+    lit = stage.tower if isinstance(stage, LitStage) else None
+    for source in _outside([encoder, lit], place):
+        load_encoder(source)
+    if isinstance(stage, AlignStage):
+        check_connector(stage, place)
+    for source in set(inputs(stage, place)) - set(towers(stage, place)):
+        talks = not isinstance(stage, PretrainStage | LitStage)
+        mllm.load_tokenizer(source, talks=talks)
+    if isinstance(stage, TuneStage):
+        start = place.recipe.stages[stage.start]
+        assert isinstance(start, AlignStage), start
+        if start.llm not in place.recipe.stages:
+            check_targets(stage.lora.targets, mllm.layer_names(start.llm))

@@ -41,6 +41,7 @@ TABLE = (
     "model.timm_layout",
     "model.layouts",
     "model.shards",
+    "model.shapes",
     "model.hub",
     "model.weights",
     "model.lit",
@@ -69,9 +70,14 @@ TABLE = (
     "stages",
     "evaluation",
     "charts",
+    "gallery",
     "page",
     "report",
     "run",
+    "problems",
+    "stand_ins",
+    "plan",
+    "plan_text",
     "seeing",
     "prompts",
     "chat",
@@ -92,13 +98,14 @@ ONLY = {
     "model.timm_layout": {"errors", "model.encoder"},
     "model.layouts": {"errors", "model.encoder", "model.timm_layout"},
     "model.shards": {"errors", "model.namings"},
-    "model.hub": {"errors"},
+    "model.hub": {"errors", "model.shapes"},
     "model.weights": {
         "errors",
         "model.encoder",
         "model.hub",
         "model.layouts",
         "model.namings",
+        "model.shapes",
         "model.shards",
     },
     "model.lit": {"model.blocks", "model.encoder"},
@@ -234,9 +241,11 @@ def test_the_hub_is_reached_only_where_it_is_asked_for() -> None:
 
 def test_the_command_line_offers_the_layouts_and_precisions_that_there_are() -> None:
     from aimv2_mllm import convert, parser
+    from aimv2_mllm.engine.accelerators import ACCELERATORS
     from aimv2_mllm.model.layouts import LAYOUTS
 
     assert tuple(LAYOUTS) == parser.LAYOUTS
+    assert tuple(ACCELERATORS) == parser.ACCELERATORS
     assert tuple(convert.DTYPES) == parser.DTYPES
 
 
@@ -251,7 +260,10 @@ def test_verbs_and_flags_are_frozen() -> None:
     [verbs] = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
     assert flags(parser) == ["--help", "--version"]
     assert {verb: flags(words) for verb, words in verbs.choices.items()} == {
-        "run": ["--help", "RECIPE", "key.sub=value"],
+        "run": [
+            "--help", "RECIPE", "key.sub=value", "--dry-run", "--accelerator", "--devices",
+            "--utilisation",
+        ],
         "chat": ["--help", "MODEL", "--image", "--prompt", "--max-new-tokens"],
         "sample": ["--help", "MODEL", "OUT", "--seed", "--size"],
         "probe": [

@@ -113,8 +113,11 @@ def check(model: Any, processor: Any, folder: Path) -> None:
         assert parameter.grad.any(), name
     assert all(p.grad is not None for p in model.model.language_model.parameters())
     greedy = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    greedy["suppress_tokens"] = [model.config.image_token_id]  # no picture comes with one it says
     tokens = model.generate(**given, **greedy)
     assert torch.equal(tokens, model.generate(**given, **greedy, use_cache=False))
+    beams = model.generate(**given, **greedy, num_beams=2)
+    assert beams.shape == tokens.shape
     other = given["pixel_values"].flip(-1) * 2
     assert not torch.allclose(model(**{**given, "pixel_values": other}).logits, said.logits)
     model.save_pretrained(folder)

@@ -119,6 +119,24 @@ def test_a_naflex_tower_squashes_what_its_own_processor_would_leave_long(tmp_pat
     torch.testing.assert_close(arguments["pixel_values"], theirs["pixel_values"])
 
 
+@torch.no_grad()
+def test_a_tower_may_leave_the_rim_of_its_own_size_out_of_sight(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    config = transformers.SiglipVisionConfig(
+        **sizes, num_attention_heads=2, image_size=30, patch_size=7
+    )
+    model = transformers.SiglipVisionModel(config).eval()  # as SigLIP's 384 pixels in patches of 14
+    model.save_pretrained(tmp_path)
+    size = {"height": 30, "width": 30}
+    transformers.SiglipImageProcessorPil(size=size).save_pretrained(tmp_path)
+    tower = load_tower(tmp_path)
+    pixels = tower.prepare([picture()])
+    assert (pixels.shape, tower.grid, tower.num_tokens(30, 30)) == ((1, 3, 30, 30), (4, 4), 16)
+    torch.testing.assert_close(tower(pixels), model(pixels).last_hidden_state)
+    with pytest.raises(UsageError, match="37 x 37 pixels do not divide"):
+        tower.num_tokens(37, 37)
+
+
 @pytest.mark.parametrize("kind", ["clip", "dinov3_vit"])
 def test_a_frozen_tower_gives_no_gradient_and_a_trainable_one_does(
     kind: str, tmp_path: Path

@@ -25,7 +25,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from aimv2_mllm.engine.distributed import Ranks
 from aimv2_mllm.engine.precision import has_bf16
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from aimv2_mllm.recipe_train import TrainConfig
 
 
+Contexts = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]
 MOST_VARIANTS = 64  # of compiled code; beyond it torch runs it uncompiled
 
 
@@ -143,10 +144,8 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def _lighten(module: nn.Module, config: TrainConfig) -> None:
-    # By `forward` of each block and not by wrapping it, so that no parameter's name changes.
     if config.activation_checkpointing:
-        for block in blocks(module):
-            block.forward = MethodType(_kept_by_its_inputs, block)
+        keep_inputs(module)
     if config.compile:
         # All blocks share the code of their class, and so the limit to its variants: one for each
         # width, with and without a mask, of a fixed and then of any length.
@@ -155,10 +154,17 @@ def _lighten(module: nn.Module, config: TrainConfig) -> None:
             block.forward = torch.compile(block.forward)
 
 
-def _kept_by_its_inputs(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """The block's output; what else backward needs is computed again then."""
+def keep_inputs(module: nn.Module, contexts: Contexts = noop_context_fn) -> None:
+    """Let the blocks of `module` keep their inputs alone; what else backward needs is computed
+    again then. `contexts` are those of forward and of computing again.
+    """
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return type(block).forward(block, *args, **kwargs)
+    def kept(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return type(block).forward(block, *args, **kwargs)
 
-    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+
+    # By `forward` of each block and not by wrapping it, so that no parameter's name changes.
+    for block in blocks(module):
+        block.forward = MethodType(kept, block)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import UsageError
 from .pretrainer import AIMv2ForPreTraining, DecoderConfig
+from .shapes import shapes_only
 
 DECODER_FILE = "decoder.safetensors"
 ENCODER = "encoder."  # what the encoder's tensors begin with, which lie in a file of their own
@@ -20,6 +21,8 @@ ENCODER = "encoder."  # what the encoder's tensors begin with, which lie in a fi
 
 def save_decoder(model: AIMv2ForPreTraining, folder: Path) -> None:
     """Write what of `model` is not its encoder to `folder`."""
+    if shapes_only():
+        return
     state = model.state_dict().items()
     rest = {name: tensor.detach() for name, tensor in state if not name.startswith(ENCODER)}
     config = json.dumps(asdict(model.decoder_config))
@@ -41,6 +44,8 @@ def read_decoder(folder: Path) -> tuple[DecoderConfig, dict[str, Tensor]]:
 
 def load_decoder(model: AIMv2ForPreTraining, folder: Path) -> None:
     """Put the decoder in `folder` into `model`; UsageError where it is another one."""
+    if shapes_only():
+        return
     config, weights = read_decoder(folder)
     if config != model.decoder_config:
         was, now = asdict(config), asdict(model.decoder_config)

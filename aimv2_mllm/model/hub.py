@@ -3,11 +3,15 @@
 Only configs, safetensors, the card and the licence are ever downloaded; no code is.
 """
 
+import os
 import re
+import socket
 from os.path import exists, isdir  # pathlib's raise on a name that is too long
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from ..errors import UsageError
+from .shapes import shapes_only
 
 # `model*`: the same repositories hold the weights of other frameworks too.
 HUB_FILES = [
@@ -49,11 +53,29 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
     return _download(repository, revision or named or None)
 
 
+def stay_offline_unless_reached(seconds: float = 3.0) -> None:
+    """Tell the libraries that are not imported yet to look only at what was downloaded before, if
+    the hub does not answer: each would try six times for every file."""
+    proxies = ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")
+    if any(name in os.environ for name in proxies):
+        return
+    end = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    port = end.port or (80 if end.scheme == "http" else 443)
+    try:
+        socket.create_connection((end.hostname or "", port), timeout=seconds).close()
+    except OSError:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
 def commit_of(source: str | Path, folder: Path) -> str | None:
     """The commit of `folder` where it was downloaded for `source`, else None: the hub's cache has
     its folders as `snapshots/COMMIT`."""
     downloaded = not isdir(source) and folder.parent.name == "snapshots"
     return folder.name if downloaded else None
+
+
+def _wanted() -> list[str]:
+    return [name for name in HUB_FILES if not (shapes_only() and name.endswith(".safetensors"))]
 
 
 def _download(repository: str, revision: str | None) -> Path:
@@ -67,7 +89,7 @@ def _download(repository: str, revision: str | None) -> Path:
     page = f"https://huggingface.co/{repository}"
     try:
         path = snapshot_download(
-            repository, revision=revision, allow_patterns=HUB_FILES, etag_timeout=TIMEOUT
+            repository, revision=revision, allow_patterns=_wanted(), etag_timeout=TIMEOUT
         )
         return Path(path)
     # It raises types of the network libraries below it too, others with every release.

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -30,7 +30,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import ImagesKwargs
 
 from aimv2_mllm.model.connectors import Connector, build_connector
-from aimv2_mllm.model.families import chosen_layers, grid_of, patch_size_of, read_patches
+from aimv2_mllm.model.families import chosen_layers, grid_of, read_patches
 from aimv2_mllm.model.grids import Grid, fitting_grid
 
 MODEL_TYPE = "aimv2_mllm_llava"
@@ -88,7 +88,7 @@ class AnyLlavaModel(LlavaModel):
             config.tower, tower, pictures, self.layers, config.vision_feature_norm
         )  # (B, N, D)
         connected: Tensor = self.multi_modal_projector(
-            tokens, grid_of(pictures, patch_size_of(tower))
+            tokens, grid_of(pictures.shape, tower.config)
         )
         return connected
 
@@ -99,8 +99,11 @@ class AnyLlava(LlavaForConditionalGeneration):
     config: AnyLlavaConfig
 
     def __init__(self, config: AnyLlavaConfig) -> None:
-        super().__init__(config)
+        # Llava's own __init__ would draw a whole second model.
+        super(LlavaForConditionalGeneration, self).__init__(config)
         self.model = AnyLlavaModel(config)
+        text = config.text_config
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         self.post_init()
 
 

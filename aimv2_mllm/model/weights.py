@@ -28,6 +28,7 @@ from .namings import (
     restore,
     restore_lit,
 )
+from .shapes import shapes_only
 from .shards import demand_fit, read_tensors, write_json, write_tensors
 
 
@@ -50,6 +51,9 @@ def load_encoder(
 def read_encoder(folder: Path, image_size: int | None = None) -> tuple[AIMv2Encoder, list[str]]:
     """The encoder in `folder` as `load_encoder` returns it, with what a user should know of it."""
     config = encoder_config(read_config(folder), folder / CONFIG_FILE)
+    if shapes_only():
+        side = None if config.native else image_size
+        return AIMv2Encoder(resized_config(config, side, folder) if side else config), []
     with torch.device("meta"):
         encoder = AIMv2Encoder(config)
     tensors = read_tensors(folder)
@@ -88,8 +92,9 @@ def save_encoder(encoder: AIMv2Encoder, folder: str | Path, *, layout: str = "or
     config = LAYOUTS[layout](encoder.config)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.detach() for name, tensor in encoder.state_dict().items()}
-    write_tensors(rename(state, NAMINGS[layout]), folder)
+    if not shapes_only():
+        state = {name: tensor.detach() for name, tensor in encoder.state_dict().items()}
+        write_tensors(rename(state, NAMINGS[layout]), folder)
     write_json(folder / CONFIG_FILE, config)
 
 

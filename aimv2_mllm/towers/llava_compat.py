@@ -41,20 +41,26 @@ def _only(method: Callable[..., dict[str, Any]], known: set[str]) -> Callable[..
 
 def install_training() -> Any:
     """Make `llava.train.train` importable and its trainer run; the module."""
-    trainer = importlib.import_module("transformers.trainer")
-    if not hasattr(trainer, "ALL_LAYERNORM_LAYERS"):  # [4.53]
-        llama = importlib.import_module("transformers.models.llama.modeling_llama")
-        # Llama's norm was in it too, and so kept out of weight decay.
-        trainer.ALL_LAYERNORM_LAYERS = [nn.LayerNorm, llama.LlamaRMSNorm]  # type: ignore[attr-defined]
+    trainer = restore_norms()
     own = importlib.import_module("llava.train.llava_trainer")
     train = importlib.import_module("llava.train.train")
     if hasattr(own, "aimv2_mllm"):
         return train
     for module in (own, train):
         module.maybe_zero_3 = gathered  # type: ignore[attr-defined]
-    _fit_trainer(own.LLaVATrainer, trainer.Trainer)
+    fit_trainer(own.LLaVATrainer, trainer.Trainer)
     own.aimv2_mllm = True  # type: ignore[attr-defined]
     return train
+
+
+def restore_norms() -> Any:
+    """`transformers.trainer` with the list of norms that it had [4.53]; the module."""
+    trainer: Any = importlib.import_module("transformers.trainer")
+    if not hasattr(trainer, "ALL_LAYERNORM_LAYERS"):
+        llama = importlib.import_module("transformers.models.llama.modeling_llama")
+        # Llama's norm was in it too, and so kept out of weight decay.
+        trainer.ALL_LAYERNORM_LAYERS = [nn.LayerNorm, llama.LlamaRMSNorm]
+    return trainer
 
 
 def gathered(param: Tensor, ignore_status: bool = False, name: str | None = None) -> Tensor:
@@ -67,7 +73,7 @@ def gathered(param: Tensor, ignore_status: bool = False, name: str | None = None
     return param.detach().cpu().clone()
 
 
-def _fit_trainer(own: Any, base: Any) -> None:
+def fit_trainer(own: Any, base: Any) -> None:
     """Fit LLaVA's trainer `own` to the signatures of transformers' Trainer `base`."""
 
     def takes(method: Any, name: str) -> bool:

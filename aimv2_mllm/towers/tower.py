@@ -31,13 +31,7 @@ class VisionTower(nn.Module):
         super().__init__()
         self.name = name
         self.source = open_source(name)
-        depth = self.source.config.num_hidden_layers
-        if not -depth - 1 <= layer <= depth:
-            raise UsageError(
-                f"layer {layer} is asked of {name}, which has {depth}: give -1 for its features, "
-                f"or a number from {-depth - 1} to {depth}"
-            )
-        self.layer = layer if layer >= 0 else depth + 1 + layer
+        self.layer = self.counted(layer)
         self.vision_tower = self.source.allocate().requires_grad_(False)
         self.witness: Tensor
         self.register_buffer("witness", torch.zeros(1, dtype=torch.int64))
@@ -45,6 +39,16 @@ class VisionTower(nn.Module):
         self.is_loaded = False
         self.origin: str | None = None  # where the weights came from, once they did
         self.gradient_checkpointing = False  # hosts set it on every module that has it
+
+    def counted(self, layer: int) -> int:
+        """`layer` counted from the first; UsageError where there is none."""
+        depth = self.source.config.num_hidden_layers
+        if not -depth - 1 <= layer <= depth:
+            raise UsageError(
+                f"layer {layer} is asked of {self.name}, which has {depth}: give -1 for its "
+                f"features, or a number from {-depth - 1} to {depth}"
+            )
+        return layer if layer >= 0 else depth + 1 + layer
 
     def load_model(self, device_map: Any = None, **_: Any) -> None:
         """Make the weights what they must be, and freeze them. A second call changes nothing.

@@ -1,0 +1,232 @@
+"""What a recipe would do, without doing it: sizes, memory, operations and hours of every stage.
+
+Each stage is built as for training, with shapes alone, and its first micro-batches are rehearsed on
+the meta device; so a plan follows whatever the models are. Results of earlier stages are stood in
+for by their configs, corpora that are not there by the longest captions.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from aimv2_mllm.data.sources import SOURCES, open_sources
+from aimv2_mllm.engine.accelerators import Accelerator
+from aimv2_mllm.engine.rehearsal import Footprint, rehearse
+from aimv2_mllm.engine.strategies import blocks
+from aimv2_mllm.errors import RunFailed, UsageError
+from aimv2_mllm.job import Job, Place
+from aimv2_mllm.model.shapes import only_shapes
+from aimv2_mllm.problems import Problem, find_problems
+from aimv2_mllm.recipe import Recipe
+from aimv2_mllm.recipe_stages import LitStage, PretrainStage, Stage
+from aimv2_mllm.recipe_train import TrainConfig
+from aimv2_mllm.stages import STAGES
+from aimv2_mllm.stand_ins import WORDS, grown, longest_caption, stood_in
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device at the moment when most are held; logits are part of activations."""
+
+    weights: int
+    gradients: int
+    optimiser: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.gradients + self.optimiser + self.activations
+
+
+@dataclass(frozen=True)
+class SourceUse:
+    """A source of samples: its kind, its rows (None: no end, or not known), passes over them."""
+
+    kind: str
+    rows: int | None
+    epochs: float | None
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What one stage would do; no table, shapes, memory and operations where a model is missing."""
+
+    name: str
+    kind: str
+    train: TrainConfig
+    micro_batch: int
+    num_micro_batches: int  # of a step, on one device
+    sources: Sequence[SourceUse]
+    table: Sequence[tuple[str, int, bool]] = ()
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    memory: Memory | None = None
+    flops: float = 0.0  # of one sample, forward and backward
+    checkpoint: int = 0  # bytes
+    notes: Sequence[str] = ()
+
+    @property
+    def samples(self) -> int:
+        """How many are drawn in all."""
+        return self.train.steps * self.train.batch_size
+
+    def hours(self, device: Accelerator, num_devices: int, utilisation: float) -> float:
+        """How long it takes where that share of the devices' operations is reached."""
+        rate = device.peak(self.train.precision) * num_devices * utilisation
+        return self.flops * self.samples / rate / 3600
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe would do, and all that would stop it."""
+
+    stages: Sequence[StagePlan]
+    problems: Sequence[Problem]
+
+
+def plan(recipe: Recipe, device: Accelerator, num_devices: int) -> Plan:
+    """The plan of `recipe` on `num_devices` of that kind; nothing is trained, loaded or written."""
+    problems = find_problems(Place(recipe, recipe.output), num_devices)
+    wrong = {problem.key for problem in problems}
+    stages = []
+    with TemporaryDirectory() as folder:
+        sketch = Place(recipe, Path(folder))
+        for name, stage in recipe.stages.items():
+            planned, unbuilt = _planned(name, stage, sketch, wrong, device, num_devices)
+            stages.append(planned)
+            known = any(f"{key}.".startswith(f"stages.{name}.") for key in wrong)
+            if unbuilt and not known and not _follows_on(stage, stages):
+                problems.append(Problem(f"stages.{name}", unbuilt))
+    return Plan(stages, problems)
+
+
+def _follows_on(stage: Stage, planned: Sequence[StagePlan]) -> bool:
+    """Whether `stage` starts from another that could not be planned."""
+    unknown = {other.name for other in planned if other.memory is None}
+    return bool(unknown & {str(getattr(stage, key, "")) for key in ("tower", "llm", "start")})
+
+
+def _planned(
+    name: str, stage: Stage, sketch: Place, wrong: set[str], device: Accelerator, num_devices: int
+) -> tuple[StagePlan, str]:
+    """The stage's plan, and why it could not be built, if so."""
+    count = max(stage.train.batch_size // num_devices, 1)
+    micro = min(stage.train.micro_batch_size or count, count)
+    sources, is_missing = _sources(f"stages.{name}", stage, wrong)
+    result = StagePlan(name, stage.kind, stage.train, micro, math.ceil(count / micro), sources)
+    standing = stood_in(f"stages.{name}", stage, wrong, micro, sketch.folder)
+    try:
+        with only_shapes():
+            job = STAGES[stage.kind].build(standing, sketch)
+            if name != list(sketch.recipe.stages)[-1] and stage.kind != "tune":
+                folder = sketch.result(name)
+                folder.mkdir(parents=True)
+                job.save(folder)
+        batches = job.batches(0)
+    except (UsageError, RunFailed) as error:
+        return result, str(error)
+    longest = longest_caption(stage) if is_missing else None
+    full = [grown(dict(batch), micro, longest) for batch in batches]
+    notes = []
+    if longest:
+        notes.append(f"no captions at hand: all are counted with {longest} tokens")
+    if f"stages.{name}.tokenizer" in wrong:
+        notes.append(f"no tokenizer at hand: counted with {WORDS.get(stage.kind, 0):,} words")
+    table = job.table()
+    trained = sum(p.nbytes for named in job.parts.values() for _, p in named)
+    memory, flops = _cost(job, stage.train, full, device, num_devices, result.num_micro_batches)
+    return replace(
+        result,
+        table=table,
+        shapes={k: _shape(v) for k, v in _largest(full).items() if _shape(v)},
+        memory=memory,
+        flops=flops,
+        checkpoint=3 * trained,
+        notes=notes,
+    ), ""
+
+
+def _sources(here: str, stage: Stage, wrong: set[str]) -> tuple[list[SourceUse], bool]:
+    """The stage's sources, and whether one with captions is not there."""
+    listed = getattr(stage.data, "sources", None)
+    if listed is None:
+        return [SourceUse("handwriting", None, None)], False
+    weights, found, is_missing = sum(source.weight for source in listed), [], False
+    for number, source in enumerate(listed):
+        rows = None
+        if f"{here}.data.sources.{number}" in wrong:
+            is_missing = True
+        elif source.kind in SOURCES and isinstance(stage, PretrainStage | LitStage):
+            [opened] = open_sources(stage.data.model_copy(update={"sources": [source]}))
+            rows = sum(opened.groups) if opened is not None else None
+        drawn = stage.train.steps * stage.train.batch_size * source.weight / weights
+        found.append(SourceUse(source.kind, rows, drawn / rows if rows else None))
+    return found, is_missing
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    if isinstance(value, Tensor):
+        return tuple(value.shape)
+    return (len(value), *value[0].shape) if isinstance(value, list) else ()
+
+
+def _largest(batches: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return max(batches, key=lambda batch: sum(math.prod(_shape(v)) for v in batch.values()))
+
+
+def _cost(
+    job: Job,
+    train: TrainConfig,
+    batches: Sequence[dict[str, Any]],
+    device: Accelerator,
+    num_devices: int,
+    num_micro_batches: int,
+) -> tuple[Memory, float]:
+    """Memory of the largest micro-batch, and operations of a mean sample."""
+    half = train.precision == "bf16" and device.has_bf16
+    is_sharded = num_devices > 1 and train.strategy == "fsdp2"
+    model = job.model.train()
+    weights = sum(p.nbytes for p in model.parameters())
+    trained = sum(p.nbytes for named in job.parts.values() for _, p in named)
+    width = 2 if half else 4
+    unsharded = _gathered(model) if is_sharded else 0
+    if is_sharded and half:
+        model = model.to(torch.bfloat16)
+    words = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
+
+    def rehearsed(batch: dict[str, Any]) -> Footprint:
+        return rehearse(
+            model,
+            job.objective,
+            batch,
+            half=half and not is_sharded,
+            checkpointing=train.activation_checkpointing,
+            words=max(words, default=0),
+            gradients_before=num_devices > 1 or num_micro_batches > 1,
+        )
+
+    prints = [rehearsed(batch) for batch in batches]
+    samples = sum(len(next(iter(batch.values()))) for batch in batches)
+    flops = sum(one.flops for one in prints) / samples
+    most = prints[next(i for i, b in enumerate(batches) if b is _largest(batches))]
+    if not is_sharded:
+        return Memory(weights, most.gradients, 2 * trained, most.activations, most.logits), flops
+    share = num_devices
+    gathered = unsharded * (width + 4)  # weights as they are multiplied, gradients as added
+    held = most.activations + gathered
+    return Memory(
+        weights // share, trained // share, 2 * trained // share, held, most.logits
+    ), flops
+
+
+def _gathered(model: nn.Module) -> int:
+    """How many parameters FSDP2 holds whole at once: what is in no block, and two blocks."""
+    sizes = sorted(sum(p.numel() for p in block.parameters()) for block in blocks(model))
+    return sum(p.numel() for p in model.parameters()) - sum(sizes) + sum(sizes[-2:])

@@ -1,0 +1,89 @@
+"""What would stop a recipe, all of it: models, data, packages, folders that will not be found."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from os.path import isdir
+from typing import Any
+
+from aimv2_mllm.data.sources import SOURCES, open_sources
+from aimv2_mllm.engine.trackers import require
+from aimv2_mllm.errors import RunFailed, UsageError
+from aimv2_mllm.job import Place
+from aimv2_mllm.model import mllm
+from aimv2_mllm.model.hub import locate
+from aimv2_mllm.model.shapes import only_shapes
+from aimv2_mllm.model.shards import weight_files
+from aimv2_mllm.recipe_stages import LitStage, PretrainStage, Stage
+from aimv2_mllm.run import check_folder, check_shares
+from aimv2_mllm.stages import check_stage
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that would stop a run: the key of the recipe where it stands, and what it is."""
+
+    key: str  # as in stages.align.llm
+    text: str
+
+    def __str__(self) -> str:
+        lines = "; ".join(line.strip() for line in self.text.splitlines()).replace(":; ", ": ")
+        return lines if lines.startswith(self.key) else f"{self.key}: {lines}"
+
+
+def find_problems(place: Place, num_devices: int) -> list[Problem]:
+    """Every problem of the recipe, in the order of its stages; weights are not read."""
+    found = list(_tried("output", lambda: check_folder(place)))
+    for name, stage in place.recipe.stages.items():
+        if place.result(name).is_dir():
+            continue
+        here = f"stages.{name}"
+        of_stage = [*_data(here, stage), *_models(here, stage, place)]
+        # It stops at the first problem, which may be one that is known.
+        found += of_stage or _tried(here, partial(_checked, name, place))
+        found += _tried(f"{here}.train.batch_size", partial(check_shares, name, stage, num_devices))
+        found += _tried(f"{here}.train.trackers", partial(require, stage.train.trackers))
+    return found
+
+
+def _checked(name: str, place: Place) -> None:
+    with only_shapes():
+        check_stage(name, place)
+
+
+def _tried(key: str, check: Callable[[], Any]) -> Iterator[Problem]:
+    try:
+        check()
+    except (UsageError, RunFailed) as error:
+        yield Problem(key, str(error))
+
+
+def _data(here: str, stage: Stage) -> Iterator[Problem]:
+    sources = getattr(stage.data, "sources", ())
+    for number, source in enumerate(sources):
+        if source.kind in SOURCES and isinstance(stage, PretrainStage | LitStage):
+            one = stage.data.model_copy(update={"sources": [source]})
+            yield from _tried(f"{here}.data.sources.{number}", partial(open_sources, one))
+
+
+def _models(here: str, stage: Stage, place: Place) -> Iterator[Problem]:
+    """The models from outside that are not there, each at its key."""
+    for key in ("tokenizer", "llm", "tower", "start.encoder", "start.decoder"):
+        value: Any = stage
+        for part in key.split("."):
+            value = getattr(value, part, None)
+        if not isinstance(value, str) or value in place.recipe.stages:
+            continue
+        if key in ("tokenizer", "llm"):
+            yield from _tried(
+                f"{here}.{key}", partial(mllm.load_tokenizer, value, talks=key == "llm")
+            )
+        else:
+            yield from _tried(f"{here}.{key}", partial(_weights, value))
+
+
+def _weights(source: str) -> None:
+    with only_shapes():
+        folder = locate(source)
+    if isdir(source) and not (folder / "decoder.safetensors").is_file():
+        weight_files(folder)

@@ -1,0 +1,77 @@
+"""What stands in a plan for what is not at hand, and few samples for many."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from aimv2_mllm.model.mllm import TINY_LLM
+from aimv2_mllm.recipe_data import HandwritingSource
+from aimv2_mllm.recipe_stages import LitStage, PretrainStage, Stage, StartChoice
+
+MOST_SAMPLES, MOST_MICRO_BATCHES = 32, 4  # read for a plan
+# Words of the tokenizers with which AIMv2 was trained, where a recipe's own cannot be had.
+WORDS = {"pretrain": 32_000, "lit": 49_408}
+
+
+def stood_in(here: str, stage: Stage, wrong: set[str], micro: int, folder: Path) -> Stage:
+    """The stage with what is at hand in place of what is missing, and few samples a step."""
+    update: dict[str, Any] = {}
+    size = min(micro, MOST_SAMPLES)
+    few = min(stage.train.batch_size, MOST_MICRO_BATCHES * size, max(MOST_SAMPLES, size))
+    is_native = isinstance(stage, PretrainStage) and stage.encoder.native
+    if is_native:  # what a micro-batch holds follows from its size
+        size = few = micro
+    few -= few % size
+    update["train"] = stage.train.model_copy(update={"batch_size": few, "micro_batch_size": size})
+    listed = getattr(stage.data, "sources", None)
+    if listed is not None:
+        there = [s for i, s in enumerate(listed) if f"{here}.data.sources.{i}" not in wrong]
+        if isinstance(stage, PretrainStage | LitStage):
+            there = there or [HandwritingSource()]
+            update["data"] = stage.data.model_copy(update={"sources": there})
+    if f"{here}.tokenizer" in wrong and stage.kind in WORDS:
+        update["tokenizer"] = str(_tokenizer_of(WORDS[stage.kind], folder / "tokenizer"))
+    if isinstance(stage, PretrainStage):
+        update["start"] = StartChoice()  # sizes are the recipe's own
+    return stage.model_copy(update=update)
+
+
+def _tokenizer_of(words: int, folder: Path) -> Path:
+    """A tokenizer that tells as many words apart: the shipped one, with words never used."""
+    folder.mkdir(exist_ok=True)
+    for path in TINY_LLM.glob("*token*"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    path = folder / "tokenizer.json"
+    plain = json.loads(path.read_text(encoding="utf-8"))
+    vocabulary = plain["model"]["vocab"]
+    taken = {*vocabulary.values(), *(token["id"] for token in plain["added_tokens"])}
+    vocabulary |= {f"unused{i}": i for i in range(words) if i not in taken}
+    path.write_text(json.dumps(plain), encoding="utf-8")
+    return folder
+
+
+def longest_caption(stage: Stage) -> int:
+    """The most tokens of a caption that a stage reads."""
+    if isinstance(stage, LitStage):
+        return stage.text.max_position_embeddings - 1
+    return stage.decoder.max_text_tokens if isinstance(stage, PretrainStage) else 0
+
+
+def grown(batch: dict[str, Any], size: int, longest: int | None) -> dict[str, Any]:
+    """`batch` with its samples over and over up to `size`, captions as long as `longest`."""
+    for name in ("skipped", "skipped_rows"):
+        batch.pop(name, None)
+    if isinstance(batch.get("pixel_values"), list):
+        return batch
+    count = len(next(iter(batch.values())))
+    if longest and "caption_ids" in batch:
+        batch["caption_ids"] = torch.zeros(count, longest, dtype=torch.int64)
+        batch["caption_length"] = torch.full((count,), longest)
+    rows = torch.arange(size) % count
+    # Pixels are no more than a shape.
+    return {
+        k: v.to("meta")[rows.to("meta")] if v.is_floating_point() else v[rows]
+        for k, v in batch.items()
+    }

@@ -1,0 +1,199 @@
+"""A plan says what training would do: the same parts, operations and memory, and every problem."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import RECIPES, tiny_recipe
+
+from aimv2_mllm import __main__ as cli
+from aimv2_mllm.engine.accelerators import ACCELERATORS, Accelerator, accelerator
+from aimv2_mllm.engine.flops import FlopCounter
+from aimv2_mllm.engine.rehearsal import rehearse
+from aimv2_mllm.engine.strategies import keep_inputs
+from aimv2_mllm.errors import UsageError
+from aimv2_mllm.job import Place
+from aimv2_mllm.model.shapes import only_shapes
+from aimv2_mllm.plan import Memory, StagePlan, plan
+from aimv2_mllm.stages import STAGES
+from aimv2_mllm.stand_ins import grown
+
+LARGE = Accelerator("large", 10**12, True, 1e15, 1e14)
+
+
+def memory_of(folder: Path, *overrides: str, devices: int = 1) -> Memory:
+    """What a plan says of the memory of the quickstart's first stage."""
+    recipe = tiny_recipe(folder, *overrides)
+    alone = recipe.model_copy(update={"stages": {"pretrain": recipe.stages["pretrain"]}})
+    found = plan(alone, LARGE, devices)
+    assert not found.problems
+    [stage] = found.stages
+    assert stage.memory
+    return stage.memory
+
+
+def test_a_plan_has_the_parts_and_operations_of_the_run(tiny_run: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(tiny_run)
+    found = plan(tiny_recipe(tmp_path / "new"), LARGE, 1)
+    assert not found.problems
+    stages = found.stages
+    assert [stage.name for stage in stages] == list(recipe.stages)
+    for stage in stages:
+        record = json.loads((tiny_run / stage.name / "model" / "stage.json").read_text())
+        assert sorted(map(list, stage.table)) == sorted(record["parts"])
+        job = STAGES[stage.kind].build(recipe.stages[stage.name], Place(recipe, tiny_run))
+        [batch] = job.batches(0)
+        with FlopCounter() as counter:
+            job.objective(job.model.train(), batch, job.objective.targets(batch))
+        assert stage.flops * 4 == counter.flops
+    assert not (tmp_path / "new").exists()
+
+
+def most_bytes(model: torch.nn.Module, objective: Any, batch: dict[str, Any]) -> int:
+    """The most that forward and backward allocate, as torch's profiler has it."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        objective(model, batch, objective.targets(batch)).total.backward()
+    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", ["pretrain", "align", "tune"])
+def test_memory_is_what_is_allocated(
+    tiny_run: Path, tmp_path: Path, name: str, checkpointing: bool
+) -> None:
+    recipe = tiny_recipe(tiny_run)
+    stage, where = recipe.stages[name], Place(recipe, tiny_run)
+    job = STAGES[stage.kind].build(stage, where)
+    [batch] = job.batches(0)
+    with only_shapes():
+        shapes = STAGES[stage.kind].build(stage, where)
+    footprint = rehearse(
+        shapes.model.train(),
+        shapes.objective,
+        grown(dict(batch), 4, None),
+        half=False,
+        checkpointing=checkpointing,
+        words=512,
+        gradients_before=False,
+    )
+    model = job.model.train()
+    if checkpointing:
+        keep_inputs(model)
+    pixels = batch["pixel_values"].nbytes  # which lie there before
+    measured = most_bytes(model, job.objective, batch) + pixels
+    assert footprint.activations + footprint.gradients == pytest.approx(measured, rel=0.15)
+    assert 0 <= footprint.logits < footprint.activations
+
+
+def test_sharding_divides_what_is_kept_and_copies_keep_all(tmp_path: Path) -> None:
+    alone = memory_of(tmp_path)
+    copied = memory_of(tmp_path, devices=4)
+    halves = ("stages.pretrain.train.strategy=fsdp2", "stages.pretrain.train.precision=bf16")
+    sharded = memory_of(tmp_path, *halves, devices=4)
+    assert copied.weights == alone.weights
+    assert copied.gradients == alone.weights == alone.optimiser // 2
+    assert sharded.weights == alone.weights // 4
+    assert sharded.optimiser == alone.optimiser // 4
+
+
+def test_half_precision_and_checkpointing_take_less(tmp_path: Path) -> None:
+    def activations(*words: str) -> int:
+        more = ["stages.pretrain.train.batch_size=64", "stages.pretrain.encoder.image_size=112"]
+        return memory_of(tmp_path, *more, *words).activations
+
+    plain = activations()
+    assert activations("stages.pretrain.train.activation_checkpointing=true") < plain / 2
+    assert activations("stages.pretrain.train.precision=bf16") < plain * 0.95
+
+
+def test_hours_follow_from_operations() -> None:
+    train = tiny_recipe(Path("x")).stages["pretrain"].train
+    stage = StagePlan("a", "pretrain", train, 4, 1, (), flops=3e12)
+    assert stage.samples == 12
+    assert stage.hours(LARGE, 2, 0.5) == pytest.approx(12 * 3e12 / 1e14 / 3600)
+
+
+def test_accelerators_have_a_peak_and_a_memory() -> None:
+    for name in ACCELERATORS:
+        device = accelerator(name)
+        assert device.bf16 > device.fp32 > 1e13
+        assert device.memory > 2e10
+    with pytest.raises(UsageError, match=r"there is no h10; there is .* did you mean h100"):
+        accelerator("h10")
+
+
+def dry_run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    code = cli.main(["run", *words, "--dry-run", "--accelerator", "h100"])
+    return code, *capsys.readouterr()
+
+
+def test_a_dry_run_prints_the_plan_of_the_quickstart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = str(RECIPES / "quickstart.yaml")
+    code, out, err = dry_run(capsys, recipe, f"output={tmp_path / 'run'}")
+    assert (code, err) == (0, "")
+    for words in ("encoder           1,209,728  trained", "no problem found", "80,000 in all"):
+        assert words in out
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_problem_is_told_beside_the_plan(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from aimv2_mllm.engine import trackers
+
+    monkeypatch.setitem(trackers.TRACKERS, "wandb", ("WandBTracker", "no_such_package"))
+    (tmp_path / "recipe.yaml").write_text("name: another\nstages: {}\n")
+    code, out, err = dry_run(
+        capsys,
+        str(RECIPES / "quickstart.yaml"),
+        f"output={tmp_path}",
+        "stages.pretrain.data.sources=[{kind: shards, urls: nowhere/a.tar}]",
+        "stages.pretrain.tokenizer=./nowhere",
+        "stages.align.train.batch_size=33",
+        "stages.align.train.trackers=[wandb]",
+        "stages.tune.lora.targets=[q_prj]",
+        "--devices",
+        "2",
+    )
+    assert code == 2
+    for words in (
+        "output: ",
+        "stages.pretrain.data.sources.0: nowhere/a.tar: there is no folder nowhere",
+        "stages.pretrain.tokenizer: ./nowhere: no tokenizer can be loaded",
+        "stages.align.train.batch_size is 33, which 2 processes cannot share evenly",
+        "no_such_package is not installed",
+        "stages.tune: lora.targets: the LLM has no q_prj",
+    ):
+        assert words in err, words
+    assert len(err.splitlines()) == 6, err
+    assert "all are counted with 64 tokens" in out
+    assert "counted with 32,000 words" in out
+    assert "caption_ids 16x64" in out
+
+
+def test_what_does_not_fit_is_a_problem(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    huge = ("stages.pretrain.encoder.size=aimv2_3b", "stages.pretrain.train.batch_size=64")
+    code, out, err = dry_run(
+        capsys, str(RECIPES / "ablation.yaml"), f"output={tmp_path / 'run'}", *(
+            word.replace("pretrain", "both") for word in huge
+        ), "stages.both.train.batch_size=4096"
+    )  # fmt: skip
+    assert code == 2
+    assert "stages.both.train: needs" in err
+    assert "DOES NOT FIT" in out
+
+
+def test_flags_of_a_dry_run_need_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["run", str(RECIPES / "quickstart.yaml"), "--devices", "2"]) == 2
+    assert "--devices belongs to --dry-run" in capsys.readouterr().err
