@@ -19,7 +19,7 @@ with suppress(ImportError):
 
 import numpy as np
 import transformers
-from llava_world import LLM, WORDS, _llm_weights, make_data, make_tower
+from llava_world import LLM, WORDS, _llm_weights, make_data, make_foreign, make_tower
 from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -72,6 +72,20 @@ def build(tower: str, specifier: str, stage: str = "full-finetune", strategy: st
     return vlm
 
 
+def ours(tower: str, pixels: torch.Tensor) -> torch.Tensor:
+    return load_encoder(tower.removeprefix("aimv2:"))(pixels)
+
+
+def foreign(tower: str, pixels: torch.Tensor) -> torch.Tensor:
+    """A direct call of transformers: CLIP's last layer without the class token, before the last
+    norm; SigLIP's after it."""
+    folder = tower.removeprefix("hf:")
+    if folder.endswith("siglip"):
+        return transformers.SiglipVisionModel.from_pretrained(folder)(pixels).last_hidden_state
+    network = transformers.CLIPVisionModel.from_pretrained(folder)
+    return network(pixels, output_hidden_states=True).hidden_states[-1][:, 1:]
+
+
 def checks(tower: str, specifier: str) -> dict:
     vlm = build(tower, specifier)
     pixels = torch.rand(2, 3, 56, 56, generator=torch.Generator().manual_seed(4))
@@ -82,7 +96,7 @@ def checks(tower: str, specifier: str) -> dict:
     vlm.freeze_backbones("align")
     with torch.no_grad():
         features = vlm.vision_backbone(pixels)
-        expected = load_encoder(tower.removeprefix("aimv2:"))(pixels)
+        expected = foreign(tower, pixels) if tower.startswith("hf:") else ours(tower, pixels)
         tokens = vlm.projector(features).shape[1]
     policy = vlm.get_fsdp_wrapping_policy()
     wrapped = [
@@ -188,11 +202,11 @@ def transforms(tower: str) -> dict:
     found = {}
     for strategy in prismatic.STRATEGIES:
         backbone, transform = get_vision_backbone_and_transform(tower, strategy)
-        processor = transform.processor
+        processor = transform.preprocessing
         size = (56, 56) if strategy == "resize-naive" else 56
-        fill = tuple(int(x * 255) for x in processor.image_mean)
+        fill = tuple(int(x * 255) for x in processor.mean)
         steps = [Resize(size, interpolation=InterpolationMode.BICUBIC), CenterCrop(56), ToTensor()]
-        steps += [Normalize(processor.image_mean, processor.image_std)]
+        steps += [Normalize(processor.mean, processor.std)]
         if strategy == "letterbox":
             steps.insert(0, LetterboxPad(fill))
         values = transform(picture)
@@ -233,6 +247,8 @@ if __name__ == "__main__":
     prismatic.install()
     use_llm(make_words_llm(work / "llm"))
     found = {"transforms": transforms(tower), "native": checks(native, "gelu-mlp")}
+    for kind in ("clip", "siglip"):
+        found[f"hf:{kind}"] = checks(f"hf:{make_foreign(work / kind, kind)}", "mlp")
     for specifier in (
         "linear", "no-align+gelu-mlp", "fused-gelu-mlp", "aimv2:linear", "mlp:depth=3",
         "pixel_shuffle:factor=2", "no-align+average_pool:factor=2",
