@@ -8,6 +8,10 @@ VENV ?= .venv
 # Not in constraints.txt: whoever brings a torch of his own keeps it.
 TORCH ?= torch==2.13.0
 
+# LLaVA as its users have it; PyPI's is its git c121f04. It pins other libraries, hence --no-deps.
+LLAVA := llava-torch==1.2.2.post1
+OLD := .venv-llava437
+
 BIN := $(VENV)/bin
 
 .PHONY: quickstart test setup
@@ -15,7 +19,7 @@ BIN := $(VENV)/bin
 quickstart: setup
 	$(BIN)/aimv2-mllm run recipes/quickstart.yaml
 
-test: setup
+test: setup $(OLD)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -29,4 +33,13 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install $(TORCH)
 	$(BIN)/python -m pip install -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --no-deps $(LLAVA)
+	touch $@
+
+# The libraries that LLaVA was made for, beside today's torch: tests run in it what they run here.
+$(OLD)/installed: tests/llava437.txt
+	$(PYTHON) -m venv $(OLD)
+	$(OLD)/bin/python -m pip install $(TORCH)
+	$(OLD)/bin/python -m pip install -r tests/llava437.txt
+	$(OLD)/bin/python -m pip install --no-deps $(LLAVA)
 	touch $@

@@ -7,8 +7,8 @@ transformers only when a model is loaded.
 import json
 import sys
 import threading
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,8 +45,10 @@ def load_model(folder: str | Path) -> Chatbot:
     import torch
     from transformers import GenerationConfig
 
+    from aimv2_mllm.model.foreign import silent_transformers
+
     found = talking_folder(Path(folder))
-    with _silent_transformers():
+    with silent_transformers():
         model, processor = _load(found)
     if processor.chat_template is None:
         raise UsageError(f"{found}: has no chat template, so nobody knows how to talk to it")
@@ -64,6 +66,7 @@ def _load(folder: Path) -> tuple[Any, Any]:
     from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
+    import aimv2_mllm.model.llava  # noqa: F401  (transformers then knows ours)
     from aimv2_mllm.model.foreign import demand_whole
 
     path = folder / CONFIG_FILE
@@ -71,7 +74,7 @@ def _load(folder: Path) -> tuple[Any, Any]:
         kind = json.loads(path.read_text(encoding="utf-8"))["model_type"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path}: cannot be read ({error!r}); {GIVE}") from None
-    if kind != "llava":
+    if kind not in ("llava", "aimv2_mllm_llava"):
         raise UsageError(f"{path}: its model_type is {kind!r}, must be 'llava'; {GIVE}")
     ours: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
     try:
@@ -91,21 +94,6 @@ def _load(folder: Path) -> tuple[Any, Any]:
         raise UsageError(f"{folder}: cannot be loaded: {said[:300]}") from None
     demand_whole(report, str(folder))
     return model, processor
-
-
-@contextmanager
-def _silent_transformers() -> Iterator[None]:
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def answer(

@@ -4,7 +4,7 @@ LiT.
 Refuses weights of another size than the recipe says.
 """
 
-import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from aimv2_mllm.model.lit import AIMv2LiT, LiTConfig, TextConfig
 from aimv2_mllm.model.lit_weights import save_lit
 from aimv2_mllm.model.preprocessing import Preprocessing
 from aimv2_mllm.model.pretrainer import AIMv2ForPreTraining, DecoderConfig
-from aimv2_mllm.model.weights import load_encoder, save_encoder
+from aimv2_mllm.model.weights import load_encoder, read_encoder, save_encoder
 from aimv2_mllm.objective import ContrastiveObjective, PreTrainingObjective
 from aimv2_mllm.recipe_stages import LitStage, PretrainStage
 
@@ -41,7 +41,7 @@ DECODER_PIECES = (
 def build_pretrain(stage: PretrainStage, place: Place) -> Job:
     """The encoder under prefix attention and its multimodal decoder, both trained."""
     tokenizer = mllm.load_tokenizer(place.source(stage.tokenizer), talks=False)
-    encoder, preprocessing = _encoder(stage, place)
+    encoder, preprocessing, notes = _encoder(stage, place)
     sizes = DecoderConfig(**stage.decoder.model_dump(), vocab_size=len(tokenizer))
     model = AIMv2ForPreTraining(encoder, sizes)
     if stage.start.decoder is not None:
@@ -65,45 +65,46 @@ def build_pretrain(stage: PretrainStage, place: Place) -> Job:
         encoder.config.patch_size, tokenizer.eos_token_id, stage.alpha, stage.text_weight
     )
     parts = named_parts(model, {"encoder": ("encoder.",), "decoder": DECODER_PIECES})
-    return Job(model, parts, objective, batches, save, _facts(stage, batches))
+    return Job(model, parts, objective, batches, save, _facts(stage, batches, notes))
 
 
-def _encoder(stage: PretrainStage, place: Place) -> tuple[AIMv2Encoder, Preprocessing]:
-    """The stage's encoder, new or with the weights it is to start from, and how it takes pixels."""
+def _encoder(
+    stage: PretrainStage, place: Place
+) -> tuple[AIMv2Encoder, Preprocessing, Sequence[str]]:
+    """The stage's encoder, new or with the weights it is to start from, how it takes pixels, and
+    what of those weights was changed or left aside."""
     choice = stage.encoder
     config = EncoderConfig(**SIZES[choice.size], image_size=choice.image_size, native=choice.native)
     if stage.start.encoder is None:
-        return AIMv2Encoder(config), Preprocessing(choice.image_size, native=choice.native)
+        return AIMv2Encoder(config), Preprocessing(choice.image_size, native=choice.native), ()
     folder = locate(place.source(stage.start.encoder))
-    encoder = load_encoder(folder, image_size=None if choice.native else choice.image_size).float()
+    encoder, notes = read_encoder(folder, None if choice.native else choice.image_size)
+    encoder = encoder.float()
     # A native encoder takes any size: the one it was meant for is no difference.
     found = encoder.config
     if choice.native:
-        encoder = _without_learned_positions(encoder, folder)
+        if not found.native:
+            encoder = _without_learned_positions(encoder)
+            notes.append("its learned positions, for one size, are left aside: they are computed")
         found = replace(encoder.config, image_size=config.image_size)
     if found != config:
         was, now = asdict(found), asdict(config)
         odd = [f"{key} {was[key]} instead of {now[key]}" for key in was if was[key] != now[key]]
         raise UsageError(
-            f"start.encoder: {folder} is another encoder than {choice.size}: {', '.join(odd)}"
+            f"start.encoder: {folder} is another encoder than {choice.size}: {', '.join(odd)};"
+            " give other weights, or the stage's encoder these numbers"
         )
     encoder.config = config
     given = Preprocessing.load(folder, image_size=choice.image_size)
-    return encoder, replace(given, native=choice.native)
+    said = [f"{stage.start.encoder}: {note}" for note in notes]
+    return encoder, replace(given, native=choice.native), said
 
 
-def _without_learned_positions(encoder: AIMv2Encoder, folder: Path) -> AIMv2Encoder:
+def _without_learned_positions(encoder: AIMv2Encoder) -> AIMv2Encoder:
     """`encoder` with computed positions, for any grid, in place of those that it has learned.
 
     How the authors came from one to the other is not published: this is ours.
     """
-    if encoder.config.native:
-        return encoder
-    warnings.warn(
-        f"{folder}: its learned positions, which fit one size, are left aside: a native encoder"
-        " computes its own",
-        stacklevel=2,
-    )
     with torch.device("meta"):
         native = AIMv2Encoder(replace(encoder.config, native=True))
     state = encoder.state_dict()
@@ -172,6 +173,8 @@ def _batches(
     )
 
 
-def _facts(stage: PretrainStage | LitStage, batches: CaptionBatches) -> DataFacts:
-    corpus = batches.corpus
-    return DataFacts(stage.data.workers, stage.data.max_skipped, corpus.digest, corpus.notes)
+def _facts(
+    stage: PretrainStage | LitStage, batches: CaptionBatches, notes: Sequence[str] = ()
+) -> DataFacts:
+    data, corpus = stage.data, batches.corpus
+    return DataFacts(data.workers, data.max_skipped, corpus.digest, [*notes, *corpus.notes])

@@ -15,25 +15,29 @@ from aimv2_mllm.engine.optimizer import Parts
 from aimv2_mllm.errors import UsageError, nearest
 from aimv2_mllm.job import Job, Place, named_parts
 from aimv2_mllm.model import mllm
-from aimv2_mllm.model.hub import locate
-from aimv2_mllm.model.preprocessing import Preprocessing
-from aimv2_mllm.model.weights import load_encoder
+from aimv2_mllm.model.connectors import build_connector
+from aimv2_mllm.model.encoder import SIZES
+from aimv2_mllm.model.towers import load_tower
 from aimv2_mllm.objective import AnswerObjective
-from aimv2_mllm.recipe_stages import AlignStage, LanguageStage, TuneStage
+from aimv2_mllm.recipe_stages import PATCH, AlignStage, LanguageStage, PretrainStage, TuneStage
 
 TOKENIZER_TEXTS = 3000  # conversations from which a tokenizer is learned
 
 
 def build_align(stage: AlignStage, place: Place) -> Job:
     """A Llava of a frozen tower and a frozen LLM, with the connector between them trained."""
-    tower, llm = locate(place.source(stage.tower)), place.source(stage.llm)
-    tokenizer = mllm.load_tokenizer(llm)
-    model = mllm.assemble(load_encoder(tower), mllm.load_llm(llm), tokenizer)
+    llm = place.source(stage.llm)
+    tower, tokenizer = load_tower(place.source(stage.tower)), mllm.load_tokenizer(llm)
+    model = mllm.assemble(
+        tower,
+        mllm.load_llm(llm),
+        tokenizer,
+        connector=stage.connector.name,
+        options=stage.connector.options(),
+    )
     model.requires_grad_(False)
     model.model.multi_modal_projector.requires_grad_(True)
-    processor = mllm.build_processor(
-        tokenizer, Preprocessing.load(tower), model.config.vision_config.patch_size
-    )
+    processor = mllm.build_processor(model, tokenizer, tower.preprocessing)
     parts = named_parts(model, {"connector": ("model.multi_modal_projector.",)})
     return _conversation_job(model, parts, stage, place, processor, lambda: model)
 
@@ -45,11 +49,8 @@ def build_tune(stage: TuneStage, place: Place) -> Job:
     The result has the adapters merged in: it is as stock a folder as the aligned one.
     """
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-    start = place.result(stage.start)
-    base = LlavaForConditionalGeneration.from_pretrained(start, dtype=torch.float32)
-    processor = AutoProcessor.from_pretrained(start)
+    base, processor = mllm.load_llava(place.result(stage.start))
     check_targets(stage.lora.targets, mllm.linear_layers(base.model.language_model))
     targets = "|".join(stage.lora.targets)
     config = LoraConfig(
@@ -76,10 +77,7 @@ def _conversation_job(
     processor: Any,
     finished: Callable[[], Any],
 ) -> Job:
-    pictures = processor.image_processor
-    preprocessing = Preprocessing(
-        pictures.crop_size["height"], tuple(pictures.image_mean), tuple(pictures.image_std)
-    )
+    preprocessing, num_image_tokens = mllm.pictures_of(processor)
 
     def save(folder: Path) -> None:
         finished().save_pretrained(folder)
@@ -91,7 +89,7 @@ def _conversation_job(
         seed=place.recipe.seed,
         tokenizer=processor.tokenizer,
         preprocessing=preprocessing,
-        num_image_tokens=(preprocessing.image_size // processor.patch_size) ** 2,
+        num_image_tokens=num_image_tokens,
         share=place.share,
     )
     return Job(model, parts, AnswerObjective(), batches, save)
@@ -140,6 +138,26 @@ def build_language(stage: LanguageStage, place: Place) -> Job:
         share=place.share,
     )
     return Job(model, {"llm": list(model.named_parameters())}, AnswerObjective(), batches, save)
+
+
+def check_connector(stage: AlignStage, place: Place) -> None:
+    """UsageError unless the stage's tower can be loaded, where it comes from outside, and its
+    connector serves the grid of that tower and the width of the LLM."""
+    stages = place.recipe.stages
+    if stage.tower in stages:
+        see = stages[stage.tower]
+        assert isinstance(see, PretrainStage), see
+        side, width = see.encoder.image_size // PATCH, SIZES[see.encoder.size]["hidden_size"]
+        grid = (side, side)
+    else:
+        tower = load_tower(stage.tower)
+        grid, width = tower.grid, tower.hidden_size
+    read = stages.get(stage.llm)
+    out = read.model.hidden_size if isinstance(read, LanguageStage) else mllm.width_of(stage.llm)
+    with torch.device("meta"):
+        options = stage.connector.options()
+        connector = build_connector(stage.connector.name, width, out, **options)
+    connector.num_tokens(grid)
 
 
 def check_targets(targets: list[str], layers: list[str]) -> None:

@@ -139,9 +139,10 @@ class PreTrainingObjective:
 
     def _word_targets(self, batch: PreTrainingBatch | MixedSizesBatch) -> Tensor:
         """w1 … wT [end] of each sample, one after the other: (Q,)."""
-        targets = _ended(batch, self.end_token_id)  # (B, T + 1)
+        ids, length = batch["caption_ids"], batch["caption_length"]
+        targets = ended(ids, length, self.end_token_id)  # (B, T + 1)
         places = torch.arange(targets.shape[1], device=targets.device)
-        return targets[places <= batch["caption_length"][:, None]]
+        return targets[places <= length[:, None]]
 
 
 def _without_words(batch: PreTrainingBatch | MixedSizesBatch) -> dict[str, Tensor]:
@@ -149,11 +150,10 @@ def _without_words(batch: PreTrainingBatch | MixedSizesBatch) -> dict[str, Tenso
     return {"caption_ids": ids[:, :0], "caption_length": torch.zeros_like(length)}
 
 
-def _ended(batch: PreTrainingBatch | MixedSizesBatch, end_token_id: int) -> Tensor:
-    """w1 … wT [end] of each sample, and anything after it: (B, T + 1)."""
+def ended(caption_ids: Tensor, caption_length: Tensor, end_token_id: int) -> Tensor:
+    """w1 … wT [end] of each of the captions (B, T), and anything after it: (B, T + 1)."""
     # By length, never by padding id: a tokenizer may pad with its end token.
-    ids, length = batch["caption_ids"], batch["caption_length"][:, None]
-    return F.pad(ids, (0, 1)).scatter(1, length, end_token_id)
+    return F.pad(caption_ids, (0, 1)).scatter(1, caption_length[:, None], end_token_id)
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ class ContrastiveObjective:
         self, model: nn.Module, batch: PreTrainingBatch, totals: dict[str, int]
     ) -> PairLoss:
         """This micro-batch's share of the loss; `totals` are the whole step's `targets`, added."""
-        texts = _ended(batch, self.end_token_id)
+        texts = ended(batch["caption_ids"], batch["caption_length"], self.end_token_id)
         logits = model(batch["pixel_values"], texts).float()  # (B, B): images by texts
         right = torch.arange(len(logits), device=logits.device)
         count = max(totals["pairs"], 1)

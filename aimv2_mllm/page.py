@@ -13,12 +13,11 @@ from aimv2_mllm.charts import Picture
 from aimv2_mllm.data import scenes
 from aimv2_mllm.engine.metrics import METRICS
 from aimv2_mllm.evaluation import answers
-from aimv2_mllm.evaluation.answers import Asked
 from aimv2_mllm.evaluation.summary import Findings, Painting, last_stage
 from aimv2_mllm.folders import STAGE_FILE
+from aimv2_mllm.gallery import gallery
 from aimv2_mllm.job import Place
 
-GALLERY = 6  # right answers shown, and wrong ones
 # what was looked at -> its numbers: told by neighbours, told by a linear classifier
 PROBES = {
     "this encoder, pre-trained": ("digit_knn_accuracy", "digit_linear_accuracy"),
@@ -37,7 +36,6 @@ def describe(place: Place, findings: Findings) -> dict[str, Any]:
     assert config is not None
     first = json.loads((place.result(next(iter(place.recipe.stages))) / STAGE_FILE).read_text())
     versions = ", ".join(f"{name} {number}" for name, number in first["versions"].items())
-    gallery = _gallery(findings, config.seed)
     return {
         "title": f"{place.recipe.name}: what was learned",
         "about": _about(place),
@@ -53,7 +51,7 @@ def describe(place: Place, findings: Findings) -> dict[str, Any]:
             charts.sheet_grid(findings.paintings) if findings.paintings else b"",
         ),
         **_questions(numbers),
-        "gallery": gallery,
+        "gallery": gallery(findings, config.seed),
         "probe": [
             {
                 "name": text,
@@ -94,6 +92,11 @@ def _about(place: Place) -> str:
             "An AIMv2 vision encoder, pre-trained by predicting the next patch and then the"
             " caption, became the eyes of a language model."
         )
+    elif last_stage(place, "lit"):
+        what = (
+            "A text tower learned here which caption belongs to what a frozen AIMv2 vision encoder"
+            " sees."
+        )
     elif last_stage(place, "pretrain"):
         what = (
             "An AIMv2 vision encoder was pre-trained here from random weights: predict the next"
@@ -121,6 +124,15 @@ def _headline(numbers: dict[str, Any]) -> list[dict[str, str]]:
     ):
         if key in numbers:
             rows.append((name, f"{_percent(numbers[key])} %", more))
+    if "digit_zeroshot_accuracy" in numbers:
+        low, high = numbers["digit_zeroshot_accuracy_interval"]
+        others = [numbers[f"digit_zeroshot_accuracy_{end}"] for end in ("shuffled", "majority")]
+        more = (
+            f"95 % interval {_percent(low)} to {_percent(high)} %; by the words for the next digit"
+            f" {_percent(others[0])} %, always the commonest {_percent(others[1])} %"
+        )
+        value = f"{_percent(numbers['digit_zeroshot_accuracy'])} %"
+        rows.append(("single digits told by their words alone", value, more))
     if "caption_loss" in numbers and "vqa_accuracy" not in numbers:
         flat = f"one tone per patch: {numbers['pixel_loss_flat']:.3f}"
         rows.append(("caption loss", f"{numbers['caption_loss']:.3f}", "nats per token"))
@@ -195,60 +207,13 @@ def _questions(numbers: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _gallery(findings: Findings, seed: int) -> list[dict[str, Any]]:
-    """The first right and the first wrong answers, of as many kinds as there are."""
-    if not findings.given:
-        return []
-    pairs = list(zip(findings.asked, findings.given, strict=True))
-    right = [pair for pair in pairs if answers.is_right(pair[1], pair[0].truth)]
-    wrong = [pair for pair in pairs if not answers.is_right(pair[1], pair[0].truth)]
-    note = "Not chosen: the first in the order asked, from different sheets and of different kinds."
-    if "text_accuracy" in findings.numbers:
-        note += " The model read what is on the sheet in words; the picture is for you."
-    parts = []
-    for title, group in (("Answered rightly", right), ("Answered wrongly", wrong)):
-        chosen = _varied(group)
-        entries = [
-            _entry(question, text, f"{title.split()[1]}-{row}.png", seed)
-            for row, (question, text) in enumerate(chosen, start=1)
-        ]
-        if entries:
-            count = f"{len(group):,} of {len(pairs):,} answers. {note}"
-            parts.append({"title": title, "note": count, "entries": entries})
-    return parts
-
-
-def _varied(pairs: list[tuple[Asked, str]]) -> list[tuple[Asked, str]]:
-    """The first pairs of new kind and new sheet, then those of new sheet, then all others."""
-    chosen: list[tuple[Asked, str]] = []
-    for demands_kind, demands_sheet in ((True, True), (False, True), (False, False)):
-        for question, text in pairs:
-            is_new_kind = question.kind not in [other.kind for other, _ in chosen]
-            is_new_sheet = question.sheet not in [other.sheet for other, _ in chosen]
-            wanted = (is_new_kind or not demands_kind) and (is_new_sheet or not demands_sheet)
-            if len(chosen) < GALLERY and wanted and (question, text) not in chosen:
-                chosen.append((question, text))
-    return chosen
-
-
-def _entry(question: Asked, text: str, name: str, seed: int) -> dict[str, Any]:
-    sheet = answers.held_out_sheet(seed, question.sheet)
-    alt = f"A sheet with {scenes.caption(sheet)}"
-    return {
-        "picture": Picture(name, alt, charts.picture(scenes.render(sheet, 112), 112)),
-        "sheet": scenes.caption(sheet),
-        "kind": question.kind.replace("_", " "),
-        "question": question.text,
-        "answer": text,
-        "truth": question.truth,
-        "right": answers.is_right(text, question.truth),
-    }
-
-
 def _next(place: Place) -> list[dict[str, str]]:
     folder = shlex.quote(
         place.folder.name if place.folder.is_absolute() else place.folder.as_posix()
     )
+    if (name := last_stage(place, "lit")) and not last_stage(place, "align", "tune"):
+        line = f"aimv2-mllm probe {folder}/{name}/model IMAGES --kind zeroshot --templates FILE"
+        return [{"what": "Tell pictures of your own by words", "line": line}]
     if not last_stage(place, "align", "tune"):
         return [
             {"what": "Train what comes after it", "line": "aimv2-mllm run recipes/quickstart.yaml"}

@@ -34,7 +34,9 @@ def fitting_inputs(
     last question alone does not fit, and for messages that are not a conversation.
     """
     _check(processor, messages, images)
-    pictures = [square(image) for image in images]
+    # Who takes pictures in their own shape says how large each is.
+    whole = "image_sizes" in processor.image_processor.model_input_names
+    pictures = [image if whole else square(image) for image in images]
     kept = turns = _turns(messages)
     inputs = _encode(processor, _prompt(processor, turns), pictures)
     length = inputs["input_ids"].shape[1]

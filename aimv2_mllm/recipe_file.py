@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 
 from aimv2_mllm.errors import UsageError, nearest, show
 from aimv2_mllm.recipe import Mistake, Place, Recipe, reference_mistakes
+from aimv2_mllm.recipe_connectors import CONNECTOR_SECTIONS
 from aimv2_mllm.recipe_data import SOURCE_SECTIONS
 from aimv2_mllm.recipe_stages import STAGES
 
@@ -202,6 +203,8 @@ def _override(raw: dict[str, Any], word: str) -> tuple[Place, list[Mistake]]:
 
 # keys whose entries are of several kinds, which pydantic puts into a place as a mark of its own
 TAGGED: dict[str, Mapping[str, type[BaseModel]]] = {"stages": STAGES, "sources": SOURCE_SECTIONS}
+# keys whose value is of several kinds
+CHOICES: dict[str, Mapping[str, type[BaseModel]]] = {"connector": CONNECTOR_SECTIONS}
 # what pydantic calls a mistake -> what we say, where its own words would puzzle
 RULES = {
     "string_pattern_mismatch": "must be a name: letters, digits, - and _, not - first, at most 100",
@@ -231,13 +234,18 @@ def _explained(error: ValidationError) -> Iterator[Mistake]:
             case "missing":
                 yield place, f"missing{about}"
             case "union_tag_not_found":
-                kinds = SOURCE_SECTIONS if "sources" in place else STAGES
+                if place[-1] in CHOICES:
+                    known = ", ".join(CHOICES[place[-1]])
+                    yield (*place, "name"), f"missing (the {place[-1]}: {known})"
+                    continue
                 what = "source" if "sources" in place else "stage"
+                kinds = SOURCE_SECTIONS if "sources" in place else STAGES
                 yield (*place, "kind"), f"missing (the kind of the {what}: {', '.join(kinds)})"
             case "union_tag_invalid":
                 tag = str(context["tag"])
                 known = f"{', '.join(allowed)}{nearest(tag, allowed)}"
-                yield (*place, "kind"), f"is {show(tag)}, must be one of {known}"
+                key = "name" if place[-1] in CHOICES else "kind"
+                yield (*place, key), f"is {show(tag)}, must be one of {known}"
             case "extra_forbidden":
                 names = list(owner.model_fields)
                 known = f"{', '.join(names)}{nearest(place[-1], names)}"
@@ -264,6 +272,9 @@ def _located(location: Sequence[int | str]) -> tuple[Place, type[BaseModel], Fie
         if field is not None and key in TAGGED and len(parts) > 1:
             place.append(parts.pop(0))  # the entry's own name or number
             owner = TAGGED[key][parts.pop(0)]
+            continue
+        if field is not None and key in CHOICES and parts:
+            owner = CHOICES[key][parts.pop(0)]
             continue
         kinds = (field.annotation, *get_args(field.annotation)) if field else ()
         inner = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]

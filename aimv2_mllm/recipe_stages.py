@@ -5,6 +5,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from aimv2_mllm.errors import nearest
+from aimv2_mllm.recipe_connectors import ConnectorChoice, MlpChoice
 from aimv2_mllm.recipe_data import CaptionData, ConversationData
 from aimv2_mllm.recipe_train import TrainConfig
 from aimv2_mllm.recipe_types import Count, Number, Section, Switch, Text
@@ -222,10 +223,12 @@ class AlignStage(_Stage):
     PARTS = ("connector",)
     kind: Literal["align"] = Field(default="align", description="the kind of the stage")
     tower: Text = Field(
-        description="an earlier pretrain stage, or a folder or hub id of an AIMv2 encoder"
+        description="an earlier pretrain stage, or a folder or hub id of a tower of any family"
     )
     llm: Text = Field(description="tiny_llm, an earlier language stage, a folder or a hub id")
-    connector: Literal["mlp"] = Field(default="mlp", description="named connector")
+    connector: ConnectorChoice = Field(
+        default=MlpChoice(), description="a connector's name, or its name and options"
+    )
     data: ConversationData = Field(default=ConversationData(), description="the samples")
     train: TrainConfig = Field(description="how it is optimised")
 

@@ -140,6 +140,7 @@ def _told(numbers: dict[str, Any]) -> list[str]:
     names = ("vqa_accuracy", "vqa_accuracy_blind", "text_accuracy", "caption_exact")
     probes = [f"digit_{probe}_accuracy" for probe in ("knn", "linear")]
     shares = [*names, *(f"{name}{end}" for name in probes for end in ("", "_untrained"))]
+    shares += [f"digit_zeroshot_accuracy{end}" for end in ("", "_shuffled")]
     lines = [f"  {name:<30}{100 * numbers[name]:6.1f} %" for name in shares if name in numbers]
     losses = [name for name in ("caption_loss", "pixel_loss") if name in numbers]
     return lines + [f"  {name:<30}{numbers[name]:6.3f}" for name in losses]

@@ -20,18 +20,17 @@ from aimv2_mllm.evaluation import dreams, zeroshot
 from aimv2_mllm.evaluation.features import see
 from aimv2_mllm.evaluation.probes import KINDS, probe
 from aimv2_mllm.files import write, write_picture
-from aimv2_mllm.folders import pretrained_folder
-from aimv2_mllm.model.hub import locate
-from aimv2_mllm.model.lit_weights import load_lit
-from aimv2_mllm.model.preprocessing import Preprocessing
+from aimv2_mllm.folders import pretrained_folder, stage_record
 from aimv2_mllm.model.towers import Tower, load_tower
 
 SHOWN = 8  # pictures in a picture of features
 NOTE = (
     "The decoder predicts standardised patches, one after the other, each from its own. Put back "
-    "as mean and variance: {}. The caption is of the whole picture. Features: their first three "
-    "principal components as red, green and blue."
+    "as mean and variance: {}. The caption is of the whole picture."
 )
+COLOURS = "Features: their first three principal components as red, green and blue."
+UNWRITTEN = "(none: this decoder never learned captions, it was trained with text_weight 0)"
+UNPAINTED = "(nothing: this decoder never learned to paint, it was trained with alpha 0)"
 
 
 def probe_tower(args: Namespace) -> None:
@@ -51,10 +50,8 @@ def probe_zero_shot(args: Namespace) -> None:
     their classes in the prompts `args.templates`; write what was asked for."""
     templates = zeroshot.read_templates(Path(args.templates))
     data = load_labelled(args.data, seed=args.seed, limit=args.limit)
-    model, preprocessing = load_lit(args.encoder), Preprocessing.load(locate(args.encoder))
-    tower = zeroshot.LitTower(model, preprocessing, model.config.text.max_position_embeddings)
-    tokenizer = zeroshot.load_tokenizer(args.encoder)
-    _tell(zeroshot.zero_shot(tower, tokenizer, data, templates), args)
+    tower, encode = zeroshot.load_lit_tower(args.encoder)
+    _tell(zeroshot.zero_shot(tower, encode, data, templates), args)
 
 
 def _tell(results: dict[str, Any], args: Namespace) -> None:
@@ -81,7 +78,11 @@ def as_table(results: dict[str, Any]) -> str:
         f"{'probe':<34}{'right':>9}   95 % interval",
     ]
     rows = [(_named(kind, found), found) for kind, found in results["probes"].items()]
-    controls = {"majority": "majority class, no picture", "pixels": "raw pixels, neighbours"}
+    controls = {
+        "majority": "majority class, no picture",
+        "pixels": "raw pixels, neighbours",
+        "shuffled": "each class by another's prompts",
+    }
     rows += [(controls[name], found) for name, found in results["controls"].items()]
     for name, found in rows:
         low, high = (100 * end for end in found["interval"])
@@ -127,9 +128,13 @@ def dream(args: Namespace, picture: Image.Image | None) -> None:
     """Print the caption of `picture`, or without one of the held-out sheet `args.seed`; write what
     the decoder makes of it after each of `args.prefix` patches, by default after half of them.
 
-    Raises UsageError on a prefix out of range.
+    A decoder that was trained without captions, or without pictures to predict, is not asked for
+    them: that is said instead. Raises UsageError on a prefix out of range.
     """
-    model, tokenizer, preprocessing = dreams.load_pretrainer(pretrained_folder(Path(args.model)))
+    folder = pretrained_folder(Path(args.model))
+    model, tokenizer, preprocessing = dreams.load_pretrainer(folder)
+    trained = stage_record(folder).get("recipe", {})
+    paints, writes = trained.get("alpha") != 0, trained.get("text_weight") != 0
     num_patches = model.encoder.config.num_patches
     prefixes = args.prefix or [num_patches // 2]
     wrong = [prefix for prefix in prefixes if prefix >= num_patches]
@@ -144,16 +149,23 @@ def dream(args: Namespace, picture: Image.Image | None) -> None:
     pixels = preprocessing.prepare([picture])
     [original] = preprocessing.restore(pixels)
     columns = []
-    for prefix in prefixes:
+    for prefix in prefixes if paints else ():
         [shown] = dreams.only_prefix(original[None], prefix, model.encoder.config.patch_size)
         [painted] = preprocessing.restore(dreams.paint(model, pixels, prefix, args.statistics))
         columns.append((f"prefix: {prefix} of {num_patches} patches", shown, painted))
     [features] = see(model.encoder, pixels)
-    [caption] = dreams.write_caption(model, pixels, tokenizer)
-    words = (f"Caption: {caption or '(nothing)'}", NOTE.format(dreams.STATISTICS[args.statistics]))
+    if writes:
+        [caption] = dreams.write_caption(model, pixels, tokenizer)
+        caption = caption or "(nothing)"
+    else:
+        caption = UNWRITTEN
+    note = NOTE.format(dreams.STATISTICS[args.statistics]) if paints else UNPAINTED
+    words = (f"Caption: {caption}", f"{note} {COLOURS}")
     png = charts.dream_grid(original, features, columns, words=words)
     write_picture(Path(args.out), _opened(png))
     if args.sheet:
         print(f"sheet:   {scenes.caption(scene)} (--seed {args.seed})")
-    print(f"caption: {caption or '(nothing)'}")
+    print(f"caption: {caption}")
+    if not paints:
+        print(f"painted: {UNPAINTED}")
     print(f"picture: {args.out}")

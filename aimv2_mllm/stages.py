@@ -11,7 +11,13 @@ from aimv2_mllm.data.sources import open_sources
 from aimv2_mllm.encoder_stages import build_lit, build_pretrain
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.job import Job, Place
-from aimv2_mllm.llm_stages import build_align, build_language, build_tune, check_targets
+from aimv2_mllm.llm_stages import (
+    build_align,
+    build_language,
+    build_tune,
+    check_connector,
+    check_targets,
+)
 from aimv2_mllm.model import mllm
 from aimv2_mllm.model.weights import load_encoder
 from aimv2_mllm.recipe_stages import AlignStage, LitStage, PretrainStage, Stage, TuneStage
@@ -69,8 +75,11 @@ def check_stage(name: str, place: Place) -> None:
     if isinstance(stage, PretrainStage | LitStage) and not done:
         open_sources(stage.data)
     encoder = stage.start.encoder if isinstance(stage, PretrainStage) else None
-    for source in _outside([encoder, getattr(stage, "tower", None)], place):
+    lit = stage.tower if isinstance(stage, LitStage) else None
+    for source in _outside([encoder, lit], place):
         load_encoder(source)
+    if isinstance(stage, AlignStage):
+        check_connector(stage, place)
     for source in set(inputs(stage, place)) - set(towers(stage, place)):
         talks = not isinstance(stage, PretrainStage | LitStage)
         mllm.load_tokenizer(source, talks=talks)

@@ -58,10 +58,17 @@ def test_each_stage_learns_what_its_name_says(finished: Path) -> None:
 def test_several_runs_become_one_table_and_one_plot(finished: Path, tmp_path: Path) -> None:
     import ablation
 
-    stages = ablation.collect([finished, finished])
+    told = json.loads((finished / "summary.json").read_text())["pretrain_stages"]
+    for number, share in enumerate((0.2, 0.9, 0.4)):
+        (tmp_path / str(number)).mkdir()
+        told["both"] |= {"digit_knn_accuracy": share, "caption_loss": share / 10}
+        text = json.dumps({"pretrain_stages": told})
+        (tmp_path / str(number) / "summary.json").write_text(text)
+    stages = ablation.collect([tmp_path / str(number) for number in range(3)])
     table = ablation.table(stages)
-    assert all(stage in table for stage in STAGES)
-    share = json.loads((finished / "summary.json").read_text())["digit_knn_accuracy"]
-    assert f"{100 * share:.1f} ({100 * share:.1f} to {100 * share:.1f})" in table
+    assert [line.split(" | ")[0] for line in table.splitlines()[2:]] == [f"| {s}" for s in STAGES]
+    [both] = [line for line in table.splitlines() if line.startswith("| both ")]
+    assert "| 50.0 (20.0 to 90.0) |" in both
+    assert "| 0.050 (0.020 to 0.090) |" in both
     ablation.plot(stages, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")

@@ -16,6 +16,7 @@ from aimv2_mllm.evaluation.answers import Asked, Speaker
 from aimv2_mllm.model import mllm
 from aimv2_mllm.model.encoder import AIMv2Encoder, EncoderConfig
 from aimv2_mllm.model.preprocessing import Preprocessing
+from aimv2_mllm.model.towers import Tower
 
 SEED = 3
 SIDE, NUM_IMAGE_TOKENS = 28, 4
@@ -43,7 +44,8 @@ def speaker() -> Speaker:
         pad_token_id=tokenizer.pad_token_id,
     )
     encoder = AIMv2Encoder(EncoderConfig(16, 32, 1, 2, image_size=SIDE))
-    model = mllm.assemble(encoder, LlamaForCausalLM(config), tokenizer).eval()
+    tower = Tower("aimv2", encoder, Preprocessing(SIDE))
+    model = mllm.assemble(tower, LlamaForCausalLM(config), tokenizer).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(6)  # at their drawn size every answer would be the same

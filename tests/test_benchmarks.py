@@ -60,3 +60,6 @@ def test_the_other_benchmarks_run() -> None:
     one_row = ["--batches", "1", "--image-sizes", "224", "--captions", "40", "--steps", "1"]
     scaling = run("scaling.py", "--size", "nano", "--vocab", "300", *one_row)
     assert len(scaling.splitlines()) == 3
+    tower = run("llava_tower.py", "--rounds", "1")
+    ours, clip = (float(x) for x in re.findall(r"(\S+) GFLOP", tower))
+    assert abs(ours / clip - 1) < 0.01

@@ -23,6 +23,7 @@ from aimv2_mllm.folders import stages_of, talking_folder
 from aimv2_mllm.model import mllm
 from aimv2_mllm.model.encoder import AIMv2Encoder, EncoderConfig
 from aimv2_mllm.model.preprocessing import Preprocessing
+from aimv2_mllm.model.towers import Tower
 
 LIMIT = 96  # tokens, with the 4 of the picture
 PICTURE = Image.new("RGB", (28, 14), (200, 30, 40))
@@ -57,11 +58,12 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
     )
     encoder = AIMv2Encoder(EncoderConfig(16, 24, 2, 2, image_size=28))
-    model = mllm.assemble(encoder, llm, tokenizer)
+    tower = Tower("aimv2", encoder, Preprocessing(28))
+    model = mllm.assemble(tower, llm, tokenizer)
     for parameter in model.model.multi_modal_projector.parameters():
         torch.nn.init.normal_(parameter)
     model.save_pretrained(folder)
-    mllm.build_processor(tokenizer, Preprocessing(28), 14).save_pretrained(folder)
+    mllm.build_processor(model, tokenizer, Preprocessing(28)).save_pretrained(folder)
     (folder / "stage.json").write_text(record("align"))
     return folder
 

@@ -1,5 +1,6 @@
 """Connectors: their number of tokens on any grid, what each computes, what each refuses."""
 
+import inspect
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from aimv2_mllm.errors import UsageError
 from aimv2_mllm.model.connectors import CONNECTORS, Linear, Mlp, build_connector
 from aimv2_mllm.model.grids import to_planes, to_tokens
 from aimv2_mllm.model.projectors import LAYERS, read_projector, rename_projector
+from aimv2_mllm.recipe_connectors import CONNECTOR_SECTIONS
 
 D, E = 8, 16
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -277,3 +279,14 @@ def test_the_mlp_is_the_default_of_llava() -> None:
     connector = build_connector("mlp", D, E)
     assert isinstance(connector, Mlp)
     assert list(connector.state_dict()) == ["0.weight", "0.bias", "2.weight", "2.bias"]
+
+
+def test_recipes_may_say_just_what_the_connectors_take() -> None:
+    assert CONNECTOR_SECTIONS.keys() == CONNECTORS.keys()
+    for name, section in CONNECTOR_SECTIONS.items():
+        taken = [*inspect.signature(CONNECTORS[name]).parameters.values()][2:]
+        said = {key: field for key, field in section.model_fields.items() if key != "name"}
+        assert list(said) == [parameter.name for parameter in taken]
+        for parameter in taken:
+            default = said[parameter.name].default
+            assert default == parameter.default or default == [parameter.default] * 2

@@ -17,11 +17,11 @@ from aimv2_mllm.model.encoder import (
     aimv2_huge,
     aimv2_large,
     aimv2_nano,
-    prefix_mask,
-    sincos_positions,
 )
 from aimv2_mllm.model.layouts import transformers_config
 from aimv2_mllm.model.namings import NAMINGS, rename
+from aimv2_mllm.model.packed import prefix_mask
+from aimv2_mllm.model.positions import sincos_positions
 
 TINY = {
     "hidden_size": 32,

@@ -6,7 +6,9 @@ import hashlib
 import json
 import re
 import shlex
+import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -25,12 +27,15 @@ TABLE = (
     "folders",
     "files",
     "recipe_types",
+    "recipe_connectors",
     "recipe_data",
     "recipe_train",
     "recipe_stages",
     "recipe",
     "recipe_file",
     "model.packed",
+    "model.positions",
+    "model.blocks",
     "model.encoder",
     "model.namings",
     "model.timm_layout",
@@ -52,6 +57,8 @@ TABLE = (
     "model.families",
     "model.foreign",
     "model.towers",
+    "model.stock",
+    "model.llava",
     "model.mllm",
     "convert",
     "objective",
@@ -63,6 +70,7 @@ TABLE = (
     "stages",
     "evaluation",
     "charts",
+    "gallery",
     "page",
     "report",
     "run",
@@ -83,7 +91,9 @@ TABLE = (
 # Narrower than the table: all that these may import of ours.
 ONLY = {
     "model.packed": set(),
-    "model.encoder": {"model.packed"},
+    "model.positions": set(),
+    "model.blocks": {"model.packed"},
+    "model.encoder": {"model.blocks", "model.packed", "model.positions"},
     "model.namings": {"errors"},
     "model.timm_layout": {"errors", "model.encoder"},
     "model.layouts": {"errors", "model.encoder", "model.timm_layout"},
@@ -98,13 +108,14 @@ ONLY = {
         "model.shapes",
         "model.shards",
     },
-    "model.lit": {"model.encoder", "model.packed"},
+    "model.lit": {"model.blocks", "model.encoder"},
     "convert": {"errors", "folders", "model"},
     "objective": set(),
     "engine": {"errors", "recipe_train", "engine"},
     "folders": {"errors"},
     "prompts": {"errors", "data"},
     "chat": {"errors", "data", "model", "folders", "prompts"},
+    "towers": {"errors", "model", "towers"},
 }
 # What stands in the old environments of host toolkits, where towers live.
 BASE = {"torch", "safetensors", "numpy", "PIL"}
@@ -171,9 +182,9 @@ def test_some_import_still_less(owner: str) -> None:
             assert entries == allowed, f"{module} imports {entries - allowed}"
 
 
-@pytest.mark.parametrize("module", ["model.packed", "model.encoder", "model.namings", "model.lit"])
+@pytest.mark.parametrize("module", ["packed", "positions", "blocks", "encoder", "namings", "lit"])
 def test_the_networks_and_their_names_need_torch_and_nothing_else(module: str) -> None:
-    assert imports(module)[1] - sys.stdlib_module_names == {"torch"}
+    assert imports(f"model.{module}")[1] - sys.stdlib_module_names == {"torch"}
 
 
 @pytest.mark.parametrize(
@@ -182,6 +193,44 @@ def test_the_networks_and_their_names_need_torch_and_nothing_else(module: str) -
 )
 def test_weights_and_connectors_need_only_what_every_host_has(module: str) -> None:
     assert imports(f"model.{module}")[1] - sys.stdlib_module_names <= BASE
+
+
+def at_the_top(module: str) -> set[str]:
+    """The packages that `module` imports when it is imported itself."""
+    found = set[str]()
+    for node in ast.parse(modules()[module].read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
+            found.add(node.module.split(".")[0])
+    return found - sys.stdlib_module_names - {"aimv2_mllm"}
+
+
+def reached(start: str) -> set[str]:
+    """The modules of ours that importing `start` imports, in functions too."""
+    found, waiting = set[str](), {start}
+    while waiting:
+        found.add(module := waiting.pop())
+        waiting |= {other for other in imports(module)[0] if other in modules()} - found
+    return found
+
+
+def test_towers_need_only_what_every_host_has_and_import_the_host_late() -> None:
+    inside = [module for module in modules() if module.split(".")[0] == "towers"]
+    assert "towers.llava" in inside
+    for module in set().union(*(reached(module) for module in inside)):
+        assert at_the_top(module) <= BASE, module
+
+
+def test_towers_run_on_the_python_of_llavas_users() -> None:
+    config = tomllib.loads((HOUSE.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    assert config["project"]["requires-python"] == ">=3.10"
+    names = set().union(*(reached(m) for m in modules() if m.split(".")[0] == "towers"))
+    files = [str(modules()[module]) for module in sorted(names)]
+    command = [sys.executable, "-m", "mypy", "--python-version", "3.10", "--no-warn-unused-ignores"]
+    command += ["--follow-imports", "silent", "--cache-dir", ".mypy_cache/py310", *files]
+    done = subprocess.run(command, cwd=HOUSE.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 def test_the_hub_is_reached_only_where_it_is_asked_for() -> None:

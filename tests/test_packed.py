@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from aimv2_mllm.model import packed
 from aimv2_mllm.model.encoder import AIMv2Encoder, EncoderConfig
 from aimv2_mllm.model.packed import Packing, prefix_mask
 from aimv2_mllm.model.pretrainer import AIMv2ForPreTraining, DecoderConfig
@@ -186,3 +187,14 @@ def test_every_row_of_mixed_sizes_cannot_be_asked_for() -> None:
     batch["prefix_length"][1] = 5
     with pytest.raises(ValueError, match=r"prefix_length must lie in 1\.\.4, and is 5"):
         model(**batch, scored_only=True)
+
+
+def test_a_torch_without_the_package_around_the_kernel_has_no_kernel(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def find_spec(name: str) -> None:
+        if name.endswith(".varlen"):  # as the real one does where the package is missing
+            raise ModuleNotFoundError(name)
+
+    monkeypatch.setattr(packed, "find_spec", find_spec)
+    assert not packed._has_varlen()

@@ -22,6 +22,7 @@ from aimv2_mllm.recipe_file import MAX_BYTES, load_recipe
 from aimv2_mllm.recipe_stages import STAGES, DecoderChoice, PretrainStage
 from aimv2_mllm.recipe_train import TrainConfig
 
+RECIPES = Path(__file__).parents[1] / "recipes"
 TEXT = """\
 name: tiny
 stages:
@@ -456,3 +457,60 @@ def test_a_start_may_be_a_folder_or_a_hub_id(file: Path) -> None:
     stage = recipe.stages["see"]
     assert isinstance(stage, PretrainStage)
     assert (stage.start.encoder, stage.start.decoder) == (hub, "./x")
+
+
+@pytest.mark.parametrize(
+    ("said", "connector"),
+    [
+        ("mlp", {"name": "mlp", "depth": 2}),
+        ("{name: pixel_shuffle, factor: 4}", {"name": "pixel_shuffle", "factor": 4, "depth": 2}),
+        (
+            "{name: average_pool, target: 6}",
+            {"name": "average_pool", "factor": None, "target": [6, 6], "depth": 2},
+        ),
+    ],
+)
+def test_a_connector_is_a_name_or_a_name_with_options(
+    said: str, connector: dict[str, Any], tmp_path: Path
+) -> None:
+    recipe = load_recipe(RECIPES / "quickstart.yaml", [f"stages.align.connector={said}"])
+    assert recipe.stages["align"].model_dump()["connector"] == connector
+    file = tmp_path / "again.yaml"
+    file.write_text(dump_recipe(recipe))
+    assert load_recipe(file) == recipe
+
+
+@pytest.mark.parametrize(
+    ("said", "lines"),
+    [
+        ("mpl", [r'connector\.name: is "mpl", must be one of linear, .*; did you mean mlp\?']),
+        ("{factor: 2}", [r"connector\.name: missing \(the connector: linear, mlp, .*abstractor\)"]),
+        (
+            "{name: pixel_shuffle, factor: 0, facter: 3}",
+            [
+                r"connector\.factor: is 0, must be greater than 0 \(side of a square, patches\)",
+                r"connector\.facter: unknown key; .* name, factor, depth; did you mean factor\?",
+            ],
+        ),
+        ("average_pool", [r"must have either factor or target, for instance factor: 2"]),
+        (
+            "{name: c_abstractor, target: [2, 3, 4]}",
+            [r"connector\.target: is \[2, 3, 4\], must have"],
+        ),
+        (
+            "{name: resampler, num_queries: many}",
+            [r'num_queries: is "many", must be a whole number'],
+        ),
+        (
+            "3",
+            [r"connector: is 3, must be a mapping \(a connector's name, or its name and options"],
+        ),
+    ],
+)
+def test_mistakes_in_a_connector_are_told_with_their_places(said: str, lines: list[str]) -> None:
+    with pytest.raises(UsageError) as error:
+        load_recipe(RECIPES / "quickstart.yaml", [f"stages.align.connector={said}"])
+    found = str(error.value).splitlines()
+    assert len(found) == len(lines)
+    for line, pattern in zip(found, lines, strict=True):
+        assert re.search(pattern, line), line

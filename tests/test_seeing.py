@@ -1,6 +1,7 @@
 """The verbs probe and dream: what they print and write, one short message for every mistake."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -140,6 +141,30 @@ def test_dream_prints_the_caption_and_writes_the_picture(here, pretrained, capsy
     with Image.open("d.jpg") as picture:
         assert picture.format == "JPEG"
         assert picture.width < wide
+
+
+@pytest.mark.parametrize(
+    ("trained", "said", "absent"),
+    [
+        ({"text_weight": 0.0}, "caption: (none: this decoder never learned captions", "painted:"),
+        ({"alpha": 0.0}, "painted: (nothing: this decoder never learned to paint", "(none:"),
+    ],
+)
+def test_dream_says_what_a_decoder_never_learned(
+    here, pretrained, capsys, trained: dict[str, float], said: str, absent: str
+) -> None:
+    assert cli.main(["dream", str(pretrained), "--image", "red.png", "--out", "all.png"]) == 0
+    assert "never learned" not in capsys.readouterr().out
+    shutil.copytree(pretrained, here / "half")
+    record = json.loads((here / "half" / "stage.json").read_text())
+    record["recipe"] |= {"alpha": 0.4, "text_weight": 1.0} | trained
+    (here / "half" / "stage.json").write_text(json.dumps(record))
+    assert cli.main(["dream", "half", "--image", "red.png", "--out", "half.png"]) == 0
+    told = capsys.readouterr().out
+    assert said in told
+    assert absent not in told
+    with Image.open("all.png") as whole, Image.open("half.png") as half:
+        assert (half.width < whole.width) == ("alpha" in trained)  # without what is painted
 
 
 def test_dream_refuses_what_it_cannot_do(here, pretrained, capsys) -> None:

@@ -13,6 +13,7 @@ from aimv2_mllm.data import scenes
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.job import Job, Place
 from aimv2_mllm.model.preprocessing import Preprocessing
+from aimv2_mllm.model.towers import Tower
 from aimv2_mllm.model.weights import load_encoder
 from aimv2_mllm.recipe_file import load_recipe
 from aimv2_mllm.stages import STAGES
@@ -162,7 +163,8 @@ def test_a_language_stage_makes_an_llm_that_an_align_stage_can_take(tmp_path: Pa
     from aimv2_mllm.model import mllm
 
     tokenizer = mllm.load_tokenizer(str(folder))
-    model = mllm.assemble(load_tiny_encoder(), mllm.load_llm(str(folder)), tokenizer)
+    tower = Tower("aimv2", load_tiny_encoder(), Preprocessing(28))
+    model = mllm.assemble(tower, mllm.load_llm(str(folder)), tokenizer)
     assert model.config.image_token_index == tokenizer.convert_tokens_to_ids("<image>")
 
 

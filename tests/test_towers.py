@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from PIL import Image
+from tiny_towers import FOREIGN, MAKE, picture, saved
 from torch import Tensor
 
 import aimv2_mllm
@@ -18,79 +18,6 @@ from aimv2_mllm.model.encoder import AIMv2Encoder, EncoderConfig
 from aimv2_mllm.model.preprocessing import Preprocessing
 from aimv2_mllm.model.towers import TOWERS, load_tower
 from aimv2_mllm.model.weights import save_encoder
-
-SIZES = {
-    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "patch_size": 7,
-}  # fmt: skip
-SIZED = {**SIZES, "image_size": 28}
-TEXT = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
-        "num_attention_heads": 2, "vocab_size": 50}  # fmt: skip
-SQUARE = {"height": 28, "width": 28}
-CLIP = {"size": {"shortest_edge": 28}, "crop_size": SQUARE}
-T = transformers
-# model_type -> a tiny model of it, its processor, and what of its hidden states is no patch
-MAKE: dict[str, Any] = {
-    "clip": (
-        lambda: T.CLIPModel(T.CLIPConfig(vision_config=SIZED, text_config=TEXT)),
-        "CLIPImageProcessorPil", CLIP, 1,
-    ),
-    "clip_vision_model": (
-        lambda: T.CLIPVisionModel(T.CLIPVisionConfig(**SIZED)), "CLIPImageProcessorPil", CLIP, 1,
-    ),
-    "dinov2": (
-        lambda: T.Dinov2Model(T.Dinov2Config(**SIZED)),
-        "BitImageProcessorPil", {"size": {"shortest_edge": 32}, "crop_size": SQUARE}, 1,
-    ),
-    "dinov2_with_registers": (
-        lambda: T.Dinov2WithRegistersModel(
-            T.Dinov2WithRegistersConfig(**SIZED, num_register_tokens=3)
-        ),
-        "BitImageProcessorPil", CLIP, 4,
-    ),
-    # Its own processor needs torchvision; this one does the same but for rounding.
-    "dinov3_vit": (
-        lambda: T.DINOv3ViTModel(T.DINOv3ViTConfig(**SIZED, num_register_tokens=2)),
-        "SiglipImageProcessorPil", {"size": SQUARE, "resample": 2}, 3,
-    ),
-    "siglip": (
-        lambda: T.SiglipModel(T.SiglipConfig(vision_config=SIZED, text_config=TEXT)),
-        "SiglipImageProcessorPil", {"size": SQUARE}, 0,
-    ),
-    "siglip_vision_model": (
-        lambda: T.SiglipVisionModel(T.SiglipVisionConfig(**SIZED)),
-        "SiglipImageProcessorPil", {"size": SQUARE}, 0,
-    ),
-    "siglip2": (
-        lambda: T.Siglip2Model(
-            T.Siglip2Config(vision_config={**SIZES, "num_patches": 16}, text_config=TEXT)
-        ),
-        "Siglip2ImageProcessorPil", {"patch_size": 7, "max_num_patches": 16}, 0,
-    ),
-    "siglip2_vision_model": (
-        lambda: T.Siglip2VisionModel(T.Siglip2VisionConfig(**SIZES, num_patches=16)),
-        "Siglip2ImageProcessorPil", {"patch_size": 7, "max_num_patches": 16}, 0,
-    ),
-}  # fmt: skip
-FOREIGN = sorted(set(TOWERS) - {"aimv2"})
-
-
-def picture(width: int = 50, height: int = 40) -> Image.Image:
-    random = np.random.default_rng(0)
-    return Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
-def saved(kind: str, folder: Path) -> Any:
-    """A tiny model of that kind, written to `folder` with its processor; its picture tower."""
-    make, processor, words, _ = MAKE[kind]
-    torch.manual_seed(0)
-    model = make().eval()
-    for name, parameter in model.named_parameters():
-        if "norm" in name:  # all ones or zeros when fresh: a norm left out would not be seen
-            parameter.data += 0.3 * torch.randn_like(parameter)
-    model.save_pretrained(folder)
-    getattr(transformers, processor)(**words).save_pretrained(folder)
-    return getattr(model, "vision_model", model)
 
 
 def directly(kind: str, vision: Any, pixels: Tensor) -> Any:
@@ -190,6 +117,24 @@ def test_a_naflex_tower_squashes_what_its_own_processor_would_leave_long(tmp_pat
     assert theirs["spatial_shapes"].tolist() == [[4, 4]]
     arguments = TOWERS["siglip2"].arguments(tower.prepare([picture(50, 50)]), tower.config)
     torch.testing.assert_close(arguments["pixel_values"], theirs["pixel_values"])
+
+
+@torch.no_grad()
+def test_a_tower_may_leave_the_rim_of_its_own_size_out_of_sight(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    config = transformers.SiglipVisionConfig(
+        **sizes, num_attention_heads=2, image_size=30, patch_size=7
+    )
+    model = transformers.SiglipVisionModel(config).eval()  # as SigLIP's 384 pixels in patches of 14
+    model.save_pretrained(tmp_path)
+    size = {"height": 30, "width": 30}
+    transformers.SiglipImageProcessorPil(size=size).save_pretrained(tmp_path)
+    tower = load_tower(tmp_path)
+    pixels = tower.prepare([picture()])
+    assert (pixels.shape, tower.grid, tower.num_tokens(30, 30)) == ((1, 3, 30, 30), (4, 4), 16)
+    torch.testing.assert_close(tower(pixels), model(pixels).last_hidden_state)
+    with pytest.raises(UsageError, match="37 x 37 pixels do not divide"):
+        tower.num_tokens(37, 37)
 
 
 @pytest.mark.parametrize("kind", ["clip", "dinov3_vit"])

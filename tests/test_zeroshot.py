@@ -14,13 +14,11 @@ from aimv2_mllm.model.preprocessing import Preprocessing
 CLASSES = ["red", "dark_green", "blue"]
 
 
-class Words:
-    """A tokenizer whose tokens are letters."""
-
-    def __call__(self, texts, padding, truncation, max_length, return_tensors):
-        rows = [[ord(letter) for letter in text] for text in texts]
-        longest = max(map(len, rows))
-        return {"input_ids": torch.tensor([row + [0] * (longest - len(row)) for row in rows])}
+def letters(texts: list[str]) -> torch.Tensor:
+    """Texts as tokens that are letters."""
+    rows = [[ord(letter) for letter in text] for text in texts]
+    longest = max(map(len, rows))
+    return torch.tensor([row + [0] * (longest - len(row)) for row in rows])
 
 
 class Stand(torch.nn.Module):
@@ -49,11 +47,12 @@ def data(labels: list[int]) -> Labelled:
 
 
 def test_classes_are_told_by_their_names() -> None:
-    tower = LitTower(Stand(), Preprocessing(8, (0.5,) * 3, (0.5,) * 3), 77)
-    found = zero_shot(tower, Words(), data([0, 1, 2, 2]), ["a {} thing", "{}"])
+    tower = LitTower(Stand(), Preprocessing(8, (0.5,) * 3, (0.5,) * 3))
+    found = zero_shot(tower, letters, data([0, 1, 2, 2]), ["a {} thing", "{}"])
     assert found["probes"]["zeroshot"]["accuracy"] == 1.0
     assert found["probes"]["zeroshot"]["protocol"]["templates"] == ["a {} thing", "{}"]
     assert found["controls"]["majority"]["right"] == 1  # class 1 is the most frequent in training
+    assert found["controls"]["shuffled"]["right"] == 0
     assert tower.model.heard[2:4] == ["a dark green thing", "dark green"]
 
 
@@ -62,7 +61,7 @@ def test_a_class_is_the_mean_of_its_normalised_prompts() -> None:
         def encode_text(self, ids):
             return torch.tensor([[3.0, 0.0], [0.0, 0.5], [1.0, 1.0], [1.0, 1.0]])
 
-    vectors = class_vectors(Long(), Words(), ["a", "b"], ["{}", "{}!"], 77)
+    vectors = class_vectors(Long(), letters, ["a", "b"], ["{}", "{}!"])
     torch.testing.assert_close(vectors, torch.full((2, 2), 0.5**0.5))
 
 

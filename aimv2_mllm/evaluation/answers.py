@@ -51,16 +51,8 @@ class Speaker:
 
 def load_mllm(folder: Path) -> Speaker:
     """The Llava in `folder` in float32, on the CPU, with its processor's tokenizer and pictures."""
-    from transformers import AutoProcessor, LlavaForConditionalGeneration
-
-    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-    processor = AutoProcessor.from_pretrained(folder)
-    pictures = processor.image_processor
-    preprocessing = Preprocessing(
-        pictures.crop_size["height"], tuple(pictures.image_mean), tuple(pictures.image_std)
-    )
-    side = preprocessing.image_size // processor.patch_size
-    return Speaker(model, processor.tokenizer, preprocessing, side**2)
+    model, processor = mllm.load_llava(folder)
+    return Speaker(model.eval(), processor.tokenizer, *mllm.pictures_of(processor))
 
 
 def load_language_model(folder: Path) -> Speaker:

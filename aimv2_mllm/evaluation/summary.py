@@ -15,13 +15,15 @@ from torch import nn
 from aimv2_mllm.data import labelled, scenes
 from aimv2_mllm.data.batches import picture_batch
 from aimv2_mllm.data.conversations import DESCRIBE
-from aimv2_mllm.evaluation import answers, dreams
+from aimv2_mllm.evaluation import answers, dreams, zeroshot
 from aimv2_mllm.evaluation.answers import Asked, Speaker
 from aimv2_mllm.evaluation.features import see
 from aimv2_mllm.evaluation.losses import held_out_losses
 from aimv2_mllm.evaluation.probes import fresh_encoder, probe
 from aimv2_mllm.job import Place
 from aimv2_mllm.model.towers import Tower
+from aimv2_mllm.recipe_data import HandwritingSource
+from aimv2_mllm.recipe_stages import LitStage, Stage
 
 Narrate = Callable[[str], None]
 
@@ -67,6 +69,10 @@ def evaluate(place: Place, narrate: Narrate) -> Findings:
         narrate("evaluation: the encoder and its decoder, on held-out sheets")
         _judge_pretraining(findings, place.result(pretrained), place)
         _compare_pretraining(findings, place)
+    contrasted = last_stage(place, "lit")
+    if contrasted is not None and _is_of_handwriting(place.recipe.stages[contrasted]):
+        narrate("evaluation: held-out digits by the words for them")
+        _judge_by_words(findings, place.result(contrasted), config.seed)
     assembled = last_stage(place, "align", "tune")
     if assembled is not None:
         narrate(f"evaluation: {config.questions:,} questions about held-out pictures, asked twice")
@@ -146,6 +152,26 @@ def _digits(tower: Tower, seed: int) -> dict[str, float]:
         "digit_linear_accuracy_untrained": untrained["probes"]["linear"],
     }
     return {name: score["accuracy"] for name, score in shares.items()}
+
+
+def _is_of_handwriting(stage: Stage) -> bool:
+    """Whether the stage read captions of the embedded world: others know no such digits."""
+    assert isinstance(stage, LitStage), stage
+    return any(isinstance(source, HandwritingSource) for source in stage.data.sources)
+
+
+def _judge_by_words(findings: Findings, folder: Path, seed: int) -> None:
+    """How many single held-out digits lie nearest to the captions that name them."""
+    tower, encode = zeroshot.load_lit_tower(str(folder))
+    data, templates = labelled.handwriting(seed), zeroshot.handwriting_templates()
+    found = zeroshot.zero_shot(tower, encode, data, templates)
+    told, controls = found["probes"]["zeroshot"], found["controls"]
+    findings.numbers |= {
+        "digit_zeroshot_accuracy": told["accuracy"],
+        "digit_zeroshot_accuracy_interval": told["interval"],
+        "digit_zeroshot_accuracy_shuffled": controls["shuffled"]["accuracy"],
+        "digit_zeroshot_accuracy_majority": controls["majority"]["accuracy"],
+    }
 
 
 def _judge_seeing(findings: Findings, speaker: Speaker, seed: int) -> None:

@@ -6,7 +6,7 @@ nothing to choose.
 Letters in shapes: B pictures, K classes, E the width that both towers share.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from os.path import isdir
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,12 +16,20 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from aimv2_mllm.data import scenes
+from aimv2_mllm.data.batches import encode_captions
 from aimv2_mllm.data.labelled import Labelled
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.evaluation.examples import look
 from aimv2_mllm.evaluation.probes import describe, majority, score
+from aimv2_mllm.folders import stage_record
+from aimv2_mllm.model.hub import locate
+from aimv2_mllm.model.lit_weights import load_lit
 from aimv2_mllm.model.preprocessing import Preprocessing
+from aimv2_mllm.objective import ended
 
+# From texts to their token ids (C, T), each with the end-of-text token.
+Encode = Callable[[list[str]], Tensor]
 NAME = "{}"  # stands for the class in a template
 PROMPTS_AT_ONCE = 256
 
@@ -42,9 +50,8 @@ class LitTower:
     kind = "aimv2 (LiT)"
     notes: Sequence[str] = ()
 
-    def __init__(self, model: Any, preprocessing: Preprocessing, max_tokens: int) -> None:
+    def __init__(self, model: Any, preprocessing: Preprocessing) -> None:
         self.model, self.preprocessing = model.eval(), preprocessing
-        self.max_tokens = max_tokens  # of a prompt, for which the text tower has positions
 
     @property
     def module(self) -> nn.Module:
@@ -60,8 +67,37 @@ class LitTower:
         return vectors.float()[:, None]  # (B, 1, E)
 
 
-def load_tokenizer(source: str) -> Any:
-    """The tokenizer of a LiT model, by folder or hub id (`org/name@revision`)."""
+def load_lit_tower(source: str) -> tuple[LitTower, Encode]:
+    """The LiT model of a folder or hub id (`org/name@revision`), and how it reads prompts: as a
+    stage of ours read its captions, else as its tokenizer says."""
+    folder = locate(source)
+    model, tokenizer = load_lit(folder), _tokenizer(source)
+    most = model.config.text.max_position_embeddings
+    is_ours = stage_record(folder).get("kind") == "lit"
+    encode = _as_captions(tokenizer, most) if is_ours else _as_texts(tokenizer, most)
+    return LitTower(model, Preprocessing.load(folder)), encode
+
+
+def _as_captions(tokenizer: Any, most: int) -> Encode:
+    def encode(texts: list[str]) -> Tensor:
+        ids, length = encode_captions(texts, tokenizer, most - 1)
+        return ended(ids, length, tokenizer.eos_token_id)
+
+    return encode
+
+
+def _as_texts(tokenizer: Any, most: int) -> Encode:
+    def encode(texts: list[str]) -> Tensor:
+        tokens = tokenizer(
+            texts, padding=True, truncation=True, max_length=most, return_tensors="pt"
+        )
+        ids: Tensor = tokens["input_ids"]
+        return ids
+
+    return encode
+
+
+def _tokenizer(source: str) -> Any:
     from transformers import AutoTokenizer
 
     name, revision = source, None
@@ -72,6 +108,16 @@ def load_tokenizer(source: str) -> Any:
     except (OSError, ValueError) as error:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UsageError(f"{source}: no tokenizer can be loaded from there ({line})") from None
+
+
+def handwriting_templates() -> list[str]:
+    """The captions of sheets with one digit, in every ink and at every place."""
+    digits = [
+        scenes.Digit(0, ink, place, 0, 0.0, 0.0, 0.0)
+        for ink in scenes.INKS
+        for place in scenes.PLACES
+    ]
+    return [scenes.phrase(digit).replace("0", NAME) for digit in digits]
 
 
 def read_templates(path: Path) -> list[str]:
@@ -91,38 +137,33 @@ def read_templates(path: Path) -> list[str]:
 
 @torch.inference_mode()
 def class_vectors(
-    model: TwoTowers,
-    tokenizer: Any,
-    classes: Sequence[str],
-    templates: Sequence[str],
-    max_tokens: int,
+    model: TwoTowers, encode: Encode, classes: Sequence[str], templates: Sequence[str]
 ) -> Tensor:
     """A unit vector for each class, the mean of those of its prompts: (K, E).
 
-    Underscores in the names of classes become spaces; prompts are cut at `max_tokens`.
+    Underscores in the names of classes become spaces.
     """
     names = [name.replace("_", " ") for name in classes]
     prompts = [template.replace(NAME, name) for name in names for template in templates]
     vectors = []
     for first in range(0, len(prompts), PROMPTS_AT_ONCE):
         texts = prompts[first : first + PROMPTS_AT_ONCE]
-        tokens = tokenizer(
-            texts, padding=True, truncation=True, max_length=max_tokens, return_tensors="pt"
-        )
-        vectors.append(F.normalize(model.encode_text(tokens["input_ids"]).float(), dim=-1))
+        vectors.append(F.normalize(model.encode_text(encode(texts)).float(), dim=-1))
     averaged = torch.cat(vectors).view(len(names), len(templates), -1).mean(1)
     return F.normalize(averaged, dim=-1)
 
 
 def zero_shot(
-    tower: LitTower, tokenizer: Any, data: Labelled, templates: Sequence[str]
+    tower: LitTower, encode: Encode, data: Labelled, templates: Sequence[str]
 ) -> dict[str, Any]:
     """How many test pictures lie nearest to their class's vector, as `probes.probe` says it.
 
-    The model's scale does not change which is the nearest, and is left out.
+    The control `shuffled` gives each class the prompts of the one after it: as many as by chance if
+    prompts mean nothing to the model, and fewer if they do. The model's scale does not change which
+    is the nearest, and is left out.
     """
     test = look(tower, data.test, "test pictures")
-    vectors = class_vectors(tower.model, tokenizer, data.classes, templates, tower.max_tokens)
+    vectors = class_vectors(tower.model, encode, data.classes, templates)
     told = (F.normalize(test.features, dim=-1) @ vectors.T).argmax(-1)
     protocol = {"templates": list(templates), "prompts": "normalised, averaged, normalised"}
     return {
@@ -134,5 +175,8 @@ def zero_shot(
             "skipped": {"test": len(test.skipped)},
         },
         "probes": {"zeroshot": score(told, test.labels) | {"protocol": protocol}},
-        "controls": {"majority": majority(data.train.labels, test.labels)},
+        "controls": {
+            "majority": majority(data.train.labels, test.labels),
+            "shuffled": score((told - 1) % len(data.classes), test.labels),
+        },
     }

@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aimv2_mllm.model.encoder import AIMv2Encoder, Block, sincos_positions
+from aimv2_mllm.model.blocks import Block
+from aimv2_mllm.model.encoder import AIMv2Encoder
+from aimv2_mllm.model.positions import sincos_positions
 from aimv2_mllm.model.pretrainer import AIMv2ForPreTraining
 
 

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UsageError, nearest
-from .encoder import sincos_positions
 from .grids import Grid, demand_grid, divided, pooled, sides, to_planes, to_tokens, whole
 from .layers import ResidualBlock, mlp
+from .positions import sincos_positions
 
 
 class Connector(nn.Module):

@@ -5,20 +5,19 @@ host. Parameters bear the words of the original release. Refuses what would sile
 features: images of another size than the learned positions'.
 
 Letters in shapes: B samples, C channels, H, W pixels, N patches of one sample, S patches of all, D
-width, h heads.
+width.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from .blocks import RMSNorm, Trunk, initialise_linears
 from .packed import Packing, prefix_mask
+from .positions import sincos_positions
 
 
 @dataclass(frozen=True)
@@ -41,17 +40,9 @@ class EncoderConfig:
     native: bool = False
 
     def __post_init__(self) -> None:
-        for name in (
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_channels",
-            "image_size",
-            "patch_size",
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        for name, value in vars(self).items():
+            is_whole = isinstance(value, int) and not isinstance(value, bool)
+            if name not in ("rms_norm_eps", "native") and not (is_whole and value >= 1):
                 raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
         if not self.rms_norm_eps > 0:
             raise ValueError(f"rms_norm_eps must be above 0, not {self.rms_norm_eps!r}")
@@ -73,130 +64,6 @@ class EncoderConfig:
     def num_patches(self) -> int:
         """The number of patches of an image of `image_size` x `image_size` pixels."""
         return (self.image_size // self.patch_size) ** 2
-
-
-@lru_cache(maxsize=64)
-def sincos_positions(
-    rows: int, columns: int, width: int, device: torch.device, dtype: torch.dtype
-) -> Tensor:
-    """The fixed positions (rows * columns, width) of the native encoder, in raster order.
-
-    Base 10000. The half for the column comes first, then the half for the row; each half is
-    [sin | cos]. Do not write to the result: it is shared by all callers with the same grid.
-    """
-    # A table first asked for in inference must serve training too.
-    with torch.inference_mode(False):
-        exponents = torch.arange(width // 4, dtype=torch.float64, device="cpu") / (width // 4)
-        frequencies = 10000.0**-exponents
-        row = torch.arange(rows, dtype=torch.float64, device="cpu").repeat_interleave(columns)
-        column = torch.arange(columns, dtype=torch.float64, device="cpu").repeat(rows)
-        angles = (column[:, None] * frequencies, row[:, None] * frequencies)  # 2 of (N, D / 4)
-        table = torch.cat([part for a in angles for part in (a.sin(), a.cos())], dim=1)
-        return table.to(device=device, dtype=dtype)
-
-
-class _Normalise(torch.autograd.Function):
-    """RMSNorm with its gradient written out: autograd would copy twice as much, and keep it all."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        full = x.float()
-        scale = torch.rsqrt((full * full).mean(-1, keepdim=True) + eps)  # (..., 1)
-        ctx.save_for_backward(x, weight, scale)
-        return (full * scale).to(x.dtype) * weight
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight, scale = ctx.saved_tensors
-        gradient, width = gradient.float(), x.shape[-1]
-        scaled = x.float() * scale
-        products = (gradient * scaled).reshape(-1, width)
-        # What an element loses because the root mean square grows with it.
-        shared = torch.mv(products, weight.float()).view(scale.shape) / -width
-        back = (gradient * weight).addcmul_(scaled, shared).mul_(scale)
-        return back.to(x.dtype), products.sum(0).to(weight.dtype), None
-
-
-class RMSNorm(nn.Module):
-    """`x / rms(x) * weight` over the last axis, with the root mean square taken in float32."""
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        normalised: Tensor = _Normalise.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
-        return normalised
-
-
-# What a query may look at: True in (B, 1, N, N); its own sample of (S, D); or everything.
-Mask = Tensor | Packing | None
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention with one fused query-key-value product and without biases."""
-
-    def __init__(self, width: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.proj = nn.Linear(width, width, bias=False)
-
-    def forward(self, x: Tensor, mask: Mask = None, is_causal: bool = False) -> Tensor:
-        qkv = self.qkv(x).view(*x.shape[:-1], 3, self.num_heads, -1)  # (B, N, 3, h, D / h)
-        if isinstance(mask, Packing):  # x is (S, D)
-            mixed = mask.attend(qkv)  # (S, h, D / h)
-        else:
-            query, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, h, N, D / h)
-            mixed = F.scaled_dot_product_attention(
-                query, key, value, attn_mask=mask, is_causal=is_causal
-            ).transpose(1, 2)
-        merged: Tensor = self.proj(mixed.flatten(-2))
-        return merged
-
-
-class SwiGLU(nn.Module):
-    """`fc2(silu(fc1(x)) * fc3(x))` without biases: fc1 is the gate, fc3 goes up, fc2 comes down."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, hidden, bias=False)
-        self.fc2 = nn.Linear(hidden, width, bias=False)
-        self.fc3 = nn.Linear(width, hidden, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        down: Tensor = self.fc2(F.silu(self.fc1(x)) * self.fc3(x))
-        return down
-
-
-class Block(nn.Module):
-    """A pre-norm block, (B, N, D) to (B, N, D): the encoder's and the pre-training decoder's.
-
-    Under a `Packing` the shapes are (S, D), and with `rows` (P,) only these come back: (P, D).
-    """
-
-    def __init__(self, width: int, hidden: int, num_heads: int, eps: float) -> None:
-        super().__init__()
-        self.norm_1 = RMSNorm(width, eps)
-        self.attn = Attention(width, num_heads)
-        self.norm_2 = RMSNorm(width, eps)
-        self.mlp = SwiGLU(width, hidden)
-
-    def forward(
-        self,
-        x: Tensor,
-        mask: Mask = None,
-        is_causal: bool = False,
-        rows: Tensor | None = None,
-    ) -> Tensor:
-        x = x + self.attn(self.norm_1(x), mask, is_causal)
-        if rows is not None:
-            # index_select, not x[rows]: its backward is far faster on CPU.
-            x = x.index_select(0, rows)
-        refined: Tensor = self.mlp(self.norm_2(x))
-        return x + refined
 
 
 class Patchifier(nn.Module):
@@ -253,43 +120,6 @@ class Preprocessor(nn.Module):
         size = self.patchifier.proj.stride[0]
         rows, columns = shape[-2] // size, shape[-1] // size
         return sincos_positions(rows, columns, tokens.shape[-1], tokens.device, tokens.dtype)
-
-
-class Trunk(nn.Module):
-    """The blocks and the final norm, (B, N, D) to (B, N, D), or (S, D) under a `Packing`."""
-
-    def __init__(self, config: EncoderConfig) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(
-            Block(
-                config.hidden_size,
-                config.intermediate_size,
-                config.num_attention_heads,
-                config.rms_norm_eps,
-            )
-            for _ in range(config.num_hidden_layers)
-        )
-        self.post_trunk_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def forward(self, tokens: Tensor, mask: Mask = None) -> Tensor:
-        for block in self.blocks:
-            tokens = block(tokens, mask)
-        features: Tensor = self.post_trunk_norm(tokens)
-        return features
-
-
-@torch.no_grad()
-def initialise_linears(module: nn.Module) -> None:
-    """Draw every linear and convolution below `module` anew: Xavier-uniform weights, zero biases.
-
-    As the authors trained it; a convolution counts as the linear layer over its flattened patch,
-    and the fused query-key-value product as one layer.
-    """
-    for layer in module.modules():
-        if isinstance(layer, nn.Linear | nn.Conv2d):
-            nn.init.xavier_uniform_(layer.weight.view(layer.weight.shape[0], -1))
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
 
 
 class AIMv2Encoder(nn.Module):

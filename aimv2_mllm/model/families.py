@@ -149,7 +149,7 @@ def read_patches(
     tokens = [state[:, num_others:] for state in hidden]
     if norm == "post":
         tokens = [last_norm(state) for state in tokens]
-    rows, columns = grid_of(pixel_values, patch_size_of(module))
+    rows, columns = grid_of(pixel_values.shape, module.config)
     assert tokens[0].shape[1] == rows * columns, (key, tuple(tokens[0].shape), rows, columns)
     return tokens[0] if len(tokens) == 1 else torch.cat(tokens, dim=-1)
 
@@ -188,12 +188,24 @@ def side_of(size: Any) -> int:
     return int(sides.pop())
 
 
-def grid_of(pixel_values: Tensor, patch_size: int) -> Grid:
-    """Rows and columns of the patches of `pixel_values` (..., H, W); UsageError for a rest."""
-    height, width = pixel_values.shape[-2:]
-    if height % patch_size or width % patch_size or not height or not width:
+def own_size(config: Any) -> int | None:
+    """The side of the pictures that a tower was made for, in pixels; None if of no certain one."""
+    size = getattr(config, "image_size", None)
+    return None if size is None else side_of(size)
+
+
+def grid_of(shape: Sequence[int], config: Any) -> Grid:
+    """Rows and columns of the patches of pixel values of `shape` (..., H, W), by the tower's
+    config; UsageError for a rest.
+
+    Of its own size a tower may leave a rest out of sight, as SigLIP does of 384 pixels in patches
+    of 14.
+    """
+    (height, width), side = shape[-2:], side_of(config.patch_size)
+    own = own_size(config)
+    if (height, width) != (own, own) and (height % side or width % side or not height * width):
         raise UsageError(
-            f"pictures of {height} x {width} pixels do not divide into patches of {patch_size} x "
-            f"{patch_size}: resize height and width to multiples of {patch_size}"
+            f"pictures of {height} x {width} pixels do not divide into patches of {side} x {side}: "
+            f"resize height and width to multiples of {side}"
         )
-    return height // patch_size, width // patch_size
+    return height // side, width // side

@@ -1,5 +1,7 @@
 """Models of transformers, loaded strictly: all of their weights, and none too many."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +28,13 @@ def load_foreign(kind: str, folder: Path) -> nn.Module:
             "pip install --upgrade transformers"
         )
     try:
-        module, report = getattr(transformers, family.model).from_pretrained(
-            folder,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are in the report
-            use_safetensors=True,
-        )
+        with silent_transformers():
+            module, report = getattr(transformers, family.model).from_pretrained(
+                folder,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are in the report
+                use_safetensors=True,
+            )
     except (OSError, ValueError, SafetensorError) as error:
         raise UsageError(
             f"{folder}: no {kind} can be loaded from there ({first_line(error)})"
@@ -57,3 +60,19 @@ def demand_whole(report: dict[str, Any], where: str) -> None:
 def first_line(error: Exception) -> str:
     """The first line of what `error` says, or if it says nothing its type."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+@contextmanager
+def silent_transformers() -> Iterator[None]:
+    """Without transformers' warnings, reports and bars: what matters is in its loading report."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

@@ -26,6 +26,15 @@ def demand_grid(features: Tensor, grid: Grid | None) -> Grid:
     return grid
 
 
+def fitting_grid(height: int, width: int, most: int, *, unit: int = 1) -> Grid:
+    """Rows and columns of at most `most` patches to scale a picture of `height` x `width` pixels
+    to, in its aspect ratio as far as whole patches allow; both are multiples of `unit`."""
+    ratio, most = max(height, width) / min(height, width), max(1, most // unit**2)
+    short = max(1, min(round(math.sqrt(most / ratio)), math.isqrt(most)))
+    long = min(round(short * ratio), most // short)
+    return (short * unit, long * unit) if height <= width else (long * unit, short * unit)
+
+
 def divided(grid: Grid, factor: int, connector: str) -> Grid:
     """`grid` by `factor`; UsageError, for `connector`, if it leaves a rest."""
     rows, columns = grid

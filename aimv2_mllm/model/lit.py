@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .encoder import AIMv2Encoder, Block, EncoderConfig, RMSNorm, initialise_linears
+from .blocks import Trunk, initialise_linears
+from .encoder import AIMv2Encoder, EncoderConfig
 
 INITIAL_TEMPERATURE = 0.07  # paper, section 3
 
@@ -117,29 +118,6 @@ class TextPreprocessor(nn.Module):
         return tokens + self.positional_embedding[: input_ids.shape[1]]
 
 
-class TextTrunk(nn.Module):
-    """The causal blocks and the final norm, (C, T, D) to (C, T, D)."""
-
-    def __init__(self, config: TextConfig) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(
-            Block(
-                config.hidden_size,
-                config.intermediate_size,
-                config.num_attention_heads,
-                config.rms_norm_eps,
-            )
-            for _ in range(config.num_hidden_layers)
-        )
-        self.post_trunk_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        for block in self.blocks:
-            tokens = block(tokens, is_causal=True)
-        features: Tensor = self.post_trunk_norm(tokens)
-        return features
-
-
 class TextEncoder(nn.Module):
     """Token ids (C, T) to one vector a text (C, D): that of its first end-of-text token.
 
@@ -150,7 +128,7 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.preprocessor = TextPreprocessor(config)
-        self.trunk = TextTrunk(config)
+        self.trunk = Trunk(config)
         initialise_linears(self.trunk)
 
     def forward(self, input_ids: Tensor) -> Tensor:
@@ -167,7 +145,7 @@ class TextEncoder(nn.Module):
                 f"text {endless[0]} has no end-of-text token {config.eos_token_id}: "
                 "cut it and put that token last"
             )
-        features = self.trunk(self.preprocessor(input_ids))  # (C, T, D)
+        features = self.trunk(self.preprocessor(input_ids), is_causal=True)  # (C, T, D)
         last = ends.int().argmax(1)  # the first one that is true
         pooled: Tensor = features[torch.arange(shape[0], device=features.device), last]
         return pooled

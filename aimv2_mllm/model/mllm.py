@@ -1,21 +1,29 @@
-"""The assembled multimodal LLM: transformers' Llava with an AIMv2 tower and the two-layer MLP
-connector.
+"""The assembled multimodal LLM: a Llava of any tower, any connector and any causal LLM.
 
-What is saved is a stock Llava folder, which other tools load without us. The connector reads the
-features after AIMv2's final norm and all of its patches: there is no class token to drop.
+With the two-layer MLP and a tower that transformers' Llava reads as we do, what is saved is a stock
+Llava folder, which other tools load without us; any other pair is saved as our own kind of Llava,
+and says so. A connector reads patches and nothing else, of AIMv2 after its final norm.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from aimv2_mllm.errors import UsageError
-from aimv2_mllm.model.encoder import AIMv2Encoder
+from aimv2_mllm.model.connectors import build_connector
+from aimv2_mllm.model.families import side_of
 from aimv2_mllm.model.foreign import demand_whole, first_line
-from aimv2_mllm.model.layouts import transformers_config
-from aimv2_mllm.model.namings import NAMINGS, rename
 from aimv2_mllm.model.preprocessing import Preprocessing
+from aimv2_mllm.model.stock import (
+    STRATEGIES,
+    is_stock,
+    said_layers,
+    tower_state,
+    vision_config,
+)
+from aimv2_mllm.model.towers import Tower
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedModel
@@ -79,12 +87,28 @@ def load_llm(name: str) -> "PreTrainedModel":
     return model
 
 
-def layer_names(name: str) -> list[str]:
-    """The names of the LLM's linear layers inside its blocks, without loading its weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+def width_of(name: str) -> int:
+    """The width of the LLM's embeddings, without loading its weights."""
+    return int(_config(name).hidden_size)
+
+
+def _config(name: str) -> Any:
+    from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(llm_source(name), trust_remote_code=False)
+        return AutoConfig.from_pretrained(llm_source(name), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"{name}: no causal LLM can be loaded from there ({first_line(error)})"
+        ) from None
+
+
+def layer_names(name: str) -> list[str]:
+    """The names of the LLM's linear layers inside its blocks, without loading its weights."""
+    from transformers import AutoModelForCausalLM
+
+    config = _config(name)
+    try:
         with torch.device("meta"):
             return linear_layers(AutoModelForCausalLM.from_config(config).base_model)
     except (OSError, ValueError) as error:
@@ -100,30 +124,49 @@ def linear_layers(model: torch.nn.Module) -> list[str]:
 
 
 def assemble(
-    encoder: AIMv2Encoder, llm: "PreTrainedModel", tokenizer: Any
+    tower: Tower,
+    llm: "PreTrainedModel",
+    tokenizer: Any,
+    *,
+    connector: str = "mlp",
+    options: Mapping[str, Any] | None = None,
 ) -> "LlavaForConditionalGeneration":
     """A Llava of this tower and this LLM, their weights copied, with a freshly drawn connector.
 
-    `tokenizer` is `load_tokenizer`'s; where it has more tokens than the LLM, the LLM's embeddings
-    grow.
+    It is transformers' own where that computes the same (see `stock.is_stock`), and else ours,
+    which needs this package. `tokenizer` is `load_tokenizer`'s; where it has more tokens than the
+    LLM, the LLM's embeddings grow. UsageError for a connector that cannot serve the tower's grid.
     """
-    from transformers import Aimv2VisionConfig, LlavaConfig, LlavaForConditionalGeneration
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
 
+    options, width = dict(options or {}), llm.config.hidden_size
+    with torch.device("meta"):
+        num_tokens = build_connector(connector, tower.hidden_size, width, **options).num_tokens(
+            tower.grid
+        )
     if len(tokenizer) > llm.get_input_embeddings().weight.shape[0]:
         llm.resize_token_embeddings(len(tokenizer))
-    vision = {k: v for k, v in transformers_config(encoder.config).items() if k != "architectures"}
-    config = LlavaConfig(
-        vision_config=Aimv2VisionConfig(**vision),
-        text_config=llm.config,
-        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="full",
-        image_seq_length=encoder.config.num_patches,
-        tie_word_embeddings=llm.config.tie_word_embeddings,
-    )
-    model = LlavaForConditionalGeneration(config)
-    tower = rename(encoder.state_dict(), NAMINGS["transformers"])
-    model.model.vision_tower.load_state_dict(tower, strict=True)
+    common = {
+        "vision_config": vision_config(tower),
+        "text_config": llm.config,
+        "image_token_index": tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        "vision_feature_layer": said_layers(tower),
+        "vision_feature_select_strategy": STRATEGIES.get(tower.kind, "full"),
+        "image_seq_length": num_tokens,
+        "tie_word_embeddings": llm.config.tie_word_embeddings,
+    }
+    if is_stock(tower, connector, options):
+        model = LlavaForConditionalGeneration(LlavaConfig(**common))
+    else:
+        from aimv2_mllm.model.llava import AnyLlava, AnyLlavaConfig
+
+        ours = {
+            "tower": tower.kind,
+            "vision_feature_norm": tower.norm,
+            "connector": {"name": connector, **options},
+        }
+        model = AnyLlava(AnyLlavaConfig(**common, **ours))
+    model.model.vision_tower.load_state_dict(tower_state(tower), strict=True)
     model.model.language_model.load_state_dict(llm.base_model.state_dict(), strict=True)
     model.lm_head.load_state_dict(llm.get_output_embeddings().state_dict(), strict=True)
     model.config.text_config.name_or_path = ""  # a path of this machine
@@ -131,26 +174,58 @@ def assemble(
     return model
 
 
-def build_processor(
-    tokenizer: Any, preprocessing: Preprocessing, patch_size: int
-) -> "LlavaProcessor":
-    """The processor that belongs to an assembled model: pictures by Pillow alone, text by the LLM's
-    tokenizer."""
+def build_processor(model: Any, tokenizer: Any, preprocessing: Preprocessing) -> "LlavaProcessor":
+    """The processor that belongs to an assembled `model`: pictures by Pillow alone, text by the
+    LLM's tokenizer."""
     from transformers import CLIPImageProcessorPil, LlavaProcessor
 
-    size = preprocessing.image_size
-    pictures = CLIPImageProcessorPil(
-        size={"shortest_edge": size},
-        crop_size={"height": size, "width": size},
-        image_mean=list(preprocessing.mean),
-        image_std=list(preprocessing.std),
+    config, patch_size = model.config, side_of(model.config.vision_config.patch_size)
+    words = {
+        "tokenizer": tokenizer,
+        "patch_size": patch_size,
+        "chat_template": tokenizer.chat_template,
+        "image_token": IMAGE_TOKEN,
+    }
+    if config.model_type == "llava":
+        strategy = config.vision_feature_select_strategy
+        return LlavaProcessor(
+            CLIPImageProcessorPil(**preprocessing.settings()),
+            vision_feature_select_strategy=strategy,
+            num_additional_image_tokens=int(strategy == "default"),
+            **words,
+        )
+    from aimv2_mllm.model.llava import AnyLlavaProcessor, NativeImageProcessor
+
+    layers = config.vision_feature_layer
+    connector = {
+        **config.connector,
+        "in_features": config.vision_config.hidden_size
+        * (1 if isinstance(layers, int) else len(layers)),
+        "out_features": config.text_config.hidden_size,
+    }
+    pictures = CLIPImageProcessorPil(**preprocessing.settings())
+    if getattr(config.vision_config, "is_native", False):
+        settings = {**preprocessing.settings(), "do_center_crop": False}
+        unit = config.connector.get("factor") or 1
+        pictures = NativeImageProcessor(**settings, patch_size=patch_size, unit=unit)
+    return AnyLlavaProcessor(pictures, connector=connector, **words)
+
+
+def load_llava(folder: str | Path, dtype: Any = torch.float32) -> tuple[Any, Any]:
+    """The Llava in `folder`, transformers' own or ours, and its processor."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    import aimv2_mllm.model.llava  # noqa: F401  (transformers then knows ours)
+
+    model = AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=dtype, trust_remote_code=False
     )
-    return LlavaProcessor(
-        image_processor=pictures,
-        tokenizer=tokenizer,
-        patch_size=patch_size,
-        vision_feature_select_strategy="full",
-        num_additional_image_tokens=0,
-        chat_template=tokenizer.chat_template,
-        image_token=IMAGE_TOKEN,
-    )
+    return model, AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+
+
+def pictures_of(processor: Any) -> tuple[Preprocessing, int]:
+    """How a Llava's `processor` prepares a square picture, and how many tokens that becomes."""
+    preprocessing = Preprocessing.read(processor.image_processor.to_dict())
+    side = preprocessing.image_size // processor.patch_size
+    count = getattr(processor, "num_image_tokens", None)
+    return preprocessing, side**2 if count is None else count((side, side))

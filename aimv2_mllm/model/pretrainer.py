@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .encoder import AIMv2Encoder, Block, RMSNorm, initialise_linears
+from .blocks import Block, RMSNorm, initialise_linears
+from .encoder import AIMv2Encoder
 from .packed import Packing
 
 # What cutting a unit normal at -2 and 2 leaves of its standard deviation.

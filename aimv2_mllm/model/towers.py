@@ -26,6 +26,7 @@ from .families import (
     chosen_norm,
     family_of,
     grid_of,
+    own_size,
     patch_size_of,
     read_patches,
 )
@@ -92,7 +93,7 @@ class Tower(nn.Module):
         pixels = torch.empty(1, 3, height, width, device="meta")
         if isinstance(self.module, AIMv2Encoder):
             self.module.check(pixels)
-        rows, columns = grid_of(pixels, self.patch_size)
+        rows, columns = grid_of(pixels.shape, self.config)
         return rows * columns
 
     def prepare(self, pictures: Sequence[Image.Image]) -> Tensor:
@@ -103,7 +104,7 @@ class Tower(nn.Module):
     def forward(self, pixel_values: Tensor) -> Tensor:
         """The tokens (B, N, D) of all patches in raster order, in the tower's dtype."""
         pixel_values = pixel_values.to(self.device, self.dtype)
-        grid_of(pixel_values, self.patch_size)
+        grid_of(pixel_values.shape, self.config)
         with nullcontext() if self.trainable else torch.no_grad():
             return read_patches(self.kind, self.module, pixel_values, self.layers, self.norm)
 
@@ -183,7 +184,7 @@ def _preprocessing(
         image_size = image_size or math.isqrt(config.num_patches) * patch_size_of(module)
     preprocessing = Preprocessing.load(folder, image_size=image_size)
     side, patch = preprocessing.image_size, patch_size_of(module)
-    if kind != "aimv2" and (side < patch or side % patch):
+    if kind != "aimv2" and side != own_size(config) and (side < patch or side % patch):
         raise UsageError(f"{folder}: cannot look at {side} pixels, only multiples of {patch}")
     return preprocessing
 

@@ -53,7 +53,7 @@ def read_encoder(folder: Path, image_size: int | None = None) -> tuple[AIMv2Enco
     config = encoder_config(read_config(folder), folder / CONFIG_FILE)
     if shapes_only():
         side = None if config.native else image_size
-        return AIMv2Encoder(_resized(config, side, folder) if side else config), []
+        return AIMv2Encoder(resized_config(config, side, folder) if side else config), []
     with torch.device("meta"):
         encoder = AIMv2Encoder(config)
     tensors = read_tensors(folder)
@@ -67,7 +67,7 @@ def read_encoder(folder: Path, image_size: int | None = None) -> tuple[AIMv2Enco
     state = restore(state, NAMINGS[key])
     notes = [f"its encoder alone is read; left aside: {_summary(aside)}"] if aside else []
     if image_size is not None and image_size != config.image_size:
-        config = _resized(config, image_size, folder)
+        config = resized_config(config, image_size, folder)
         side = image_size // config.patch_size
         state[POSITIONS] = resize_positions(state[POSITIONS], side)
         notes.append(f"its learned positions are resized to {image_size} px ({side} x {side})")
@@ -131,7 +131,9 @@ def _encoder_part(tensors: State, key: str, prefix: str) -> tuple[State, list[st
     return part, sorted(restore_lit(rest, key)) if rest else []
 
 
-def _resized(config: EncoderConfig, image_size: int, folder: Path) -> EncoderConfig:
+def resized_config(config: EncoderConfig, image_size: int, folder: Path) -> EncoderConfig:
+    """`config` at another `image_size` in pixels; UsageError, naming `folder`, for one that is
+    impossible."""
     if config.native:
         raise UsageError(
             f"{folder}: image_size {image_size} is asked for, and this native encoder computes "

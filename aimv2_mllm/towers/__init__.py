@@ -1,0 +1,1 @@
+"""Vision towers inside host toolkits, whose source stays as it is."""

@@ -1,0 +1,176 @@
+"""AIMv2 towers and our connectors inside LLaVA, which stays as it is: `install()`, once.
+
+Then LLaVA takes `--vision_tower aimv2:FOLDER_OR_HUB_ID` and, for `--mm_projector_type`, the names
+of `CONNECTORS` with their options, as in `pixel_shuffle:factor=2`. LLaVA 1.2 and newer: git
+c121f04, and `llava-torch` 1.2.2.post1 on PyPI.
+
+LLaVA's own names go to LLaVA, but for folders of other encoders, which it would take for CLIP and
+fill with random weights.
+"""
+
+import functools
+import importlib
+import importlib.util
+import inspect
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from ..errors import UsageError
+from ..model.layouts import MODEL_TYPES
+from .llava_compat import install_generation
+from .llava_connectors import build_projector
+from .llava_images import install_images, join
+from .sources import SOURCES, is_source
+from .tower import VisionTower
+
+INSTALL = (
+    "pip install 'aimv2-mllm[llava]' (its pinned libraries), or beside current libraries "
+    "pip install --no-deps llava-torch==1.2.2.post1"
+)
+CLIP_TYPES = ("clip", "clip_vision_model")
+
+
+class LlavaTower(VisionTower):
+    """A tower with the constructor and the properties that LLaVA reads."""
+
+    def __init__(self, vision_tower: str, args: Any, delay_load: bool = False, **_: Any) -> None:
+        super().__init__(vision_tower, layer=getattr(args, "mm_vision_select_layer", -1))
+        feature = getattr(args, "mm_vision_select_feature", "patch")
+        if feature not in ("patch", "cls_patch"):
+            raise UsageError(
+                f"mm_vision_select_feature is {feature!r}, and must be patch: "
+                "this tower has no class token"
+            )
+        side = self.config.image_size // self.config.patch_size
+        # As LLaVA counts, of an image of `image_size`: the connector's tokens, once it is known.
+        self.num_patches = side * side
+        self.num_patches_per_side = side
+        if not delay_load:
+            self.load_model()
+
+    @property
+    def hidden_size(self) -> int:
+        """The width of the tokens."""
+        return self.config.hidden_size
+
+
+def install() -> None:
+    """Put towers and connectors into the `llava` of this process. A second call changes nothing.
+
+    Raises UsageError where there is no LLaVA, or one that this was not made for.
+    """
+    arch: Any = host()
+    if getattr(arch, "aimv2_mllm", False):
+        return
+    towers: Any = importlib.import_module("llava.model.multimodal_encoder.builder")
+    projectors: Any = importlib.import_module("llava.model.multimodal_projector.builder")
+    # llava_arch has bound both names at its import.
+    for module in (towers, arch):
+        module.build_vision_tower = _tower_builder(towers.build_vision_tower)
+    for module in (projectors, arch):
+        module.build_vision_projector = _projector_builder(projectors.build_vision_projector)
+    meta = arch.LlavaMetaModel
+    meta.__init__ = _then_join(meta.__init__)
+    meta.initialize_vision_modules = _then_join(meta.initialize_vision_modules)
+    install_images(arch.LlavaMetaForCausalLM)
+    install_generation()
+    arch.aimv2_mllm = True
+
+
+def host() -> ModuleType:
+    """LLaVA's module of model parts; UsageError with what to do where it is another or none."""
+    try:
+        # Not `llava.model`, which swallows what went wrong below it.
+        importlib.import_module("llava.model.language_model.llava_llama")
+        arch = importlib.import_module("llava.model.llava_arch")
+    except ImportError as error:
+        if error.name == "llava":
+            raise UsageError(f"there is no llava here: {INSTALL}") from None
+        raise UsageError(
+            f"the package llava in {_folder('llava')} cannot be imported ({error})"
+        ) from None
+    where = Path(str(arch.__file__)).parents[1]
+    if not hasattr(arch, "LlavaMetaForCausalLM") or hasattr(arch, "build_vision_resampler"):
+        raise UsageError(
+            f"the package llava in {where} is not LLaVA but another of that name (LLaVA-NeXT?): "
+            f"in an environment of its own, {INSTALL}"
+        )
+    prepare = arch.LlavaMetaForCausalLM.prepare_inputs_labels_for_multimodal
+    if "image_sizes" not in inspect.signature(prepare).parameters:
+        raise UsageError(f"the llava in {where} is older than 1.2, the first that works: {INSTALL}")
+    return arch
+
+
+def _folder(package: str) -> str:
+    spec = importlib.util.find_spec(package)
+    return ", ".join(spec.submodule_search_locations or []) if spec else "?"
+
+
+def demand_known(name: str) -> None:
+    """UsageError for a tower's name that LLaVA would take for CLIP's although it is another's."""
+    if is_source(name):
+        return
+    prefixes = ", ".join(f"{kind}:" for kind in SOURCES)
+    kind, colon, _ = name.partition(":")
+    if colon and not Path(name).exists() and len(kind) > 1:  # C:\ is a drive
+        raise UsageError(f"vision tower {name!r} begins with {kind}:, and must with {prefixes}")
+    config = Path(name) / "config.json"
+    model_type = None
+    if config.is_file():
+        try:
+            content = json.loads(config.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{config} is not JSON ({error})") from None
+        model_type = content.get("model_type") if isinstance(content, dict) else None
+        model_type = model_type or ("timm" if "architecture" in content else None)
+    if model_type in (*MODEL_TYPES, "timm") or (config.is_file() is False and "aimv2" in name):
+        raise UsageError(
+            f"vision tower {name} is AIMv2's, and LLaVA would build a random CLIP of it: "
+            f"type aimv2:{name}"
+        )
+    if model_type is not None and model_type not in CLIP_TYPES:
+        raise UsageError(
+            f"vision tower {name} is a {model_type}, and LLaVA would take it for CLIP: "
+            f"type hf:{name}"
+        )
+
+
+def _tower_builder(stock: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    @functools.wraps(stock)
+    def build_vision_tower(config: Any, **options: Any) -> nn.Module:
+        # From a model's config, or from the arguments of training.
+        name = getattr(config, "mm_vision_tower", None) or getattr(config, "vision_tower", None)
+        if not isinstance(name, str):
+            return stock(config, **options)
+        demand_known(name)
+        if not is_source(name):
+            return stock(config, **options)
+        return LlavaTower(name, config, **options)
+
+    return build_vision_tower
+
+
+def _projector_builder(stock: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    @functools.wraps(stock)
+    def build_vision_projector(config: Any, *rest: Any, **options: Any) -> nn.Module:
+        return build_projector(config) or stock(config, *rest, **options)
+
+    return build_vision_projector
+
+
+def _then_join(method: Callable[..., None]) -> Callable[..., None]:
+    """`method` of LLaVA's model; after it, its tower knows what its projector makes of the grid."""
+
+    @functools.wraps(method)
+    def joined(self: Any, *rest: Any, **options: Any) -> None:
+        method(self, *rest, **options)
+        tower = self.get_vision_tower()
+        if isinstance(tower, LlavaTower):
+            join(tower, self.mm_projector, self.config)
+
+    return joined

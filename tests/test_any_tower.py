@@ -1,0 +1,115 @@
+"""Whole runs on any tower and connector: aligned, tuned, judged, and asked."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_towers import picture, saved
+
+from aimv2_mllm.chat import answer, load_model
+from aimv2_mllm.errors import UsageError
+from aimv2_mllm.evaluation import answers
+from aimv2_mllm.job import Place
+from aimv2_mllm.model.encoder import AIMv2Encoder, EncoderConfig
+from aimv2_mllm.model.preprocessing import Preprocessing
+from aimv2_mllm.model.weights import save_encoder
+from aimv2_mllm.recipe import Recipe
+from aimv2_mllm.run import run
+from aimv2_mllm.stages import check_inputs
+
+TRAIN = {"steps": 2, "batch_size": 4, "lr": 1e-2, "log_every": 1}
+ASKED = [
+    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is on it?"}]}
+]
+
+
+def recipe(folder: Path, tower: Path, connector: Any) -> Recipe:
+    align = {
+        "kind": "align",
+        "tower": str(tower),
+        "llm": "tiny_llm",
+        "connector": connector,
+        "train": TRAIN,
+    }
+    stages = {"align": align, "tune": {"kind": "tune", "start": "align", "train": TRAIN}}
+    plain = {"name": "any", "output": folder / "run", "stages": stages}
+    plain["evaluation"] = {"questions": 14, "sheets": 2}
+    return Recipe.model_validate(plain)
+
+
+def native(folder: Path) -> Path:
+    torch.manual_seed(0)
+    save_encoder(AIMv2Encoder(EncoderConfig(16, 24, 2, 2, image_size=56, native=True)), folder)
+    Preprocessing(56, native=True).save(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("tower", "connector", "num_tokens", "model_type"),
+    [
+        ("siglip", "mlp", 16, "llava"),
+        ("dinov3_vit", {"name": "average_pool", "target": 2}, 4, "aimv2_mllm_llava"),
+        ("native", {"name": "pixel_shuffle", "factor": 2}, 4, "aimv2_mllm_llava"),
+    ],
+)
+def test_a_run_is_aligned_tuned_judged_and_asked(
+    tower: str, connector: Any, num_tokens: int, model_type: str, tmp_path: Path
+) -> None:
+    if tower == "native":
+        native(tmp_path / "tower")
+    else:
+        saved(tower, tmp_path / "tower")
+    done = run(recipe(tmp_path, tmp_path / "tower", connector), lambda _: None)
+    for stage in ("align", "tune"):
+        folder = done / stage / "model"
+        config = json.loads((folder / "config.json").read_text())
+        assert config["model_type"] == model_type
+        speaker = answers.load_mllm(folder)
+        assert speaker.num_image_tokens == num_tokens
+        seen = answers.look(speaker, [answers.held_out_sheet(0, index) for index in range(2)])
+        assert seen.shape == (2, num_tokens, 128)
+    align, tune = ((done / stage / "metrics.jsonl").read_text() for stage in ("align", "tune"))
+    assert align != tune
+    assert (done / "report.md").is_file()
+    bot = load_model(done)
+    for shape in ((90, 30), (30, 90), (28, 28)):
+        assert isinstance(answer(bot, ASKED, [picture(*shape)], max_new_tokens=3), str)
+
+
+def test_a_native_tower_sees_a_chats_picture_in_its_own_shape(tmp_path: Path) -> None:
+    from aimv2_mllm.prompts import fitting_inputs
+
+    done = run(recipe(tmp_path, native(tmp_path / "tower"), "mlp"), lambda _: None)
+    bot = load_model(done)
+    for shape, size in (((120, 30), [28, 112]), ((28, 28), [56, 56])):
+        inputs, _ = fitting_inputs(
+            bot.processor, ASKED, [picture(*shape)], limit=400, max_new_tokens=4
+        )
+        assert inputs["image_sizes"].tolist() == [size]
+
+
+@pytest.mark.parametrize(
+    ("connector", "says"),
+    [
+        ({"name": "pixel_shuffle", "factor": 3}, "stage align: .*multiples of 3, not 4 x 4"),
+        ({"name": "c_abstractor", "target": 9}, "stage align: .*at least .* not 4 x 4"),
+        ({"name": "resampler", "num_heads": 7}, "stage align: a resampler into 128 features"),
+    ],
+)
+def test_a_connector_that_does_not_fit_is_said_before_anything_is_trained(
+    connector: Any, says: str, tmp_path: Path
+) -> None:
+    saved("siglip", tmp_path / "tower")
+    plan = recipe(tmp_path, tmp_path / "tower", connector)
+    with pytest.raises(UsageError, match=says):
+        check_inputs(Place(plan, tmp_path / "run"))
+
+
+def test_a_tower_that_is_none_is_said_before_anything_is_trained(tmp_path: Path) -> None:
+    (tmp_path / "tower").mkdir()
+    (tmp_path / "tower" / "config.json").write_text('{"model_type": "vit"}')
+    plan = recipe(tmp_path, tmp_path / "tower", "mlp")
+    with pytest.raises(UsageError, match=r"stage align: .*'vit'; the known towers are aimv2, "):
+        check_inputs(Place(plan, tmp_path / "run"))
