@@ -13,7 +13,8 @@ from aimv2_mllm.towers import llava_next
 TOKENS = {
     "native": 16, "linear": 16, "mlp2x_gelu": 16, "mlp2x_res1x_gelu": 16, "aimv2:linear": 16,
     "mlp:depth=3": 16, "pixel_shuffle:factor=2": 4, "average_pool:factor=2": 4,
-    "resampler:num_queries=3,num_heads=4": 3, "c_abstractor:target=2,depth=1": 4, "hf:clip": 4, "hf:siglip": 4,
+    "resampler:num_queries=3,num_heads=4": 3, "c_abstractor:target=2,depth=1": 4,
+    "hf:clip": 4, "hf:siglip": 4,
 }  # fmt: skip
 
 
