@@ -13,8 +13,8 @@ from aimv2_mllm.model.preprocessing import Preprocessing
 from aimv2_mllm.towers import prismatic
 
 TOKENS = {
-    "native": 16, "hf:clip": 16, "hf:siglip": 16, "linear": 16, "no-align+gelu-mlp": 16,
-    "fused-gelu-mlp": 16, "aimv2:linear": 16,
+    "native": 16, "hf:clip": 16, "hf:siglip": 16, "linear": 16,
+    "no-align+gelu-mlp": 16, "fused-gelu-mlp": 16, "aimv2:linear": 16,
     "mlp:depth=3": 16, "pixel_shuffle:factor=2": 4, "no-align+average_pool:factor=2": 4,
     "resampler:num_queries=3,num_heads=4": 3, "c_abstractor:target=2,depth=1": 4,
 }  # fmt: skip

@@ -71,7 +71,7 @@ def test_its_program_trains_both_stages_and_partially_tunes_the_last_block(
 def test_its_own_names_stay_its_own(found: dict[str, Any]) -> None:
     assert found["stock"] == {
         "mlp2x_gelu": "MLPConnector", "linear": "LinearConnector", "clip": "CLIPVisionTower",
-        "collision": "AIMv2Tower",
+        "collision": "CLIPVisionTower",
         "resampler": "ResamplerConnector", "identity": "IdentityConnector",
     }  # fmt: skip
 

@@ -197,12 +197,16 @@ def stock() -> dict:
     from tinyllava.model.connector import ConnectorFactory
     from tinyllava.model.vision_tower import VisionTowerFactory
 
+    folder = make_foreign(work / "hf-clip", "clip")
+    config = transformers.CLIPVisionConfig.from_pretrained(folder)
+    config.model_name_or_path = str(folder)
     return {
         **{
             n: ConnectorFactory(n).__name__
             for n in ("mlp2x_gelu", "linear", "resampler", "identity")
         },
-        "collision": VisionTowerFactory("me/hf-clip").__name__,
+        # Its lookup finds our key `hf` in this path.
+        "collision": type(VisionTowerFactory(str(folder))(config)).__name__,
         "clip": VisionTowerFactory("openai/clip-vit-large-patch14").__name__,
     }
 
