@@ -58,9 +58,14 @@ def run(args: argparse.Namespace) -> None:
     report = folder / "report.md"
     print(f"report: {report}" if report.is_file() else f"result: {folder}")
     if any(stage.kind in TALKING for stage in recipe.stages.values()):
-        model, sheet = shlex.quote(str(folder)), shlex.quote(str(folder / "sheet.png"))
-        print(f"next:   {_program()} sample {model} {sheet}")
-        print(f"        {_program()} chat {model} --image {sheet}")
+        model, picture, lead = shlex.quote(str(folder)), "PICTURE", "next:   "
+        if {one.kind for stage in recipe.stages.values() for one in stage.data.sources} == {
+            "handwriting"
+        }:
+            picture = shlex.quote(str(folder / "sheet.png"))
+            print(f"{lead}{_program()} sample {model} {picture}")
+            lead = " " * len(lead)
+        print(f"{lead}{_program()} chat {model} --image {picture}")
 
 
 def _dry_run(

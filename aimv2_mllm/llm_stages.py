@@ -7,18 +7,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from aimv2_mllm.data import scenes
-from aimv2_mllm.data.batches import conversation_batches, world_seed
-from aimv2_mllm.data.conversations import conversation
+from aimv2_mllm.data.batches import world_seed
+from aimv2_mllm.data.drawing import Skipped
+from aimv2_mllm.data.talk_batches import TalkBatches, conversation_batches
+from aimv2_mllm.data.talks import TalkCorpus
+from aimv2_mllm.data.templates import V1_CHAT_TEMPLATE
 from aimv2_mllm.data.tokenizer import train_tokenizer
 from aimv2_mllm.engine.optimizer import Parts
 from aimv2_mllm.errors import UsageError, nearest
-from aimv2_mllm.job import Job, Place, named_parts
+from aimv2_mllm.job import DataFacts, Job, Place, named_parts
 from aimv2_mllm.model import mllm
 from aimv2_mllm.model.connectors import build_connector
 from aimv2_mllm.model.encoder import SIZES
 from aimv2_mllm.model.towers import load_tower
 from aimv2_mllm.objective import AnswerObjective
+from aimv2_mllm.recipe_data import ConversationData
 from aimv2_mllm.recipe_stages import PATCH, AlignStage, LanguageStage, PretrainStage, TuneStage
 
 TOKENIZER_TEXTS = 3000  # conversations from which a tokenizer is learned
@@ -27,7 +30,7 @@ TOKENIZER_TEXTS = 3000  # conversations from which a tokenizer is learned
 def build_align(stage: AlignStage, place: Place) -> Job:
     """A Llava of a frozen tower and a frozen LLM, with the connector between them trained."""
     llm = place.source(stage.llm)
-    tower, tokenizer = load_tower(place.source(stage.tower)), mllm.load_tokenizer(llm)
+    tower, tokenizer = load_tower(place.source(stage.tower)), load_talker(llm, stage.data)
     model = mllm.assemble(
         tower,
         mllm.load_llm(llm),
@@ -42,6 +45,16 @@ def build_align(stage: AlignStage, place: Place) -> Job:
     return _conversation_job(model, parts, stage, place, processor, lambda: model)
 
 
+def load_talker(llm: str, data: ConversationData) -> Any:
+    """The tokenizer of `llm` with the chat template by which one talks to what is trained on
+    `data`; UsageError where it has none."""
+    own = None if data.template == "chat" else V1_CHAT_TEMPLATE
+    tokenizer = mllm.load_tokenizer(llm, chat_template=own)
+    if data.template == "v1":
+        tokenizer.chat_template = V1_CHAT_TEMPLATE
+    return tokenizer
+
+
 def build_tune(stage: TuneStage, place: Place) -> Job:
     """The aligned Llava with low-rank adapters on the LLM; adapters and connector are trained, the
     rest frozen.
@@ -51,6 +64,8 @@ def build_tune(stage: TuneStage, place: Place) -> Job:
     from peft import LoraConfig, get_peft_model
 
     base, processor = mllm.load_llava(place.result(stage.start))
+    if stage.data.template == "v1":
+        processor.chat_template = processor.tokenizer.chat_template = V1_CHAT_TEMPLATE
     check_targets(stage.lora.targets, mllm.linear_layers(base.model.language_model))
     targets = "|".join(stage.lora.targets)
     config = LoraConfig(
@@ -92,7 +107,7 @@ def _conversation_job(
         num_image_tokens=num_image_tokens,
         share=place.share,
     )
-    return Job(model, parts, AnswerObjective(), batches, save)
+    return Job(model, parts, AnswerObjective(), batches, save, _facts(stage, batches))
 
 
 def build_language(stage: LanguageStage, place: Place) -> Job:
@@ -101,17 +116,8 @@ def build_language(stage: LanguageStage, place: Place) -> Job:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     seed = world_seed(place.recipe.seed, stage.data)
-    tasks = {str(task): weight for task, weight in stage.data.tasks.items()}
-    talks = (
-        conversation(
-            scenes.scene(seed, "train", i),
-            scenes.generator(seed, "words", i),
-            tasks=tasks,
-            turns=4,
-            seen=False,
-        )
-        for i in range(TOKENIZER_TEXTS)
-    )
+    corpus, skipped = TalkCorpus(stage.data, seed, None), Skipped()
+    talks = (corpus.words(number, skipped) for number in range(TOKENIZER_TEXTS))
     texts = (f" {message['content'][-1]['text']}" for talk in talks for message in talk)
     tokenizer = train_tokenizer(texts, stage.vocab_size)
     config = LlamaConfig(
@@ -137,7 +143,13 @@ def build_language(stage: LanguageStage, place: Place) -> Job:
         preprocessing=None,
         share=place.share,
     )
-    return Job(model, {"llm": list(model.named_parameters())}, AnswerObjective(), batches, save)
+    parts = {"llm": list(model.named_parameters())}
+    return Job(model, parts, AnswerObjective(), batches, save, _facts(stage, batches))
+
+
+def _facts(stage: AlignStage | TuneStage | LanguageStage, batches: TalkBatches) -> DataFacts:
+    corpus = batches.corpus
+    return DataFacts(stage.data.workers, stage.data.max_skipped, corpus.digest, corpus.notes)
 
 
 def check_connector(stage: AlignStage, place: Place) -> None:

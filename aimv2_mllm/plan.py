@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aimv2_mllm.data.sources import SOURCES, open_sources
 from aimv2_mllm.engine.accelerators import Accelerator
 from aimv2_mllm.engine.rehearsal import Footprint, rehearse
 from aimv2_mllm.engine.strategies import blocks
@@ -24,9 +23,9 @@ from aimv2_mllm.job import Job, Place
 from aimv2_mllm.model.shapes import only_shapes
 from aimv2_mllm.problems import Problem, find_problems
 from aimv2_mllm.recipe import Recipe
-from aimv2_mllm.recipe_stages import LitStage, PretrainStage, Stage
+from aimv2_mllm.recipe_stages import Stage
 from aimv2_mllm.recipe_train import TrainConfig
-from aimv2_mllm.stages import STAGES
+from aimv2_mllm.stages import STAGES, opened
 from aimv2_mllm.stand_ins import WORDS, grown, longest_caption, stood_in
 
 
@@ -155,17 +154,15 @@ def _planned(
 
 def _sources(here: str, stage: Stage, wrong: set[str]) -> tuple[list[SourceUse], bool]:
     """The stage's sources, and whether one with captions is not there."""
-    listed = getattr(stage.data, "sources", None)
-    if listed is None:
-        return [SourceUse("handwriting", None, None)], False
+    listed = stage.data.sources
     weights, found, is_missing = sum(source.weight for source in listed), [], False
     for number, source in enumerate(listed):
         rows = None
         if f"{here}.data.sources.{number}" in wrong:
             is_missing = True
-        elif source.kind in SOURCES and isinstance(stage, PretrainStage | LitStage):
-            [opened] = open_sources(stage.data.model_copy(update={"sources": [source]}))
-            rows = sum(opened.groups) if opened is not None else None
+        else:
+            groups = getattr(opened(stage, number), "groups", None)  # the world has none, or no end
+            rows = sum(groups) if groups else None
         drawn = stage.train.steps * stage.train.batch_size * source.weight / weights
         found.append(SourceUse(source.kind, rows, drawn / rows if rows else None))
     return found, is_missing

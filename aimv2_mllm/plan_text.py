@@ -20,8 +20,8 @@ def written(plan: Plan, device: Accelerator, num_devices: int, utilisation: floa
     blocks = ["\n".join(_stage(stage, device, num_devices, utilisation)) for stage in plan.stages]
     planned = [stage for stage in plan.stages if stage.memory is not None]
     hours = sum(stage.hours(device, num_devices, utilisation) for stage in planned)
-    whole = "" if len(planned) == len(plan.stages) else " of those that could be planned"
-    return "\n\n".join([head, *blocks, f"all stages{whole}: {_hours(hours)}"])
+    whole = "in all" if len(planned) == len(plan.stages) else "all that could be planned"
+    return "\n\n".join([head, *blocks, f"{whole}: {_hours(hours)}"])
 
 
 def limits(recipe: Recipe, plan: Plan, device: Accelerator, num_devices: int) -> list[Problem]:
@@ -97,7 +97,8 @@ def _stage(
         f" {_size(memory.optimiser)}, activations {_size(memory.activations)} (logits"
         f" {_size(memory.logits)})"
     )
-    how = [f"{train.precision}", train.strategy if num_devices > 1 else "one process"]
+    strategy = "ddp" if train.strategy == "auto" else train.strategy
+    how = [train.precision, strategy if num_devices > 1 else "one process"]
     how += ["activation checkpointing"] * train.activation_checkpointing
     lines.append(f"              {', '.join(how)}; a checkpoint {_size(stage.checkpoint)}")
     step = stage.flops * train.batch_size

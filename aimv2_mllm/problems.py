@@ -6,7 +6,6 @@ from functools import partial
 from os.path import isdir
 from typing import Any
 
-from aimv2_mllm.data.sources import SOURCES, open_sources
 from aimv2_mllm.engine.trackers import require
 from aimv2_mllm.errors import RunFailed, UsageError
 from aimv2_mllm.job import Place
@@ -14,9 +13,9 @@ from aimv2_mllm.model import mllm
 from aimv2_mllm.model.hub import locate
 from aimv2_mllm.model.shapes import only_shapes
 from aimv2_mllm.model.shards import weight_files
-from aimv2_mllm.recipe_stages import LitStage, PretrainStage, Stage
+from aimv2_mllm.recipe_stages import Stage
 from aimv2_mllm.run import check_folder, check_shares
-from aimv2_mllm.stages import check_stage
+from aimv2_mllm.stages import check_stage, opened
 
 
 @dataclass(frozen=True)
@@ -59,11 +58,8 @@ def _tried(key: str, check: Callable[[], Any]) -> Iterator[Problem]:
 
 
 def _data(here: str, stage: Stage) -> Iterator[Problem]:
-    sources = getattr(stage.data, "sources", ())
-    for number, source in enumerate(sources):
-        if source.kind in SOURCES and isinstance(stage, PretrainStage | LitStage):
-            one = stage.data.model_copy(update={"sources": [source]})
-            yield from _tried(f"{here}.data.sources.{number}", partial(open_sources, one))
+    for number in range(len(stage.data.sources)):
+        yield from _tried(f"{here}.data.sources.{number}", partial(opened, stage, number))
 
 
 def _models(here: str, stage: Stage, place: Place) -> Iterator[Problem]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from aimv2_mllm.recipe_types import Number, Section, Seed, Switch, Text
+from aimv2_mllm.recipe_types import Count, Number, Section, Seed, Switch, Text
 
 Task = Literal["describe", "backwards", "table", "several", "question"]
 
@@ -114,16 +114,113 @@ class CaptionData(Section):
     )
 
 
-class ConversationData(Section):
-    """Conversations, each about one picture."""
+class HandwritingTalks(_Source):
+    """Questions and answers about the embedded world of handwritten digits; it has no end."""
 
-    source: Literal["handwriting"] = Field(
-        default="handwriting", description="where samples come from"
-    )
-    seed: Seed = Field(default=0, description="seed of the samples")
+    kind: Literal["handwriting"] = Field(default="handwriting", description="the kind of source")
     tasks: dict[Task, Annotated[Number, Field(gt=0)]] = Field(
         default={"describe": 1.0, "question": 1.0},
         min_length=1,
         description="weight of each task, relative",
     )
     turns: int = Field(default=1, ge=1, le=8, description="questions per picture, 1 to 8")
+
+
+class LlavaTalks(_Source):
+    """LLaVA's JSON or JSON lines: {id, image, conversations: [{from: human | gpt, value}]}.
+
+    `image` is a path, a list of paths, or missing; `<image>` in what the human says is where each
+    stands, and without such marks all stand before the first question.
+    """
+
+    kind: Literal["llava"] = Field(default="llava", description="the kind of source")
+    file: Text = Field(description="the file, a JSON list or a JSON mapping a line")
+    root: Text | None = Field(
+        default=None, description="folder below which all pictures lie; null: the file's own"
+    )
+
+
+class _TableOfTalks(_Source):
+    dataset: Text = Field(description="a folder that save_to_disk wrote, or a hub id")
+    config: Text | None = Field(default=None, description="its configuration, where it has several")
+    split: Text = Field(default="train", description="its split")
+    images: Text | None = Field(
+        default="images", description="column with the picture or pictures; null: there are none"
+    )
+
+
+class MessagesTalks(_TableOfTalks):
+    """A data set of the library `datasets` with messages as OpenAI's and TRL's: role, content."""
+
+    kind: Literal["messages"] = Field(default="messages", description="the kind of source")
+    messages: Text = Field(default="messages", description="column with the messages")
+
+
+class TextsTalks(_TableOfTalks):
+    """A data set of the library `datasets` with turns of {user, assistant}, as the_cauldron's and
+    FineVision's."""
+
+    kind: Literal["texts"] = Field(default="texts", description="the kind of source")
+    texts: Text = Field(default="texts", description="column with the turns")
+
+
+class CaptionTalks(_Source):
+    """Pictures with captions: each is what is said when asked one of `prompts`."""
+
+    kind: Literal["captions"] = Field(default="captions", description="the kind of source")
+    pairs: Annotated[
+        ShardsSource | DatasetsSource | FolderSource | JsonlSource, Field(discriminator="kind")
+    ] = Field(description="the pictures and captions")
+    prompts: Annotated[list[Text], BeforeValidator(_listed)] = Field(
+        default=["Describe the image."], min_length=1, description="what is asked, one or a list"
+    )
+
+
+class QuestionTalks(_Source):
+    """A folder of pictures with a table (CSV) of columns image, question and answer."""
+
+    kind: Literal["questions"] = Field(default="questions", description="the kind of source")
+    folder: Text = Field(description="the folder; pictures are named from there")
+    file: Text = Field(default="questions.csv", description="the table, a file in the folder")
+
+
+Talks = HandwritingTalks | LlavaTalks | MessagesTalks | TextsTalks | CaptionTalks | QuestionTalks
+TALK_SECTIONS: dict[str, type[Talks]] = {
+    "handwriting": HandwritingTalks,
+    "llava": LlavaTalks,
+    "messages": MessagesTalks,
+    "texts": TextsTalks,
+    "captions": CaptionTalks,
+    "questions": QuestionTalks,
+}
+
+
+class ConversationData(Section):
+    """Conversations about pictures, or about none, drawn from one or several sources."""
+
+    seed: Seed = Field(default=0, description="seed of the samples and of their order")
+    sources: list[Annotated[Talks, Field(discriminator="kind")]] = Field(
+        default=[HandwritingTalks()], min_length=1, description="where samples come from"
+    )
+    template: Literal["chat", "v1", "plain"] = Field(
+        default="chat",
+        description="how a conversation is written: the tokenizer's chat template, or LLaVA's own",
+    )
+    max_tokens: Count = Field(
+        default=2048, description="longest conversation, tokens, those of its pictures included"
+    )
+    too_long: Literal["cut", "skip"] = Field(
+        default="cut", description="a longer one loses its last turns, or is left out"
+    )
+    image_aspect: Literal["pad", "crop"] = Field(
+        default="pad", description="a picture is made square by a rim, or by its middle alone"
+    )
+    max_skipped: Number = Field(
+        default=0.05, ge=0, le=1, description="share of unusable rows that ends a run, in [0, 1]"
+    )
+    workers: int = Field(
+        default=0,
+        ge=0,
+        le=256,
+        description="processes that prepare samples, per rank; 0: none but itself",
+    )

@@ -17,7 +17,13 @@ from pydantic.fields import FieldInfo
 from aimv2_mllm.errors import UsageError, nearest, show
 from aimv2_mllm.recipe import Mistake, Place, Recipe, reference_mistakes
 from aimv2_mllm.recipe_connectors import CONNECTOR_SECTIONS
-from aimv2_mllm.recipe_data import SOURCE_SECTIONS
+from aimv2_mllm.recipe_data import (
+    SOURCE_SECTIONS,
+    TALK_SECTIONS,
+    CaptionData,
+    CaptionTalks,
+    ConversationData,
+)
 from aimv2_mllm.recipe_stages import STAGES
 
 MAX_BYTES = 256 * 1024  # a recipe is a page; parsing this much takes about a second
@@ -189,20 +195,33 @@ def _override(raw: dict[str, Any], word: str) -> tuple[Place, list[Mistake]]:
     if isinstance(stages, dict) and place[1] not in stages:
         known = f"the stages are {', '.join(stages)}{nearest(place[1], stages)}"
         return place, [(place[:2], f"there is no such stage; {known}")]
-    branch = raw
-    for depth, part in enumerate(place[:-1], start=1):
-        if branch.get(part) is None:
-            branch[part] = {}
-        if not isinstance(branch[part], dict):
-            said = f"is {show(branch[part])}, it has no keys: give it whole"
-            return place, [(place[:depth], said)]
-        branch = branch[part]
-    branch[place[-1]] = value
-    return place, [((*place, *inner), said) for inner, said in mistakes]
+    branch: Any = raw
+    for depth, part in enumerate(place, start=1):
+        if isinstance(branch, list) and re.fullmatch("[0-9]{1,4}", part):
+            if int(part) >= len(branch):
+                said = f"there is no such entry; the list has {len(branch)}, the first is 0"
+                return place, [(place[:depth], said)]
+            inner: Any = int(part)
+        elif isinstance(branch, dict):
+            inner = part
+        else:
+            said = f"is {show(branch)}, it has no keys: give it whole"
+            return place, [(place[: depth - 1], said)]
+        if depth == len(place):
+            branch[inner] = value
+        elif isinstance(branch, dict) and branch.get(inner) is None:
+            branch[inner] = {}
+        branch = branch[inner]
+    return place, [((*place, *below), said) for below, said in mistakes]
 
 
-# keys whose entries are of several kinds, which pydantic puts into a place as a mark of its own
-TAGGED: dict[str, Mapping[str, type[BaseModel]]] = {"stages": STAGES, "sources": SOURCE_SECTIONS}
+# keys whose values are of several kinds, which pydantic puts into a place as a mark of its own
+TAGGED: dict[tuple[type[BaseModel], str], Mapping[str, type[BaseModel]]] = {
+    (Recipe, "stages"): STAGES,
+    (CaptionData, "sources"): SOURCE_SECTIONS,
+    (ConversationData, "sources"): TALK_SECTIONS,
+    (CaptionTalks, "pairs"): {k: v for k, v in SOURCE_SECTIONS.items() if k != "handwriting"},
+}
 # keys whose value is of several kinds
 CHOICES: dict[str, Mapping[str, type[BaseModel]]] = {"connector": CONNECTOR_SECTIONS}
 # what pydantic calls a mistake -> what we say, where its own words would puzzle
@@ -238,9 +257,10 @@ def _explained(error: ValidationError) -> Iterator[Mistake]:
                     known = ", ".join(CHOICES[place[-1]])
                     yield (*place, "name"), f"missing (the {place[-1]}: {known})"
                     continue
-                what = "source" if "sources" in place else "stage"
-                kinds = SOURCE_SECTIONS if "sources" in place else STAGES
-                yield (*place, "kind"), f"missing (the kind of the {what}: {', '.join(kinds)})"
+                tagged = next(part for part in reversed(place) if (owner, part) in TAGGED)
+                what = "stage" if owner is Recipe else "source"
+                kinds = ", ".join(TAGGED[owner, tagged])
+                yield (*place, "kind"), f"missing (the kind of the {what}: {kinds})"
             case "union_tag_invalid":
                 tag = str(context["tag"])
                 known = f"{', '.join(allowed)}{nearest(tag, allowed)}"
@@ -269,9 +289,12 @@ def _located(location: Sequence[int | str]) -> tuple[Place, type[BaseModel], Fie
         key = parts.pop(0)
         place.append(key)
         field = owner.model_fields.get(key)
-        if field is not None and key in TAGGED and len(parts) > 1:
-            place.append(parts.pop(0))  # the entry's own name or number
-            owner = TAGGED[key][parts.pop(0)]
+        if (owner, key) in TAGGED:
+            if key != "pairs" and parts:
+                place.append(parts.pop(0))  # the entry's own name or number
+            if not parts:
+                break
+            owner = TAGGED[owner, key][parts.pop(0)]
             continue
         if field is not None and key in CHOICES and parts:
             owner = CHOICES[key][parts.pop(0)]

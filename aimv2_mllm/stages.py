@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from aimv2_mllm.data.sources import open_sources
+from aimv2_mllm.data.talk_sources import open_talk_sources
+from aimv2_mllm.data.templates import Writer
 from aimv2_mllm.encoder_stages import build_lit, build_pretrain
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.job import Job, Place
@@ -17,10 +19,18 @@ from aimv2_mllm.llm_stages import (
     build_tune,
     check_connector,
     check_targets,
+    load_talker,
 )
 from aimv2_mllm.model import mllm
 from aimv2_mllm.model.weights import load_encoder
-from aimv2_mllm.recipe_stages import AlignStage, LitStage, PretrainStage, Stage, TuneStage
+from aimv2_mllm.recipe_stages import (
+    AlignStage,
+    LanguageStage,
+    LitStage,
+    PretrainStage,
+    Stage,
+    TuneStage,
+)
 
 
 @dataclass(frozen=True)
@@ -68,12 +78,22 @@ def check_inputs(place: Place) -> None:
             raise UsageError(f"stage {name}: {error}") from None
 
 
+def opened(stage: Stage, number: int) -> Any:
+    """One of the stage's sources, opened; UsageError where it cannot be."""
+    one: Any = stage.data.model_copy(update={"sources": [stage.data.sources[number]]})
+    if isinstance(stage, PretrainStage | LitStage):
+        return open_sources(one)[0]
+    return open_talk_sources(one)[0]
+
+
 def check_stage(name: str, place: Place) -> None:
     """UsageError for the first thing that one stage will not find."""
     stage = place.recipe.stages[name]
     done = place.result(name).is_dir()
     if isinstance(stage, PretrainStage | LitStage) and not done:
         open_sources(stage.data)
+    if isinstance(stage, AlignStage | TuneStage | LanguageStage) and not done:
+        open_talk_sources(stage.data)
     encoder = stage.start.encoder if isinstance(stage, PretrainStage) else None
     lit = stage.tower if isinstance(stage, LitStage) else None
     for source in _outside([encoder, lit], place):
@@ -81,10 +101,13 @@ def check_stage(name: str, place: Place) -> None:
     if isinstance(stage, AlignStage):
         check_connector(stage, place)
     for source in set(inputs(stage, place)) - set(towers(stage, place)):
-        talks = not isinstance(stage, PretrainStage | LitStage)
-        mllm.load_tokenizer(source, talks=talks)
+        if isinstance(stage, AlignStage):
+            Writer(load_talker(source, stage.data), stage.data.template)
+        else:
+            mllm.load_tokenizer(source, talks=False)
     if isinstance(stage, TuneStage):
         start = place.recipe.stages[stage.start]
         assert isinstance(start, AlignStage), start
         if start.llm not in place.recipe.stages:
             check_targets(stage.lora.targets, mllm.layer_names(start.llm))
+            Writer(load_talker(start.llm, stage.data), stage.data.template)

@@ -1,13 +1,14 @@
 """What stands in a plan for what is not at hand, and few samples for many."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from aimv2_mllm.model.mllm import TINY_LLM
-from aimv2_mllm.recipe_data import HandwritingSource
+from aimv2_mllm.recipe_data import HandwritingSource, HandwritingTalks
 from aimv2_mllm.recipe_stages import LitStage, PretrainStage, Stage, StartChoice
 
 MOST_SAMPLES, MOST_MICRO_BATCHES = 32, 4  # read for a plan
@@ -25,12 +26,12 @@ def stood_in(here: str, stage: Stage, wrong: set[str], micro: int, folder: Path)
         size = few = micro
     few -= few % size
     update["train"] = stage.train.model_copy(update={"batch_size": few, "micro_batch_size": size})
-    listed = getattr(stage.data, "sources", None)
-    if listed is not None:
-        there = [s for i, s in enumerate(listed) if f"{here}.data.sources.{i}" not in wrong]
-        if isinstance(stage, PretrainStage | LitStage):
-            there = there or [HandwritingSource()]
-            update["data"] = stage.data.model_copy(update={"sources": there})
+    listed = enumerate(stage.data.sources)
+    there: list[Any] = [s for i, s in listed if f"{here}.data.sources.{i}" not in wrong]
+    if not there:
+        reads = isinstance(stage, PretrainStage | LitStage)
+        there = [HandwritingSource() if reads else HandwritingTalks()]
+    update["data"] = stage.data.model_copy(update={"sources": there})
     if f"{here}.tokenizer" in wrong and stage.kind in WORDS:
         update["tokenizer"] = str(_tokenizer_of(WORDS[stage.kind], folder / "tokenizer"))
     if isinstance(stage, PretrainStage):
@@ -69,9 +70,10 @@ def grown(batch: dict[str, Any], size: int, longest: int | None) -> dict[str, An
     if longest and "caption_ids" in batch:
         batch["caption_ids"] = torch.zeros(count, longest, dtype=torch.int64)
         batch["caption_length"] = torch.full((count,), longest)
-    rows = torch.arange(size) % count
+    pictures = batch.get("pixel_values")
+    if pictures is not None and len(pictures) != count:  # some rows have none, or several
+        size = math.ceil(size / count) * count
     # Pixels are no more than a shape.
-    return {
-        k: v.to("meta")[rows.to("meta")] if v.is_floating_point() else v[rows]
-        for k, v in batch.items()
-    }
+    onto = {k: v.to("meta") if v.is_floating_point() else v for k, v in batch.items()}
+    rows = {k: torch.arange(size * len(v) // count) % len(v) for k, v in onto.items()}
+    return {k: v[rows[k].to(v.device)] for k, v in onto.items()}

@@ -9,7 +9,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from aimv2_mllm.data import scenes
 from aimv2_mllm.data.batches import picture_batch
-from aimv2_mllm.data.conversations import encode, turn
+from aimv2_mllm.data.conversations import turn
+from aimv2_mllm.data.templates import encode
 from aimv2_mllm.data.tokenizer import train_tokenizer
 from aimv2_mllm.evaluation import answers
 from aimv2_mllm.evaluation.answers import Asked, Speaker

@@ -1,26 +1,30 @@
 """Conversations as token batches: what is asked, what is supervised, how pictures stand in the
 text."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import RECIPES
 
 from aimv2_mllm.data import scenes
 from aimv2_mllm.data.batches import (
     Share,
     caption_batches,
-    conversation_batches,
     encode_captions,
     micro_batches,
 )
-from aimv2_mllm.data.conversations import IGNORED, conversation, encode, pad, turn
+from aimv2_mllm.data.conversations import IGNORED, conversation, turn
+from aimv2_mllm.data.talk_batches import conversation_batches, pad
+from aimv2_mllm.data.templates import encode
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.model.mllm import load_tokenizer
 from aimv2_mllm.model.preprocessing import Preprocessing
-from aimv2_mllm.recipe_data import CaptionData, ConversationData
+from aimv2_mllm.recipe_data import CaptionData, ConversationData, HandwritingTalks
+from aimv2_mllm.recipe_file import load_recipe
 from aimv2_mllm.recipe_train import TrainConfig
 
 
@@ -162,7 +166,7 @@ def test_each_sheet_keeps_its_words_whatever_the_micro_batches(tokenizer: Any) -
     pairs, sizes = [], []
     for size in (None, 2):
         parts = conversation_batches(
-            ConversationData(turns=3),
+            ConversationData(sources=[HandwritingTalks(turns=3)]),
             TrainConfig(steps=2, batch_size=6, micro_batch_size=size, lr=1.0),
             seed=1,
             tokenizer=tokenizer,
@@ -214,15 +218,30 @@ def test_prefix_lengths_are_uniform_over_one_to_all_but_one(tokenizer: Any) -> N
     assert counts.min() > 150
 
 
-def test_a_template_that_marks_no_answer_is_refused(tokenizer: Any) -> None:
-    import copy
-
-    mute = copy.deepcopy(tokenizer)
-    mute.chat_template = mute.chat_template.replace("{% generation %}", "").replace(
-        "{% endgeneration %}", ""
-    )
-    batches = conversation_batches(
-        ConversationData(), train_config(), seed=0, tokenizer=mute, preprocessing=None
-    )
-    with pytest.raises(UsageError, match="no token is supervised"):
-        batches(0)
+def test_the_quickstarts_samples_are_those_that_its_figures_are_from(tokenizer: Any) -> None:
+    """Digests from before conversations had sources, of the first and eighth step's batches."""
+    found = {}
+    for name, key in (("quickstart", "align"), ("quickstart", "tune"), ("tiny_llm", "llm")):
+        recipe = load_recipe(RECIPES / f"{name}.yaml")
+        stage: Any = recipe.stages[key]
+        seen = name == "quickstart"
+        batches = conversation_batches(
+            stage.data,
+            stage.train,
+            seed=recipe.seed,
+            tokenizer=tokenizer,
+            preprocessing=Preprocessing(56) if seen else None,
+            num_image_tokens=16,
+        )
+        digest = hashlib.sha256()
+        for batch in (*batches(0), *batches(7)):
+            assert "skipped" not in batch
+            for field in ("input_ids", "attention_mask", "labels", "pixel_values"):
+                if field in batch:
+                    digest.update(field.encode() + batch[field].numpy().tobytes())
+        found[key] = digest.hexdigest()[:32]
+    assert found == {
+        "align": "389ecf55d4e3fa9d394e673c02a7599d",
+        "tune": "62c364388072bfa893b0966e5f914701",
+        "llm": "27ddbe2f69eb0276ce83b824f03457d2",
+    }

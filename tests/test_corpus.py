@@ -23,7 +23,8 @@ from aimv2_mllm.data.batches import (
     caption_batches,
     world_seed,
 )
-from aimv2_mllm.data.corpus import CHARACTERS_PER_TOKEN, MOST_TRIES, Corpus, Skipped
+from aimv2_mllm.data.corpus import CHARACTERS_PER_TOKEN, Corpus
+from aimv2_mllm.data.drawing import MOST_TRIES, Skipped
 from aimv2_mllm.errors import RunFailed, UsageError
 from aimv2_mllm.model.mllm import load_tokenizer
 from aimv2_mllm.model.preprocessing import Preprocessing
@@ -206,7 +207,7 @@ def test_unusable_rows_are_replaced_by_the_next_in_order_and_counted(tmp_path: P
     # Each is tried at its own turn, and again for those just before it that cannot be used either.
     assert skipped.counts.keys() == {"undecodable", "empty", "no_caption"}
     assert sum(skipped.counts.values()) >= 4
-    order = corpus._orders[0]
+    order = corpus._drawing._orders[0]
     assert order is not None
     for place in range(16):
         row = next(r for r in map(order.row, range(place, place + 9)) if r < 12)

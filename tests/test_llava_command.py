@@ -15,7 +15,6 @@ from llava_world import make_world
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.towers import llava
 from aimv2_mllm.towers.llava_command import VERBS, main
-from aimv2_mllm.towers.llava_connectors import read_words
 from aimv2_mllm.towers.llava_flags import check_flags, check_model, read_flags
 from aimv2_mllm.towers.llava_training import NON_LORA, install
 
@@ -62,7 +61,13 @@ def refusal(world: Path, **changes: object) -> str:
 
 
 def test_sound_flags_pass(world: Path) -> None:
-    for connector in ("linear", "mlp3x_gelu", "pixel_shuffle", "average_pool:factor=4", "mlp"):
+    for connector in (
+        "linear",
+        "mlp3x_gelu",
+        "pixel_shuffle",
+        "average_pool:factor=4",
+        "aimv2:mlp",
+    ):
         check_flags(read_flags(install(), flags(world, mm_projector_type=connector)))
     check_flags(read_flags(install(), flags(world, vision_tower=f"hf:{world / 'siglip'}")))
     check_flags(read_flags(install(), flags(world, vision_tower=str(world / "clip"))))
@@ -248,12 +253,4 @@ def test_installing_twice_wraps_once(world: Path) -> None:
         builder.build_vision_tower,
         train.find_all_linear_names,
         train.TrainingArguments,
-    )
-
-
-def test_connectors_are_read_with_their_options() -> None:
-    assert read_words("pixel_shuffle") == ("pixel_shuffle", {})
-    assert read_words("resampler:num_queries=64,num_heads=4") == (
-        "resampler",
-        {"num_queries": 64, "num_heads": 4},
     )

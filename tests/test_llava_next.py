@@ -13,7 +13,7 @@ from aimv2_mllm.towers import llava_next
 TOKENS = {
     "native": 16, "linear": 16, "mlp2x_gelu": 16, "mlp2x_res1x_gelu": 16, "aimv2:linear": 16,
     "mlp:depth=3": 16, "pixel_shuffle:factor=2": 4, "average_pool:factor=2": 4,
-    "resampler:num_queries=3,num_heads=4": 3, "c_abstractor:target=2,depth=1": 4,
+    "resampler:num_queries=3,num_heads=4": 3, "c_abstractor:target=2,depth=1": 4, "hf:clip": 4, "hf:siglip": 4,
 }  # fmt: skip
 
 
@@ -66,7 +66,7 @@ def test_tiles_are_laid_together_by_the_grid_that_the_connector_leaves(
     found: dict[str, Any],
 ) -> None:
     # Five words; a base of 4 x 4 tokens; 8 x 8 of the tiles, of which a picture of 60 x 90 fills
-    # 6 columns (less where the padding is odd), and a newline behind each row.
+    # 6 columns of the 8 (2 of 4 once they are joined), and a newline behind each row.
     assert found["tiles"]["mlp2x_gelu"] == {"tiles": 5, "length": 5 + 16 + 8 * (6 + 1)}
     assert found["tiles"]["pixel_shuffle"] == {"tiles": 5, "length": 5 + 4 + 4 * (2 + 1)}
     assert found["tiles"]["flat"] == {"tiles": 5, "length": 5 + 5 * 3}

@@ -269,5 +269,5 @@ def test_mini_batches_that_ranks_cannot_share_are_told(tmp_path: Path) -> None:
     recipe = load_recipe(tmp_path / "recipe.yaml", [])
     said = "batch_size / micro_batch_size is 4, which 3 processes cannot share evenly; 3 or 6 they"
     with pytest.raises(UsageError, match=said):
-        runs._check_shares("see", recipe.stages["see"], 3)
-    runs._check_shares("see", recipe.stages["see"], 4)
+        runs.check_shares("see", recipe.stages["see"], 3)
+    runs.check_shares("see", recipe.stages["see"], 4)

@@ -17,6 +17,7 @@ from aimv2_mllm.errors import UsageError
 from aimv2_mllm.job import Place
 from aimv2_mllm.model.shapes import only_shapes
 from aimv2_mllm.plan import Memory, StagePlan, plan
+from aimv2_mllm.recipe_file import load_recipe
 from aimv2_mllm.stages import STAGES
 from aimv2_mllm.stand_ins import grown
 
@@ -92,6 +93,26 @@ def test_memory_is_what_is_allocated(
     measured = most_bytes(model, job.objective, batch) + pixels
     assert footprint.activations + footprint.gradients == pytest.approx(measured, rel=0.15)
     assert 0 <= footprint.logits < footprint.activations
+
+
+def test_every_other_kind_of_stage_is_planned_too(tiny_run: Path, tmp_path: Path) -> None:
+    from test_encoder_stages import lit, pretrain
+
+    native = {"size": "aimv2_nano", "image_size": 56, "native": True, "areas": [4, 16]}
+    train = {"steps": 2, "batch_size": 8, "micro_batch_size": 4, "lr": 1e-3}
+    language = load_recipe(RECIPES / "tiny_llm.yaml", [f"output={tmp_path / 'llm'}"])
+    for recipe in (
+        lit(tiny_run, tmp_path / "lit").recipe,
+        pretrain(tmp_path / "native", encoder=native, train=train).recipe,
+        language,
+    ):
+        found = plan(recipe, LARGE, 1)
+        assert not found.problems
+        [stage] = found.stages
+        assert stage.memory
+        assert stage.memory.activations > 0
+        assert stage.flops > 0
+        assert sum(count for _, count, trained in stage.table if trained) > 10_000
 
 
 def test_sharding_divides_what_is_kept_and_copies_keep_all(tmp_path: Path) -> None:

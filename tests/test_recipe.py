@@ -101,9 +101,9 @@ def test_text_that_looks_like_a_number_or_a_switch_stays_text(file: Path) -> Non
 
 
 def test_on_and_off_are_switches_where_a_switch_is_wanted(file: Path) -> None:
-    key = "stages.see.encoder.native"
-    assert load_recipe(file, [f"{key}=on"]).stages["see"].encoder.native is True
-    assert load_recipe(file, [f"{key}=No"]).stages["see"].encoder.native is False
+    key = "stages.see.train.compile"
+    assert load_recipe(file, [f"{key}=on"]).stages["see"].train.compile is True
+    assert load_recipe(file, [f"{key}=No"]).stages["see"].train.compile is False
     assert "must be true or false" in mistake(file, f"{key}=1")
 
 
@@ -129,12 +129,15 @@ def test_on_and_off_are_switches_where_a_switch_is_wanted(file: Path) -> None:
         ("train.step=3", "unknown key; the keys here are steps, .* did you mean steps?"),
         ("lora.dropout=1", "must be less than 1"),
         ("lora.targets=[]", "must not be empty"),
-        ("data.turns=9", "must be less than or equal to 8"),
+        ("data.sources=[{kind: handwriting, turns: 9}]", "must be less than or equal to 8"),
         (
-            "data.tasks={quest: 1}",
+            "data.sources=[{kind: handwriting, tasks: {quest: 1}}]",
             "must be one of describe, backwards, table, several, question; did you mean question",
         ),
-        ("data.source=hand", "must be one of handwriting"),
+        (
+            "data.sources=[{kind: llama}]",
+            "must be one of .*; did you mean llava",
+        ),
         ("train=3", "is 3, must be a mapping"),
         ("kind=tuna", 'is "tuna", must be one of .*; did you mean tune?'),
     ],
@@ -143,6 +146,41 @@ def test_a_wrong_value_is_told_with_its_place_and_rule(file: Path, word: str, ru
     line = mistake(file, f"stages.tune.{word}")
     assert line.startswith(f'{file}, override "stages.tune.{word}": stages.tune.')
     assert re.search(rule, line), line
+
+
+@pytest.mark.parametrize(
+    ("sources", "rule"),
+    [
+        ("[{kind: questions}]", "data.sources.0.folder: missing .the folder"),
+        (
+            "[{file: a.json}]",
+            "sources.0.kind: missing .the kind of the source: handwriting, llava,",
+        ),
+        ("[{kind: llava, file: a, rot: b}]", "sources.0.rot: unknown key; .*did you mean root"),
+        ("[{kind: llava, file: a, weight: 0}]", "sources.0.weight: is 0, must be greater than 0"),
+        ("[{kind: captions, pairs: {kind: tar}}]", "pairs.kind: is .tar., must be one of shards,"),
+        ("[{kind: captions, pairs: {url: a}}]", "pairs.kind: missing .the kind of the source: sh"),
+        ("[{kind: captions, pairs: {kind: folder}}]", "sources.0.pairs.folder: missing .the fold"),
+        ("[{kind: captions, pairs: {kind: handwriting}}]", "pairs.kind: is .handwriting., must be"),
+        ("[]", "must not be empty"),
+    ],
+)
+def test_a_mistake_in_a_source_of_conversations_is_told(
+    file: Path, sources: str, rule: str
+) -> None:
+    assert re.search(rule, mistake(file, f"stages.tune.data.sources={sources}"))
+
+
+def test_an_entry_of_a_list_is_overridden_by_its_number(file: Path) -> None:
+    given = "stages.tune.data.sources=[{kind: handwriting}, {kind: llava, file: a.json}]"
+    key = "stages.tune.data.sources"
+    recipe = load_recipe(file, [given, f"{key}.0.turns=3", f"{key}.1.file=b.json"])
+    sources = recipe.stages["tune"].data.sources
+    assert (sources[0].turns, sources[1].file) == (3, "b.json")
+    assert "the list has 2, the first is 0" in mistake(file, given, f"{key}.2.turns=3")
+    line = mistake(file, given, f"{key}.0.turns=9")
+    assert line.startswith(f'{file}, override "{key}.0.turns=9": {key}.0.turns: is 9, must be')
+    assert "it has no keys: give it whole" in mistake(file, given, f"{key}.one.turns=3")
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from aimv2_mllm.towers.sources import open_source
 TOKENS = {
     "plain": 16, "native": 16, "layer -2": 16, "aimv2:linear": 16, "aimv2:mlp:depth=3": 16,
     "pixel_shuffle:factor=2": 4, "average_pool:factor=2": 4,
-    "aimv2:resampler:num_queries=3,num_heads=4": 3, "c_abstractor:target=2,depth=1": 4,
+    "aimv2:resampler:num_queries=3,num_heads=4": 3, "c_abstractor:target=2,depth=1": 4, "hf:clip": 4, "hf:siglip": 4,
 }  # fmt: skip
 
 
@@ -70,6 +70,7 @@ def test_its_program_trains_both_stages_and_partially_tunes_the_last_block(
 def test_its_own_names_stay_its_own(found: dict[str, Any]) -> None:
     assert found["stock"] == {
         "mlp2x_gelu": "MLPConnector", "linear": "LinearConnector", "clip": "CLIPVisionTower",
+        "collision": "AIMv2Tower",
         "resampler": "ResamplerConnector", "identity": "IdentityConnector",
     }  # fmt: skip
 

@@ -19,13 +19,11 @@ from torch import Tensor
 
 from aimv2_mllm.data import scenes
 from aimv2_mllm.data.areas import Areas, grid
-from aimv2_mllm.data.conversations import Encoded, conversation, encode, pad
-from aimv2_mllm.data.corpus import Corpus, Skipped
+from aimv2_mllm.data.corpus import Corpus
 from aimv2_mllm.data.decode import Fit
+from aimv2_mllm.data.drawing import Skipped
 from aimv2_mllm.data.order import mixed
-from aimv2_mllm.errors import UsageError
 from aimv2_mllm.model.preprocessing import Preprocessing
-from aimv2_mllm.objective import ConversationBatch
 from aimv2_mllm.recipe_data import CaptionData, ConversationData
 from aimv2_mllm.recipe_train import TrainConfig
 
@@ -212,49 +210,6 @@ def encode_captions(
     for row, ids in enumerate(rows):
         padded[row, : len(ids)] = ids
     return torch.from_numpy(padded), torch.tensor([len(ids) for ids in rows])
-
-
-def conversation_batches(
-    data: ConversationData,
-    train: TrainConfig,
-    *,
-    seed: int,
-    tokenizer: Any,
-    preprocessing: Preprocessing | None,
-    num_image_tokens: int = 0,
-    share: Share = EVERYTHING,
-) -> Callable[[int], list[ConversationBatch]]:
-    """The conversation batches by step: about pictures, or, without `preprocessing`, about sheets
-    described in words."""
-    world, seen = world_seed(seed, data), preprocessing is not None
-    tasks = {str(task): weight for task, weight in data.tasks.items()}
-
-    def read(indices: Sequence[int]) -> list[tuple[scenes.Scene, Encoded]]:
-        sheets = [scenes.scene(world, "train", index) for index in indices]
-        talks = [
-            conversation(
-                sheet,
-                scenes.generator(world, "talk", index),
-                tasks=tasks,
-                turns=data.turns,
-                seen=seen,
-            )
-            for sheet, index in zip(sheets, indices, strict=True)
-        ]
-        rows = encode(tokenizer, talks, num_image_tokens=num_image_tokens)
-        return list(zip(sheets, rows, strict=True))
-
-    def collate(samples: Sequence[tuple[scenes.Scene, Encoded]]) -> ConversationBatch:
-        batch = pad([row for _, row in samples], tokenizer.pad_token_id)
-        if preprocessing is not None:
-            batch["pixel_values"] = picture_batch([sheet for sheet, _ in samples], preprocessing)
-        if not (batch["labels"] >= 0).any():
-            raise UsageError(
-                "no token is supervised: the tokenizer's chat template marks no assistant text"
-            )
-        return batch
-
-    return micro_batches(train, read, collate, lambda sample: len(sample[1].ids), share=share)
 
 
 def picture_batch(sheets: Sequence[scenes.Scene], preprocessing: Preprocessing) -> Tensor:

@@ -1,18 +1,16 @@
-"""Conversations about sheets as token batches: what is asked, what is answered, and which tokens
-are supervised.
+"""Conversations as messages, and those about sheets: what is asked and what is answered.
 
-Templates are the tokenizer's own; supervised is what the assistant says, with its end token, and
-nothing else.
+Owns the one form that every source of conversations comes to. Refuses, row by row, what is no
+conversation that can be learned from.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import torch
 
 from aimv2_mllm.data import scenes
-from aimv2_mllm.objective import ConversationBatch
+from aimv2_mllm.data.files import Unusable
 
 IGNORED = -100  # a label that is not scored
 IMAGE_TOKEN = "<image>"
@@ -31,6 +29,47 @@ def turn(question: str, answer: str, *, image: bool = False) -> list[Message]:
         {"role": "user", "content": [*picture, {"type": "text", "text": question}]},
         {"role": "assistant", "content": [{"type": "text", "text": answer}]},
     ]
+
+
+def messages_of(said: Sequence[tuple[str, str]], num_pictures: int) -> list[Message]:
+    """The messages of a conversation given as (role, text), `<image>` marking each picture.
+
+    Without such marks all pictures stand before the first question. `Unusable` unless, after an
+    optional system message, user and assistant speak in turn, no answer is empty, and there are as
+    many marks as pictures.
+    """
+    roles = [role for role, _ in said]
+    talk = roles[1:] if roles[:1] == ["system"] else roles
+    if talk[:1] == ["assistant"]:
+        raise Unusable("assistant_first", "it begins with the assistant")
+    if not talk or talk != ["user", "assistant"] * (len(talk) // 2):
+        shown = ", ".join(roles[:6]) + (" ..." if len(roles) > 6 else "")
+        raise Unusable("roles", f"user and assistant do not speak in turn: {shown or 'nobody'}")
+    if not all(text.strip() for role, text in said if role == "assistant"):
+        raise Unusable("empty_answer", "an answer is empty")
+    if any(IMAGE_TOKEN in text for role, text in said if role != "user"):
+        raise Unusable("marks", f"{IMAGE_TOKEN} stands where the user does not speak")
+    marks = sum(text.count(IMAGE_TOKEN) for _, text in said)
+    if marks not in (0, num_pictures):
+        raise Unusable("marks", f"it has {marks} marks {IMAGE_TOKEN} and {num_pictures} pictures")
+    first = roles.index("user")
+    return [
+        {"role": role, "content": _parts(text, 0 if marks or number != first else num_pictures)}
+        for number, (role, text) in enumerate(said)
+    ]
+
+
+def _parts(text: str, pictures_before: int) -> list[dict[str, str]]:
+    parts = [{"type": "image"}] * pictures_before
+    for number, piece in enumerate(text.split(IMAGE_TOKEN)):
+        parts += [{"type": "image"}] if number else []
+        parts += [{"type": "text", "text": piece}] if piece else []
+    return parts
+
+
+def num_pictures(messages: Sequence[Message]) -> int:
+    """How many pictures a conversation is about."""
+    return sum(part["type"] == "image" for message in messages for part in message["content"])
 
 
 def conversation(
@@ -70,48 +109,3 @@ def conversation(
             asked = f"On the sheet: {told}. {asked}"
         messages += turn(asked, answer, image=seen and not messages)
     return messages
-
-
-class Encoded(NamedTuple):
-    """One conversation in tokens: `labels` are `ids` where supervised, IGNORED elsewhere; (L,)."""
-
-    ids: np.ndarray
-    labels: np.ndarray
-
-
-def encode(
-    tokenizer: Any, conversations: list[list[Message]], *, num_image_tokens: int = 0
-) -> list[Encoded]:
-    """Each conversation in tokens; supervised are the assistant's.
-
-    Each image mark becomes `num_image_tokens` tokens.
-    """
-    encoded = tokenizer.apply_chat_template(
-        conversations, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-    )
-    image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    rows = []
-    for row, mask in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True):
-        ids = np.array(row)
-        repeats = np.where(ids == image_id, num_image_tokens, 1)
-        rows.append(
-            Encoded(np.repeat(ids, repeats), np.repeat(np.where(mask, ids, IGNORED), repeats))
-        )
-    return rows
-
-
-def pad(rows: Sequence[Encoded], pad_token_id: int) -> ConversationBatch:
-    """`rows` as one right-padded batch: input_ids, attention_mask and labels, each (B, L) int64."""
-    length = max(len(row.ids) for row in rows)
-    input_ids = np.full((len(rows), length), pad_token_id)
-    labels = np.full((len(rows), length), IGNORED)
-    attention_mask = np.zeros((len(rows), length), dtype=np.int64)
-    for number, row in enumerate(rows):
-        input_ids[number, : len(row.ids)] = row.ids
-        attention_mask[number, : len(row.ids)] = 1
-        labels[number, : len(row.ids)] = row.labels
-    return ConversationBatch(
-        input_ids=torch.from_numpy(input_ids),
-        attention_mask=torch.from_numpy(attention_mask),
-        labels=torch.from_numpy(labels),
-    )

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
-from aimv2_mllm.data.images import as_rgb, opened, orientation, upright
+from aimv2_mllm.data.images import MAX_SQUARE_SIDE, as_rgb, opened, orientation, upright
 
 # AIMv2's augmentation (section 2 of its paper's appendix): share of the area, and width / height.
 AREA = (0.4, 1.0)
@@ -87,6 +87,27 @@ def decode(content: bytes, size: int | Fit, choose: Callable[[int, int], Box]) -
         picture.load()
         standing = upright(picture)
         return _resized(standing, choose(*standing.size), wanted(*standing.size))
+
+
+def decode_padded(content: bytes, size: int, rim: tuple[int, int, int]) -> np.ndarray:
+    """The whole of an encoded picture in the middle of a square of the colour `rim`, resized
+    bicubically to (size, size, 3) uint8, as LLaVA does it. Refuses what `decode` refuses.
+    """
+    with opened(io.BytesIO(content)) as picture:
+        if isinstance(picture, JpegImageFile):
+            # The longer side at least `size`, and so the other in proportion.
+            scale = size / max(picture.size)
+            width, height = picture.size
+            picture.draft(None, (math.ceil(width * scale), math.ceil(height * scale)))
+        picture.load()
+        standing = as_rgb(upright(picture))
+        side = max(standing.size)
+        if side > MAX_SQUARE_SIDE:  # the square of a long strip would not fit into memory
+            standing.thumbnail((MAX_SQUARE_SIDE, MAX_SQUARE_SIDE))
+            side = max(standing.size)
+        square = Image.new("RGB", (side, side), rim)
+        square.paste(standing, ((side - standing.width) // 2, (side - standing.height) // 2))
+        return np.asarray(square.resize((size, size), Image.Resampling.BICUBIC))
 
 
 def _resized(picture: Image.Image, box: Box, size: tuple[int, int]) -> np.ndarray:

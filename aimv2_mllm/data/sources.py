@@ -25,10 +25,10 @@ from aimv2_mllm.data.files import (
     regular_file,
 )
 from aimv2_mllm.data.shards import Shards
-from aimv2_mllm.errors import UsageError, nearest, show
+from aimv2_mllm.data.tables import Table
+from aimv2_mllm.errors import UsageError, show
 from aimv2_mllm.recipe_data import (
     CaptionData,
-    DatasetsSource,
     FolderSource,
     HandwritingSource,
     JsonlSource,
@@ -149,71 +149,6 @@ def _pictures(folder: Path) -> Iterator[str]:
                 yield os.path.relpath(os.path.join(parent, file), folder)
 
 
-class Table:
-    """The rows of a data set of the library `datasets`."""
-
-    def __init__(self, config: DatasetsSource) -> None:
-        self._rows, self._config = _table(config), config
-        columns = self._rows.column_names
-        for key, column in (("image", config.image), ("caption", config.caption)):
-            if column not in columns:
-                known = f"{', '.join(columns)}{nearest(column, columns)}"
-                raise UsageError(
-                    f"{config.dataset}: has no column {show(column)} ({key}); it has {known}"
-                )
-        from datasets import Image as Pictures
-
-        if isinstance(self._rows.features[config.image], Pictures):
-            # As files and not as pictures: they are decoded here, at the size needed.
-            self._rows = self._rows.cast_column(config.image, Pictures(decode=False))
-        facts = f"{len(self._rows)} {self._rows.features} {self._rows._fingerprint}"
-        self.groups, self.notes = [len(self._rows)], list[str]()
-        self.digest = hashlib.sha256(facts.encode()).hexdigest()
-
-    def name(self, row: int) -> str:
-        """Where the row is, in words."""
-        return f"{self._config.dataset}, row {row}"
-
-    def read(self, row: int) -> tuple[bytes, str]:
-        """The row's encoded picture and its caption."""
-        fields = self._rows[row]
-        picture, caption = fields[self._config.image], fields[self._config.caption]
-        if not isinstance(caption, str):
-            raise Unusable("no_caption", f"{self.name(row)}: its caption is no text")
-        if isinstance(picture, dict):
-            picture = picture.get("bytes") or picture.get("path")
-        if isinstance(picture, str):
-            picture = read_whole(Path(picture), MAX_PICTURE_BYTES)
-        if not isinstance(picture, bytes):
-            raise Unusable("unreadable", f"{self.name(row)}: has no picture")
-        return picture, caption
-
-
-def _table(config: DatasetsSource) -> Any:
-    try:
-        import datasets
-    except ImportError:
-        raise UsageError(
-            "sources of kind datasets need that library: pip install 'aimv2-mllm[data]'"
-        ) from None
-    try:
-        if os.path.isdir(config.dataset):
-            rows = datasets.load_from_disk(config.dataset)
-            rows = rows[config.split] if isinstance(rows, datasets.DatasetDict) else rows
-        else:
-            rows = datasets.load_dataset(config.dataset, config.config, split=config.split)
-    except KeyError:
-        known = f"{', '.join(rows)}{nearest(config.split, rows)}"
-        raise UsageError(f"{config.dataset}: has no split {config.split}; it has {known}") from None
-    # Each builder has its own kinds of errors, and the hub's are no OSError.
-    except Exception as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise UsageError(f"{config.dataset}: cannot be loaded ({lines[0]})") from None
-    if not len(rows):
-        raise UsageError(f"{config.dataset}: split {config.split} has no rows")
-    return rows
-
-
 def _open_jsonl(config: JsonlSource) -> Source:
     file = Path(config.file).expanduser()
     root = Path(config.root or file.parent).expanduser()
@@ -235,6 +170,11 @@ SOURCES: dict[str, Callable[[Any], Source]] = {
 }
 
 
+def open_source(config: Any) -> Source:
+    """The source that a section of a recipe names."""
+    return SOURCES[config.kind](config)
+
+
 def open_sources(data: CaptionData) -> list[Source | None]:
     """The sources of `data` in its order, None for the embedded world, which needs no opening.
 
@@ -242,7 +182,7 @@ def open_sources(data: CaptionData) -> list[Source | None]:
     """
     found: list[Source | None] = []
     for number, config in enumerate(data.sources):
-        source = None if isinstance(config, HandwritingSource) else SOURCES[config.kind](config)
+        source = None if isinstance(config, HandwritingSource) else open_source(config)
         if source is not None and not sum(source.groups):
             notes = "".join(f"; {note}" for note in source.notes)
             raise UsageError(f"data.sources.{number}: has no rows{notes}")

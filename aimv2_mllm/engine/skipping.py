@@ -9,6 +9,7 @@ from aimv2_mllm.errors import RunFailed
 
 FEWEST_ROWS = 200  # below this a share says little
 EXAMPLES = 5  # rows named in the message
+TURNS = "turns"  # counted beside rows: turns left out of rows that are used
 
 
 class Skipping:
@@ -28,6 +29,7 @@ class Skipping:
 
     def check(self, samples: int, skipped: Mapping[str, int]) -> None:
         """RunFailed when of so many samples of the run too many rows were left out."""
+        skipped = {reason: count for reason, count in skipped.items() if reason != TURNS}
         left_out = sum(skipped.values())
         tried = samples + left_out
         if tried < FEWEST_ROWS or left_out <= self._most * tried:

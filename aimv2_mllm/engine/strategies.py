@@ -25,7 +25,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint, noop_context_fn
+from torch.utils.checkpoint import checkpoint
 
 from aimv2_mllm.engine.distributed import Ranks
 from aimv2_mllm.engine.precision import has_bf16
@@ -154,17 +154,31 @@ def _lighten(module: nn.Module, config: TrainConfig) -> None:
             block.forward = torch.compile(block.forward)
 
 
-def keep_inputs(module: nn.Module, contexts: Contexts = noop_context_fn) -> None:
+def keep_inputs(module: nn.Module, contexts: Contexts | None = None) -> None:
     """Let the blocks of `module` keep their inputs alone; what else backward needs is computed
     again then. `contexts` are those of forward and of computing again.
     """
+    # Without them their argument is left out, which what is compiled would not take.
+    kept = _kept_by_its_inputs if contexts is None else _kept_under(contexts)
+    # By `forward` of each block and not by wrapping it, so that no parameter's name changes.
+    for block in blocks(module):
+        block.forward = MethodType(kept, block)
 
+
+def _kept_under(contexts: Contexts) -> Callable[..., Any]:
     def kept(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
         def forward(*args: Any, **kwargs: Any) -> Any:
             return type(block).forward(block, *args, **kwargs)
 
         return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
-    # By `forward` of each block and not by wrapping it, so that no parameter's name changes.
-    for block in blocks(module):
-        block.forward = MethodType(kept, block)
+    return kept
+
+
+def _kept_by_its_inputs(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The block's output; what else backward needs is computed again then."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return type(block).forward(block, *args, **kwargs)
+
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)

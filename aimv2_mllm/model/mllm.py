@@ -37,9 +37,9 @@ def llm_source(name: str) -> str:
     return str(TINY_LLM) if name == "tiny_llm" else name
 
 
-def load_tokenizer(name: str, *, talks: bool = True) -> Any:
-    """The tokenizer of the LLM `name`, with an image token and a chat template; UsageError if it
-    cannot serve.
+def load_tokenizer(name: str, *, talks: bool = True, chat_template: str | None = None) -> Any:
+    """The tokenizer of the LLM `name`, with an image token and a chat template, its own or,
+    where it has none, the one given; UsageError if it cannot serve.
 
     One that only reads captions (`talks` false) needs an end token, and is left as it is.
     """
@@ -55,9 +55,11 @@ def load_tokenizer(name: str, *, talks: bool = True) -> Any:
         if tokenizer.eos_token_id is None:
             raise UsageError(f"{name}: its tokenizer has no end token, so no caption would end")
         return tokenizer
+    tokenizer.chat_template = tokenizer.chat_template or chat_template
     if tokenizer.chat_template is None:
         raise UsageError(
-            f"{name}: its tokenizer has no chat template, so nobody knows how to talk to it"
+            f"{name}: its tokenizer has no chat template, so nobody knows how to talk to it; for an"
+            " LLM that was tuned with LLaVA's or Vicuna's, give data.template=v1"
         )
     if IMAGE_TOKEN not in tokenizer.get_vocab():
         tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})

@@ -22,7 +22,8 @@ from ..model.connectors import build_connector
 from ..model.encoder import AIMv2Encoder, EncoderConfig
 from ..model.grids import divided
 from .nanovlm_compat import install_tokenizer
-from .sources import AIMv2Source, open_source
+from .own import AIMv2Source
+from .sources import open_source
 from .words import OURS, count_tokens, is_ours, read_connector
 
 # What a saved config says of an encoder that computes its positions.

@@ -10,7 +10,7 @@ it again; of our backbones it does with this plug-in.
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.distributed.fsdp import wrap
 
 from ..errors import UsageError
+from ..model.blocks import Block
 from ..model.connectors import Connector, build_connector
-from ..model.encoder import Block
+from ..model.preprocessing import Preprocessing
 from .hosts import host_modules
-from .processor import ImageProcessor
 from .sources import open_source
 from .words import count_tokens, is_ours, read_connector
 
@@ -40,7 +40,7 @@ STRATEGIES = ("resize-naive", "resize-crop", "letterbox")
 class ImageTransform:
     """A picture of Pillow to pixel values (3, S, S), made square by one of prismatic's ways."""
 
-    processor: ImageProcessor
+    preprocessing: Preprocessing
     strategy: str
 
     def __post_init__(self) -> None:
@@ -49,17 +49,14 @@ class ImageTransform:
                 f"image_resize_strategy is {self.strategy!r}, and must be one of "
                 f"{', '.join(STRATEGIES)}"
             )
+        self.preprocessing = replace(self.preprocessing, squash=self.strategy == "resize-naive")
 
     def __call__(self, img: Image.Image, **_: Any) -> Tensor:
-        side = self.processor.image_size
-        if self.strategy == "resize-naive":
-            img = img.resize((side, side), Image.Resampling(self.processor.resample))
         if self.strategy == "letterbox":
-            red, green, blue = (int(value * 255) for value in self.processor.image_mean)
+            red, green, blue = (int(value * 255) for value in self.preprocessing.mean)
             x, y = ((max(img.size) - length) // 2 for length in img.size)
             img = ImageOps.expand(img.convert("RGB"), (x, y, x, y), (red, green, blue))
-        values: Tensor = self.processor(img)["pixel_values"][0]
-        return values
+        return self.preprocessing.prepare([img])[0]
 
 
 def install() -> None:
@@ -106,9 +103,9 @@ def _backbone(base: Any) -> type:
             super().__init__(vision_backbone_id, image_resize_strategy, source.config.image_size)
             self.source, self.dtype = source, torch.bfloat16
             self.featurizer = source.read().float().eval()
-            processor = source.processor()
-            processor.patch_size = None  # prismatic stacks the images of a batch: squares all
-            self.image_transform = ImageTransform(processor, image_resize_strategy)
+            # Squares also for a native encoder, for prismatic stacks the images of a batch.
+            preprocessing = source.processor().preprocessing
+            self.image_transform = ImageTransform(preprocessing, image_resize_strategy)
 
         def forward(self, pixel_values: Tensor) -> Tensor:
             pixels = pixel_values.to(next(self.featurizer.parameters()).dtype)

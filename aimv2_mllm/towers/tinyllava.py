@@ -22,12 +22,11 @@ from ..model.connectors import CONNECTORS, build_connector
 from ..model.encoder import AIMv2Encoder
 from . import tinyllava_compat
 from .hosts import host_modules, restore_names
-from .sources import open_source
+from .sources import SOURCES, open_source
 from .tower import WITNESS, VisionTower
 from .words import OURS, count_tokens, is_ours, read_connector
 
 HOST = "TinyLLaVA_Factory"
-TOWER = OURS.rstrip(":")
 # Its own names, which stay its own: its lookup takes the last key that lies in the name given.
 STOCK = ("linear", "mlp", "resampler")
 NEEDS = {
@@ -56,13 +55,15 @@ def install() -> None:
     """
     restore_names()
     towers, connectors, configuration, recipes = host_modules(HOST, NEEDS)
-    if TOWER in towers.VISION_TOWER_FACTORY:
-        if getattr(towers.VISION_TOWER_FACTORY[TOWER], "aimv2_mllm", False):
-            return
-        raise UsageError(f"this {HOST} has a vision tower called {TOWER} already: remove that one")
-    towers.register_vision_tower(TOWER)(_tower(import_module(f"{towers.__name__}.base")))
+    registry = towers.VISION_TOWER_FACTORY
+    if any(hasattr(tower, "aimv2_mllm") for tower in registry.values()):
+        return
+    tower = _tower(import_module(f"{towers.__name__}.base"), registry)
+    for kind in SOURCES:
+        if towers.register_vision_tower(kind)(tower) is not tower:
+            raise UsageError(f"this {HOST} has a vision tower {kind} already: remove that one")
     connector = _connector(import_module(f"{connectors.__name__}.base"))
-    for name in (*(n for n in CONNECTORS if n not in STOCK), TOWER):  # the last one wins
+    for name in (*(n for n in CONNECTORS if n not in STOCK), OURS[:-1]):  # the last one wins
         if connectors.register_connector(name)(connector) is not connector:
             raise UsageError(f"this {HOST} has a connector {name} already: remove that one")
     config = configuration.TinyLlavaConfig
@@ -79,16 +80,25 @@ def train() -> None:
     import_module("tinyllava.train.train").train()
 
 
-def _tower(base: Any) -> type:
+def _tower(base: Any, registry: dict[str, type]) -> type:
     """A class of the registry, on TinyLLaVA's own base."""
 
     class AIMv2Tower(base.VisionTower):  # type: ignore[misc]
         aimv2_mllm = True
 
+        def __new__(cls, cfg: Any) -> Any:
+            name = cfg.model_name_or_path
+            if is_ours(name, HOST):
+                return super().__new__(cls)
+            # Our key lies in that name by chance: the last of its own keys that does is meant.
+            others = [c for key, c in registry.items() if key.lower() in name.lower()]
+            others = [other for other in others if other is not cls]
+            if not others:
+                raise UsageError(f"vision tower {name!r} is neither {HOST}'s nor {OURS}SOURCE")
+            return others[-1](cfg)
+
         def __init__(self, cfg: Any) -> None:
             super().__init__(cfg)
-            if not is_ours(cfg.model_name_or_path, HOST):
-                raise UsageError(f"vision tower {cfg.model_name_or_path} is not {OURS}SOURCE")
             self._vision_tower = Network(cfg.model_name_or_path)
             self._image_processor = self._vision_tower.image_processor
             # It stacks the images of a batch, so all are of one size, of a native encoder's too.
@@ -166,7 +176,8 @@ def _partially(stock: Callable[..., Any]) -> Callable[..., Any]:
         arguments, network = self.training_arguments, model.vision_tower.vision_tower
         first = arguments.tune_vision_tower_from_layer
         partially = arguments.tune_type_vision_tower.lower() == "partially-tune"
-        if isinstance(network, Network) and partially and first is not None and first > -1:
+        ours = isinstance(network, Network)
+        if ours and partially and first is not None and first > -1:
             tune_from(network, first)
         return model
 
@@ -181,7 +192,11 @@ def tune_from(network: VisionTower, first: int) -> None:
             f"tune_vision_tower_from_layer is {first}, and {network.name} has {depth} blocks: "
             f"give a number below {depth}"
         )
-    assert isinstance(network.vision_tower, AIMv2Encoder)
+    if not isinstance(network.vision_tower, AIMv2Encoder):
+        raise UsageError(
+            f"tune_type_vision_tower is partially-tune, and {network.name} is not AIMv2's: "
+            "give full, or frozen"
+        )
     network.requires_grad_(False)
     for block in network.vision_tower.trunk.blocks[first:]:
         block.requires_grad_(True)

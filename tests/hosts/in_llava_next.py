@@ -19,8 +19,9 @@ with suppress(ImportError):
 
 import numpy as np
 import transformers
-from llava_world import make_data, make_llm, make_tower
+from llava_world import make_data, make_foreign, make_llm, make_tower
 from PIL import Image
+from reference import features_of, is_unused
 from safetensors.torch import load_file, save_file
 
 from aimv2_mllm.model.weights import load_encoder
@@ -88,12 +89,16 @@ def checks(tower: str, projector: str) -> dict:
     loss.backward()
     with torch.no_grad():
         features = model.get_vision_tower()(pixels)
-        expected = load_encoder(tower.removeprefix("aimv2:"))(pixels)
+        expected = features_of(tower, pixels)
         tokens = model.encode_images(pixels).shape[1]
     return {
         "frozen": frozen,
         "loss": loss.item(),
-        "no_gradient": [n for n, p in model.named_parameters() if p.grad is None],
+        "no_gradient": [
+            n
+            for n, p in model.named_parameters()
+            if p.grad is None and not (tower.startswith("hf:") and is_unused(n))
+        ],
         "tower": (features - expected).abs().max().item(),
         "tokens": tokens,
     }
@@ -286,6 +291,9 @@ if __name__ == "__main__":
         "c_abstractor:target=2,depth=1",
     ):  # fmt: skip
         found[projector] = checks(tower, projector)
+    for kind in ("clip", "siglip"):
+        name = f"hf:{make_foreign(work / kind, kind)}"
+        found[f"hf:{kind}"] = checks(name, "pixel_shuffle:factor=2")
     found["reloads"] = reloads(tower)
     found["tiles"] = {
         "mlp2x_gelu": tiles(tower, "mlp2x_gelu", "spatial_unpad"),

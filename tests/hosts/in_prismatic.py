@@ -19,8 +19,9 @@ with suppress(ImportError):
 
 import numpy as np
 import transformers
-from llava_world import LLM, WORDS, _llm_weights, make_data, make_tower
+from llava_world import LLM, WORDS, _llm_weights, make_data, make_foreign, make_tower
 from PIL import Image
+from reference import features_of, is_unused
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -79,10 +80,12 @@ def checks(tower: str, specifier: str) -> dict:
     loss = vlm(ids, torch.ones_like(ids), pixels, ids).loss
     loss.backward()
     without = [n for n, p in vlm.named_parameters() if p.grad is None]
+    if tower.startswith("hf:"):
+        without = [name for name in without if not is_unused(name)]
     vlm.freeze_backbones("align")
     with torch.no_grad():
         features = vlm.vision_backbone(pixels)
-        expected = load_encoder(tower.removeprefix("aimv2:"))(pixels)
+        expected = features_of(tower, pixels)
         tokens = vlm.projector(features).shape[1]
     policy = vlm.get_fsdp_wrapping_policy()
     wrapped = [
@@ -188,11 +191,11 @@ def transforms(tower: str) -> dict:
     found = {}
     for strategy in prismatic.STRATEGIES:
         backbone, transform = get_vision_backbone_and_transform(tower, strategy)
-        processor = transform.processor
+        processor = transform.preprocessing
         size = (56, 56) if strategy == "resize-naive" else 56
-        fill = tuple(int(x * 255) for x in processor.image_mean)
+        fill = tuple(int(x * 255) for x in processor.mean)
         steps = [Resize(size, interpolation=InterpolationMode.BICUBIC), CenterCrop(56), ToTensor()]
-        steps += [Normalize(processor.image_mean, processor.image_std)]
+        steps += [Normalize(processor.mean, processor.std)]
         if strategy == "letterbox":
             steps.insert(0, LetterboxPad(fill))
         values = transform(picture)
@@ -233,6 +236,8 @@ if __name__ == "__main__":
     prismatic.install()
     use_llm(make_words_llm(work / "llm"))
     found = {"transforms": transforms(tower), "native": checks(native, "gelu-mlp")}
+    for kind in ("clip", "siglip"):
+        found[f"hf:{kind}"] = checks(f"hf:{make_foreign(work / kind, kind)}", "mlp")
     for specifier in (
         "linear", "no-align+gelu-mlp", "fused-gelu-mlp", "aimv2:linear", "mlp:depth=3",
         "pixel_shuffle:factor=2", "no-align+average_pool:factor=2",

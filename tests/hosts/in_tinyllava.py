@@ -17,7 +17,8 @@ with suppress(ImportError):
     import torchvision_on_cpu  # noqa: F401  (where torchvision stands beside a CPU-only torch)
 
 import transformers
-from llava_world import make_data, make_llm, make_tower
+from llava_world import make_data, make_foreign, make_llm, make_tower
+from reference import features_of, is_unused
 
 from aimv2_mllm.model.weights import load_encoder
 from aimv2_mllm.towers import tinyllava
@@ -94,7 +95,11 @@ def checks(tower: str, connector: str, layer: int = -1) -> dict:
     return {
         "frozen": frozen,
         "loss": loss.item(),
-        "no_gradient": [n for n, p in model.named_parameters() if p.grad is None],
+        "no_gradient": [
+            n
+            for n, p in model.named_parameters()
+            if p.grad is None and not (tower.startswith("hf:") and is_unused(n))
+        ],
         "tokens": tokens,
         "answers_equal": answers[0] == answers[1],
         "reloaded": (logits[0] - logits[1]).abs().max().item(),
@@ -103,9 +108,9 @@ def checks(tower: str, connector: str, layer: int = -1) -> dict:
 
 
 def reference(tower: str, pixels: torch.Tensor, layer: int) -> torch.Tensor:
-    encoder = load_encoder(tower.removeprefix("aimv2:"))
     if layer == -1:
-        return encoder(pixels)
+        return features_of(tower, pixels)
+    encoder = load_encoder(tower.removeprefix("aimv2:"))
     tokens = encoder.preprocessor(pixels)
     for block in encoder.trunk.blocks[: len(encoder.trunk.blocks) + 1 + layer]:
         tokens = block(tokens)
@@ -197,6 +202,7 @@ def stock() -> dict:
             n: ConnectorFactory(n).__name__
             for n in ("mlp2x_gelu", "linear", "resampler", "identity")
         },
+        "collision": VisionTowerFactory("me/hf-clip").__name__,
         "clip": VisionTowerFactory("openai/clip-vit-large-patch14").__name__,
     }
 
@@ -221,6 +227,9 @@ if __name__ == "__main__":
         "aimv2:resampler:num_queries=3,num_heads=4", "c_abstractor:target=2,depth=1",
     ):  # fmt: skip
         found[connector] = checks(tower, connector)
+    for kind in ("clip", "siglip"):
+        name = f"hf:{make_foreign(work / kind, kind)}"
+        found[f"hf:{kind}"] = checks(name, "pixel_shuffle:factor=2")
     found["refusals"] = refusals()
     # Its programs are meant for a launcher, and log by rank.
     torch.distributed.init_process_group(

@@ -1,0 +1,132 @@
+"""A conversation as the tokenizer's own chat template writes it, and where in that text the
+assistant speaks.
+
+Refuses a template that does not tell where answers begin and end, or does not write a picture.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jinja2
+
+from aimv2_mllm.data.conversations import IMAGE_TOKEN, Message, turn
+from aimv2_mllm.data.files import Unusable
+from aimv2_mllm.errors import UsageError
+
+
+class Written(NamedTuple):
+    """A conversation as text, and the parts of it, from and to a character, that are supervised."""
+
+    text: str
+    spans: list[tuple[int, int]]
+
+
+def as_text(message: Message) -> str:
+    """The content of a message with `<image>` where a picture is.
+
+    As LLaVA has it, a picture alone comes first, on a line of its own.
+    """
+    parts = message["content"]
+    texts = [part["text"] for part in parts if part["type"] == "text"]
+    if len(parts) - len(texts) == 1:
+        return f"{IMAGE_TOKEN}\n{''.join(texts).strip()}".strip()
+    return "".join(IMAGE_TOKEN if part["type"] == "image" else part["text"] for part in parts)
+
+
+class Chat:
+    """The tokenizer's own chat template.
+
+    Where it does not mark what the assistant says ({% generation %}), that is found by comparing
+    what it writes with and without an answer; UsageError where the comparison does not tell.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        probe = [*turn("q0z?", "a0z.", image=True), *turn("q1z?", "a1z."), *turn("q2z?", "a2z.")]
+        marked = re.search(r"\{%-?\s*generation\b", str(tokenizer.chat_template)) is not None
+        # Templates of models that only read take text, and some drop silently what is a list.
+        for self._is_marked in (True, False) if marked else (False,):
+            for self._takes_parts in (True, False):
+                if self._tells(probe):
+                    return
+        raise UsageError(
+            f"{tokenizer.name_or_path or 'the tokenizer'}: its chat template does not write what it"
+            f" is given, with {IMAGE_TOKEN} for a picture, or does not tell where an answer begins"
+            " and ends; mark that in it with {% generation %}, or choose template v1"
+        )
+
+    def _tells(self, probe: list[Message]) -> bool:
+        try:
+            # What follows an answer is the same whether or not the conversation goes on.
+            self._ending = self._render(self._as_taken(probe[:2])).partition("a0z.")[2]
+            text, spans = self(probe)
+        except (Unusable, jinja2.TemplateError, TypeError, ValueError):
+            return False
+        said = [text[begin:end] for begin, end in spans]
+        asked = all(text.count(f"q{number}z?") == 1 for number in range(3))
+        answered = len(said) == 3 and all(
+            f"a{number}z." in one and one.rstrip()[-4:] != f"a{number}z."  # an end token follows
+            for number, one in enumerate(said)
+        )
+        others = any(f"q{number}z?" in one for number in range(3) for one in said)
+        return asked and answered and not others and text.count(IMAGE_TOKEN) == 1
+
+    def __call__(self, messages: Sequence[Message]) -> Written:
+        """The conversation as the template writes it."""
+        messages = self._as_taken(messages)
+        if self._is_marked:
+            return self._marked(messages)
+        text, spans = self._render(messages), []
+        for number, message in enumerate(messages):
+            if message["role"] == "assistant":
+                spans.append(self._span(messages, number, text))
+        return Written(text, spans)
+
+    def _as_taken(self, messages: Sequence[Message]) -> list[Message]:
+        write = _tidy if self._takes_parts else as_text
+        return [{**message, "content": write(message)} for message in messages]
+
+    def _render(self, messages: Sequence[Message], *, ask: bool = False) -> str:
+        return str(
+            self._tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=ask
+            )
+        )
+
+    def _marked(self, messages: Sequence[Message]) -> Written:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        rendered, spans = render_jinja_template(
+            [list(messages)],
+            chat_template=self._tokenizer.chat_template,
+            return_assistant_tokens_mask=True,
+            **self._tokenizer.special_tokens_map,
+        )
+        return Written(rendered[0], [(int(begin), int(end)) for begin, end in spans[0]])
+
+    def _span(self, messages: Sequence[Message], number: int, text: str) -> tuple[int, int]:
+        """From where answer `number` is asked for to behind its end token, in the whole `text`."""
+        asked = self._render(messages[:number], ask=True)
+        alone = self._render(messages[: number + 1])
+        begin, blank = len(asked), len(self._ending) - len(self._ending.rstrip())
+        if text.startswith(asked) and alone.startswith(asked) and alone.endswith(self._ending):
+            said = alone[begin:]
+            if text.startswith(said, begin):
+                return begin, begin + len(said) - blank
+            # Some templates open the last answer alone with an empty thought.
+            answer = messages[number]["content"]
+            answer = (answer if isinstance(answer, str) else answer[0]["text"]).strip()
+            place = text.find(answer + self._ending, begin)
+            if place >= 0 and not text[begin:place].strip():
+                return begin, place + len(answer) + len(self._ending) - blank
+        raise Unusable("template", "the chat template does not tell where an answer ends")
+
+
+def _tidy(message: Message) -> list[dict[str, Any]]:
+    """The parts of a message; how a picture is set off from text is left to the template."""
+    parts = list(message["content"])
+    if all(part["type"] == "text" for part in parts):
+        return parts
+    tidy = [part | {"text": part["text"].strip()} if "text" in part else part for part in parts]
+    return [part for part in tidy if part.get("text", True)]

@@ -1,0 +1,105 @@
+"""Rows of data sets of the library `datasets`, their pictures left encoded."""
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from aimv2_mllm.data.files import MAX_PICTURE_BYTES, Unusable, read_whole
+from aimv2_mllm.errors import UsageError, nearest, show
+from aimv2_mllm.recipe_data import DatasetsSource
+
+
+class _Named(Protocol):
+    """What names a data set of the library `datasets`."""
+
+    dataset: str
+    config: str | None
+    split: str
+
+
+class Table:
+    """The rows of a data set of the library `datasets`."""
+
+    def __init__(self, config: DatasetsSource) -> None:
+        columns = {"image": config.image, "caption": config.caption}
+        self._config = config
+        self._rows, self.digest = load_table(config, columns)
+        self.groups, self.notes = [len(self._rows)], list[str]()
+
+    def name(self, row: int) -> str:
+        """Where the row is, in words."""
+        return f"{self._config.dataset}, row {row}"
+
+    def read(self, row: int) -> tuple[bytes, str]:
+        """The row's encoded picture and its caption."""
+        fields = self._rows[row]
+        picture, caption = fields[self._config.image], fields[self._config.caption]
+        if not isinstance(caption, str):
+            raise Unusable("no_caption", f"{self.name(row)}: its caption is no text")
+        return picture_bytes(picture), caption
+
+
+def picture_bytes(picture: Any) -> bytes:
+    """The encoded picture in a field of a table; `Unusable` where there is none."""
+    if isinstance(picture, dict):
+        picture = picture.get("bytes") or picture.get("path")
+    if isinstance(picture, str):
+        picture = read_whole(Path(picture), MAX_PICTURE_BYTES)
+    if not isinstance(picture, bytes):
+        raise Unusable("unreadable", "has no picture")
+    return picture
+
+
+def load_table(config: _Named, columns: Mapping[str, str]) -> tuple[Any, str]:
+    """The rows that `config` names, with pictures left encoded, and a digest of them.
+
+    UsageError where they cannot be had, or lack one of `columns`, given as {key of the recipe:
+    column}.
+    """
+    rows = _table(config)
+    known = rows.column_names
+    for key, column in columns.items():
+        if column not in known:
+            raise UsageError(
+                f"{config.dataset}: has no column {show(column)} ({key}); it has"
+                f" {', '.join(known)}{nearest(column, known)}"
+            )
+    from datasets import Image as Pictures
+    from datasets import List
+
+    for column in columns.values():
+        kind = rows.features[column]
+        # As files and not as pictures: they are decoded here, at the size needed.
+        if isinstance(kind, Pictures):
+            rows = rows.cast_column(column, Pictures(decode=False))
+        elif isinstance(kind, List) and isinstance(kind.feature, Pictures):
+            rows = rows.cast_column(column, List(Pictures(decode=False)))
+    facts = f"{len(rows)} {rows.features} {rows._fingerprint}"
+    return rows, hashlib.sha256(facts.encode()).hexdigest()
+
+
+def _table(config: _Named) -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise UsageError(
+            "sources of kind datasets need that library: pip install 'aimv2-mllm[data]'"
+        ) from None
+    try:
+        if os.path.isdir(config.dataset):
+            rows = datasets.load_from_disk(config.dataset)
+            rows = rows[config.split] if isinstance(rows, datasets.DatasetDict) else rows
+        else:
+            rows = datasets.load_dataset(config.dataset, config.config, split=config.split)
+    except KeyError:
+        known = f"{', '.join(rows)}{nearest(config.split, rows)}"
+        raise UsageError(f"{config.dataset}: has no split {config.split}; it has {known}") from None
+    # Each builder has its own kinds of errors, and the hub's are no OSError.
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise UsageError(f"{config.dataset}: cannot be loaded ({lines[0]})") from None
+    if not len(rows):
+        raise UsageError(f"{config.dataset}: split {config.split} has no rows")
+    return rows

@@ -1,0 +1,110 @@
+"""The batches of a stage whose model talks, as a pure function of the step."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from aimv2_mllm.data.batches import EVERYTHING, Share, micro_batches, world_seed
+from aimv2_mllm.data.conversations import IGNORED
+from aimv2_mllm.data.drawing import Skipped
+from aimv2_mllm.data.talks import TalkCorpus, TalkSample
+from aimv2_mllm.data.templates import Encoded, Writer
+from aimv2_mllm.model.preprocessing import Preprocessing
+from aimv2_mllm.objective import ConversationBatch
+from aimv2_mllm.recipe_data import ConversationData
+from aimv2_mllm.recipe_train import TrainConfig
+
+
+class TalkBatch(ConversationBatch, total=False):
+    """A batch of conversations with what was left out for it, where something was."""
+
+    skipped: dict[str, int]  # rows by reason, and turns
+    skipped_rows: list[str]  # some of them, in words
+
+
+@dataclass(frozen=True)
+class TalkBatches:
+    """One rank's conversations by step; it can be sent to another process."""
+
+    corpus: TalkCorpus
+    train: TrainConfig
+    writer: Writer
+    pad_token_id: int
+    preprocessing: Preprocessing | None
+    share: Share = EVERYTHING
+
+    def __call__(self, step: int) -> list[TalkBatch]:
+        """The rank's share of the step's samples in micro-batches of like length."""
+        skipped = Skipped()
+
+        def read(numbers: Sequence[int]) -> list[TalkSample]:
+            return [self.corpus.sample(number, self.writer, skipped) for number in numbers]
+
+        def length(sample: TalkSample) -> int:
+            return len(sample.encoded.ids)
+
+        batches: list[TalkBatch] = micro_batches(
+            self.train, read, self._collated, length, share=self.share
+        )(step)
+        if skipped.counts:
+            batches[0]["skipped"] = dict(skipped.counts)
+            batches[0]["skipped_rows"] = skipped.examples
+        return batches
+
+    def _collated(self, samples: Sequence[TalkSample]) -> ConversationBatch:
+        rows = [sample.encoded for sample in samples]
+        pictures = [picture for sample in samples for picture in sample.pictures]
+        if self.preprocessing is None:
+            return pad(rows, self.pad_token_id)
+        if not pictures:
+            # Where nobody sees anything the connector would get no gradient at all, and neither
+            # other ranks nor a model of which nothing else is trained could do with that. A blank
+            # picture with nothing to learn gives it one of zeros.
+            rows.append(self.writer.blank())
+            size = self.preprocessing.image_size
+            pictures.append(np.zeros((size, size, 3), np.uint8))
+        batch = pad(rows, self.pad_token_id)
+        batch["pixel_values"] = self.preprocessing.normalise(np.stack(pictures))
+        return batch
+
+
+def conversation_batches(
+    data: ConversationData,
+    train: TrainConfig,
+    *,
+    seed: int,
+    tokenizer: Any,
+    preprocessing: Preprocessing | None,
+    num_image_tokens: int = 0,
+    share: Share = EVERYTHING,
+) -> TalkBatches:
+    """The conversation batches by step: about pictures, or, without `preprocessing`, in words
+    alone. Each picture stands for `num_image_tokens` tokens.
+
+    Opens the sources of `data`; UsageError where one cannot be read, or where the tokenizer's
+    template does not tell what the assistant says. A rank gets its contiguous `share` of every
+    step.
+    """
+    writer = Writer(tokenizer, data.template, num_image_tokens=num_image_tokens)
+    corpus = TalkCorpus(data, world_seed(seed, data), preprocessing)
+    return TalkBatches(corpus, train, writer, tokenizer.pad_token_id, preprocessing, share)
+
+
+def pad(rows: Sequence[Encoded], pad_token_id: int) -> ConversationBatch:
+    """`rows` as one right-padded batch: input_ids, attention_mask and labels, each (B, L) int64."""
+    length = max(len(row.ids) for row in rows)
+    input_ids = np.full((len(rows), length), pad_token_id)
+    labels = np.full((len(rows), length), IGNORED)
+    attention_mask = np.zeros((len(rows), length), dtype=np.int64)
+    for number, row in enumerate(rows):
+        input_ids[number, : len(row.ids)] = row.ids
+        attention_mask[number, : len(row.ids)] = 1
+        labels[number, : len(row.ids)] = row.labels
+    return ConversationBatch(
+        input_ids=torch.from_numpy(input_ids),
+        attention_mask=torch.from_numpy(attention_mask),
+        labels=torch.from_numpy(labels),
+    )

@@ -1,0 +1,256 @@
+"""Where conversations come from: one class a kind of source, named in `TALK_SOURCES`.
+
+As with `sources`: what is wrong with the whole source is a UsageError when it is opened, what is
+wrong with a row is an `Unusable` when that row is read.
+"""
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from aimv2_mllm.data.conversations import IMAGE_TOKEN, Message, messages_of
+from aimv2_mllm.data.files import MAX_PICTURE_BYTES, Unusable, below, read_whole
+from aimv2_mllm.data.json_index import open_rows
+from aimv2_mllm.data.order import mixed
+from aimv2_mllm.data.sources import open_source
+from aimv2_mllm.data.tables import load_table, picture_bytes
+from aimv2_mllm.errors import UsageError, nearest, show
+from aimv2_mllm.recipe_data import (
+    CaptionTalks,
+    ConversationData,
+    HandwritingTalks,
+    LlavaTalks,
+    MessagesTalks,
+    QuestionTalks,
+    TextsTalks,
+)
+
+SPEAKERS = {"human": "user", "gpt": "assistant", "system": "system"}  # LLaVA's words for them
+COLUMNS = ("image", "question", "answer")
+MAX_TABLE_BYTES = 256 * 2**20  # of a CSV, which is held in memory
+
+
+class Talk(NamedTuple):
+    """A conversation and its encoded pictures, in the order of the messages."""
+
+    messages: list[Message]
+    pictures: list[bytes]
+
+
+class TalkSource(Protocol):
+    """Conversations by number."""
+
+    groups: list[int]  # how many rows lie together, in order; their sum is the number of rows
+    notes: list[str]  # what a user should know of it
+    digest: str  # changes when other rows would be read
+
+    def read(self, row: int) -> Talk:
+        """The conversation of a row; `Unusable` where it cannot be had."""
+
+    def name(self, row: int) -> str:
+        """Where the row is, in words."""
+
+
+class LlavaJson:
+    """LLaVA's JSON list, or JSON lines, with pictures below a folder."""
+
+    def __init__(self, config: LlavaTalks) -> None:
+        file = Path(config.file).expanduser()
+        self._rows, self._root = open_rows(file), Path(config.root or file.parent).expanduser()
+        if not self._root.is_dir():
+            raise UsageError(f"{self._root}: there is no such folder (root)")
+        self.groups, self.notes, self.digest = [len(self._rows)], list[str](), self._rows.digest()
+
+    def name(self, row: int) -> str:
+        """Where the row is, in words."""
+        return f"{self._rows.file}, row {row}"
+
+    def read(self, row: int) -> Talk:
+        """The row's conversation and pictures."""
+        fields = self._rows.read(row)
+        if not isinstance(fields, dict):
+            raise Unusable("odd_row", f"is no mapping but {show(fields)}")
+        said = []
+        for one in _listed(fields.get("conversations"), "conversations"):
+            speaker, text = (one.get("from"), one.get("value")) if isinstance(one, dict) else (0, 0)
+            if not isinstance(speaker, str) or not isinstance(text, str):
+                raise Unusable("odd_row", f"{show(one)} is not a text that somebody says")
+            if speaker not in SPEAKERS:
+                raise Unusable("roles", f"{show(speaker)} speaks; {', '.join(SPEAKERS)} may")
+            said.append((SPEAKERS[speaker], text))
+        image = fields.get("image")
+        paths = image if isinstance(image, list) else [image] if image else []
+        if not all(isinstance(path, str) and path for path in paths):
+            raise Unusable("odd_row", f"image is {show(image)}, not a path or a list of paths")
+        messages = messages_of(said, len(paths))
+        pictures = [read_whole(below(self._root, path), MAX_PICTURE_BYTES) for path in paths]
+        return Talk(messages, pictures)
+
+
+class TableOfTalks:
+    """The rows of a data set of the library `datasets`."""
+
+    def __init__(self, config: MessagesTalks | TextsTalks) -> None:
+        self._config = config
+        self._column = config.messages if isinstance(config, MessagesTalks) else config.texts
+        columns: dict[str, str] = {config.kind: self._column}
+        if config.images is not None:
+            columns["images"] = config.images
+        self._rows, self.digest = load_table(config, columns)
+        self.groups, self.notes = [len(self._rows)], list[str]()
+
+    def name(self, row: int) -> str:
+        """Where the row is, in words."""
+        return f"{self._config.dataset}, row {row}"
+
+    def read(self, row: int) -> Talk:
+        """The row's conversation and pictures."""
+        fields = self._rows[row]
+        images = fields[self._config.images] if self._config.images is not None else None
+        images = images if isinstance(images, list) else [] if images is None else [images]
+        turns = fields[self._column]
+        if isinstance(turns, str):
+            try:
+                turns = json.loads(turns)
+            except (ValueError, RecursionError) as error:
+                raise Unusable("not_json", f"{self._column} is not JSON ({error})") from None
+        said = []
+        for one in _listed(turns, self._column):
+            if not isinstance(one, dict):
+                raise Unusable("odd_row", f"{show(one)} is not a text that somebody says")
+            if isinstance(self._config, MessagesTalks):
+                said.append((str(one.get("role")), _content(one.get("content"))))
+            else:
+                said += [(role, _content(one.get(role))) for role in ("user", "assistant")]
+        messages = messages_of(said, len(images))
+        return Talk(messages, [picture_bytes(image) for image in images])
+
+
+def _listed(value: Any, name: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise Unusable("odd_row", f"its {name} are no list but {show(value)}")
+    return value
+
+
+def _content(value: Any) -> str:
+    """A message's content, text or a list of parts, with `<image>` for each picture."""
+    if isinstance(value, str):
+        return value
+    texts = []
+    for part in value if isinstance(value, list) else [value]:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind in ("image", "image_url"):
+            texts.append(IMAGE_TOKEN)
+        elif kind == "text" and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        else:
+            raise Unusable("odd_row", f"{show(part)} is neither text nor a picture")
+    return "".join(texts)
+
+
+class Captions:
+    """The rows of a source of captions, each the answer to one of some prompts."""
+
+    def __init__(self, config: CaptionTalks) -> None:
+        self._pairs, self._prompts = open_source(config.pairs), config.prompts
+        self.groups, self.notes = self._pairs.groups, self._pairs.notes
+        self.digest = self._pairs.digest
+
+    def name(self, row: int) -> str:
+        """Where the row is, in words."""
+        return self._pairs.name(row)
+
+    def read(self, row: int) -> Talk:
+        """The row's picture, one of the prompts, always the same, and the caption."""
+        picture, caption = self._pairs.read(row)
+        prompt = self._prompts[mixed(row) % len(self._prompts)]
+        return Talk(messages_of([("user", prompt), ("assistant", caption)], 1), [picture])
+
+
+class Questions:
+    """A folder of pictures with a table of questions: a question a row, with or without picture."""
+
+    def __init__(self, config: QuestionTalks) -> None:
+        self._folder = Path(config.folder).expanduser()
+        self._file = self._folder / config.file
+        self._rows, self.notes = list[list[str]](), list[str]()
+        try:
+            content = read_whole(self._file, MAX_TABLE_BYTES)
+            text = content.decode("utf-8-sig")
+        except Unusable as error:
+            raise UsageError(
+                f"{error}; it is a table of the columns {', '.join(COLUMNS)}"
+            ) from None
+        except UnicodeDecodeError as error:
+            raise UsageError(
+                f"{self._file}: is not UTF-8 (byte {error.start}); save it as CSV UTF-8"
+            ) from None
+        # Spreadsheets of many countries write ; for the comma that is theirs in numbers.
+        heading = text.partition("\n")[0]
+        delimiter = max(",;\t", key=heading.count)
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+        try:
+            names = [name.strip().lower() for name in next(reader, [])]
+            self._lines = []
+            for row in reader:
+                if any(field.strip() for field in row):
+                    self._rows.append(row)
+                    self._lines.append(reader.line_num)
+        except csv.Error as error:
+            raise UsageError(f"{self._file}:{reader.line_num}: is no CSV ({error})") from None
+        missing = [name for name in COLUMNS if name not in names]
+        if missing:
+            near = nearest(missing[0], names)
+            raise UsageError(
+                f"{self._file}: its first line names no column {missing[0]}; it has"
+                f" {', '.join(names) or 'none'}, and {', '.join(COLUMNS)} are needed{near}"
+            )
+        self._places, self._width = [names.index(name) for name in COLUMNS], len(names)
+        self.groups = [len(self._rows)]
+        self.digest = hashlib.sha256(content).hexdigest()
+
+    def name(self, row: int) -> str:
+        """Where the row is, in words."""
+        return f"{self._file}:{self._lines[row]}"
+
+    def read(self, row: int) -> Talk:
+        """The row's picture, where it names one, its question and its answer."""
+        fields = self._rows[row]
+        if len(fields) != self._width:
+            said = f"has {len(fields)} fields and not {self._width}; quote what has a comma in it"
+            raise Unusable("odd_row", said)
+        image, question, answer = (fields[place].strip() for place in self._places)
+        messages = messages_of([("user", question), ("assistant", answer)], 1 if image else 0)
+        path = below(self._folder, image)
+        return Talk(messages, [read_whole(path, MAX_PICTURE_BYTES)] if image else [])
+
+
+TALK_SOURCES: dict[str, Callable[[Any], TalkSource]] = {
+    "llava": LlavaJson,
+    "messages": TableOfTalks,
+    "texts": TableOfTalks,
+    "captions": Captions,
+    "questions": Questions,
+}
+
+
+def open_talk_sources(data: ConversationData) -> list[TalkSource | HandwritingTalks]:
+    """The sources of `data` in its order; the embedded world, which needs no opening, as it is.
+
+    UsageError where one is not there, is damaged as a whole, or has no rows.
+    """
+    found: list[TalkSource | HandwritingTalks] = []
+    for number, config in enumerate(data.sources):
+        if isinstance(config, HandwritingTalks):
+            found.append(config)
+            continue
+        source = TALK_SOURCES[config.kind](config)
+        if not sum(source.groups):
+            notes = "".join(f"; {note}" for note in source.notes)
+            raise UsageError(f"data.sources.{number}: has no rows{notes}")
+        found.append(source)
+    return found

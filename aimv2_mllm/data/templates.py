@@ -1,0 +1,182 @@
+"""How a conversation is written, in tokens, and which of them are supervised: those of what the
+assistant says, with its end token, and nothing else.
+
+Owns the ways of `TEMPLATES`: the tokenizer's own chat template, and LLaVA's `v1` and `plain`, which
+are token for token those of its `llava.train.train.preprocess`. Refuses a chat template that does
+not tell where answers begin and end.
+"""
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from aimv2_mllm.data.chat_template import Chat, Written, as_text
+from aimv2_mllm.data.conversations import IGNORED, IMAGE_TOKEN, Message
+from aimv2_mllm.data.files import Unusable
+from aimv2_mllm.errors import UsageError
+
+# The conversation `vicuna_v1` of LLaVA, which its option `--version v1` means.
+V1_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+V1_END = "</s>"
+# The same for those who talk to the result.
+V1_CHAT_TEMPLATE = (
+    "{{ bos_token }}{% if messages[0].role == 'system' %}{{ messages[0].content }}{% else %}"
+    f"{V1_SYSTEM}"
+    "{% endif %}{% for message in messages %}{% if message.role != 'system' %}"
+    "{% set parts = message.content %}"
+    "{% if parts is string %}{% set parts = [{'type': 'text', 'text': parts}] %}{% endif %}"
+    "{% if message.role == 'user' %}{{ ' ' if loop.first or messages[loop.index0 - 1].role == "
+    "'system' else '' }}USER: "
+    "{% for part in parts %}{{ '<image>\\n' if part.type == 'image' else part.text }}{% endfor %} "
+    "{% else %}ASSISTANT:{% generation %}"
+    "{% for part in parts %} {{ part.text }}{% endfor %}</s>{% endgeneration %}"
+    "{% endif %}{% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+class Encoded(NamedTuple):
+    """One conversation in tokens: `labels` are `ids` where supervised, IGNORED elsewhere; (L,)."""
+
+    ids: np.ndarray
+    labels: np.ndarray
+
+
+def written_v1(messages: Sequence[Message]) -> Written:
+    """Vicuna's way: SYSTEM USER: question ASSISTANT: answer</s>USER: …"""
+    system = as_text(messages[0]) if messages[0]["role"] == "system" else V1_SYSTEM
+    text, spans = f"{system} ", []
+    for message in messages:
+        if message["role"] == "user":
+            text += f"USER: {as_text(message)} "
+        elif message["role"] == "assistant":
+            begin = len(text) + len("ASSISTANT:")
+            text += f"ASSISTANT: {as_text(message)}{V1_END}"
+            spans.append((begin, len(text)))
+    return Written(text, spans)
+
+
+def written_plain(messages: Sequence[Message]) -> Written:
+    """A picture and what is said of it, ended by a new line: what was asked is left out."""
+    pictures = [part["type"] for part in messages[0]["content"]].count("image")
+    if [message["role"] for message in messages] != ["user", "assistant"] or pictures != 1:
+        raise Unusable("not_plain", "template plain is for one question about one picture")
+    text = f"{IMAGE_TOKEN}{as_text(messages[1])}\n"
+    return Written(text, [(len(IMAGE_TOKEN), len(text))])
+
+
+WrittenBy = Callable[[Sequence[Message]], Written]
+# name -> what makes the writer for a tokenizer, and whether text is cut into tokens as LLaVA does
+TEMPLATES: dict[str, tuple[Callable[[Any], WrittenBy], bool]] = {
+    "chat": (Chat, False),
+    "v1": (lambda tokenizer: written_v1, True),
+    "plain": (lambda tokenizer: written_plain, True),
+}
+
+
+class Writer:
+    """Conversations in tokens by one of `TEMPLATES`; each picture is `num_image_tokens` tokens."""
+
+    def __init__(
+        self, tokenizer: Any, template: str = "chat", *, num_image_tokens: int = 0
+    ) -> None:
+        if not tokenizer.is_fast:
+            raise UsageError(
+                f"{tokenizer.name_or_path}: its tokenizer does not tell which characters a token"
+                " is of; give one that has a tokenizer.json"
+            )
+        build, self._in_pieces = TEMPLATES[template]
+        self._tokenizer, self._write = tokenizer, build(tokenizer)
+        self._image, self._num_image_tokens = (
+            tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+            num_image_tokens,
+        )
+        self._special = [token for token in tokenizer.all_special_tokens if token.strip()]
+
+    def fitted(
+        self, messages: Sequence[Message], most: int, *, cut: bool = True
+    ) -> tuple[Encoded, int]:
+        """The conversation in at most `most` tokens, and how many of its last turns that cost.
+
+        `Unusable` where not even one turn fits, or, without `cut`, not all of them.
+        """
+        encoded = self(messages)
+        if len(encoded.ids) <= most:
+            return encoded, 0
+        first = 1 if messages[0]["role"] == "system" else 0
+        turns = (len(messages) - first) // 2
+
+        def first_turns(count: int) -> Encoded:
+            return self(messages[: first + 2 * count])
+
+        lengths = range(1, turns)
+        kept = bisect_right(lengths, most, key=lambda n: len(first_turns(n).ids)) if cut else 0
+        if not kept:
+            said = f"has {len(encoded.ids):,} tokens, and max_tokens allows {most:,}"
+            raise Unusable("too_long", said)
+        return first_turns(kept), turns - kept
+
+    def __call__(self, messages: Sequence[Message]) -> Encoded:
+        """The conversation in tokens; `Unusable` for one that cannot be written or teaches
+        nothing."""
+        self._check(messages)
+        text, spans = self._write(messages)
+        ids, places = self._tokens(text)  # (L,), (L, 2)
+        supervised = np.zeros(len(ids), dtype=bool)
+        for begin, end in spans:
+            supervised |= (places[:, 0] < end) & (places[:, 1] > begin)
+        repeats = np.where(ids == self._image, self._num_image_tokens, 1)
+        labels = np.where(supervised, ids, IGNORED)
+        encoded = Encoded(np.repeat(ids, repeats), np.repeat(labels, repeats))
+        if not (encoded.labels[1:] != IGNORED).any():
+            raise Unusable("nothing_supervised", "no token of it is supervised")
+        return encoded
+
+    def blank(self) -> Encoded:
+        """A picture about which nothing is said, and so nothing supervised."""
+        ids = np.full(self._num_image_tokens, self._image)
+        return Encoded(ids, np.full(len(ids), IGNORED))
+
+    def _check(self, messages: Sequence[Message]) -> None:
+        # Letters that are a special token would become it: the end of an answer, or a picture.
+        for message in messages:
+            for part in message["content"]:
+                for token in self._special:
+                    if token in part.get("text", ""):
+                        raise Unusable("special_token", f"{token} stands in its text")
+
+    def _tokens(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens of `text`, (L,), and from and to which character each is, (L, 2)."""
+        if not self._in_pieces:
+            found = self._tokenizer(
+                text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+            )
+            return np.array(found.input_ids), np.array(found.offset_mapping).reshape(-1, 2)
+        ids, places, offset = list[int](), list[tuple[int, int]](), 0
+        for number, piece in enumerate(text.split(IMAGE_TOKEN)):
+            found = self._tokenizer(piece, return_offsets_mapping=True, verbose=False)
+            tokens, where = found.input_ids, found.offset_mapping
+            if number:
+                ids.append(self._image)
+                places.append((offset, offset + len(IMAGE_TOKEN)))
+                offset += len(IMAGE_TOKEN)
+                # Only the first piece keeps the token with which the tokenizer begins a text.
+                again = 1 if tokens and tokens[0] == self._tokenizer.bos_token_id else 0
+                tokens, where = tokens[again:], where[again:]
+            ids += tokens
+            places += [(begin + offset, end + offset) for begin, end in where]
+            offset += len(piece)
+        return np.array(ids), np.array(places).reshape(-1, 2)
+
+
+def encode(
+    tokenizer: Any, conversations: Sequence[Sequence[Message]], *, num_image_tokens: int = 0
+) -> list[Encoded]:
+    """Each conversation in tokens by the tokenizer's chat template; each picture becomes
+    `num_image_tokens` tokens."""
+    writer = Writer(tokenizer, num_image_tokens=num_image_tokens)
+    return [writer(messages) for messages in conversations]
