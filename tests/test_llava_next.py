@@ -116,6 +116,8 @@ def no_names(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_names")
 def test_without_it_the_message_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("llava.")]:  # LLaVA's own
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "llava", None)
     with pytest.raises(UsageError, match="pip install --no-deps -e CHECKOUT of LLaVA-NeXT"):
         llava_next.install()
