@@ -5,7 +5,7 @@ and text that the model would read as its own marks.
 """
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from aimv2_mllm.data.decode import cropped, padded, rim_of
@@ -40,18 +40,7 @@ def fitting_inputs(
     """
     _check(processor, messages, images)
     pixels = _pixels(processor, images, data)
-    counts = [
-        processor.replace_image_token(pixels, image_idx=index).count(processor.image_token)
-        for index in range(len(images))
-    ]
-    asker = Asker(processor.tokenizer)
-    # Training adds no token to what the template writes; processors add the one that starts a text.
-    start = [] if data is not None else processor.tokenizer("").input_ids[:1]
-
-    def tokens(turns: list[Turn]) -> list[int]:
-        ids = asker([message for turn in turns for message in turn], counts).tolist()
-        return ids if ids[: len(start)] == start else [*start, *ids]
-
+    tokens = _tokens(processor, pixels, len(images), is_ours=data is not None)
     kept = turns = _turns(messages)
     wanted, ids = min(max_new_tokens, limit // 4), list[int]()
     for kept in _shortened(turns):
@@ -71,6 +60,25 @@ def fitting_inputs(
         )
     pixels.update({"input_ids": [ids], "attention_mask": [[1] * len(ids)]})
     return pixels.convert_to_tensors("pt"), min(max_new_tokens, limit - len(ids))
+
+
+def _tokens(
+    processor: Any, pixels: Any, num_pictures: int, *, is_ours: bool
+) -> Callable[[list[Turn]], list[int]]:
+    """What makes of turns, that hold all pictures, the tokens up to where the answer begins."""
+    counts = [
+        processor.replace_image_token(pixels, image_idx=index).count(processor.image_token)
+        for index in range(num_pictures)
+    ]
+    asker = Asker(processor.tokenizer)
+    # Training adds no token to what the template writes; processors add the one that starts a text.
+    start = [] if is_ours else processor.tokenizer("").input_ids[:1]
+
+    def tokens(turns: list[Turn]) -> list[int]:
+        ids = asker([message for turn in turns for message in turn], counts).tolist()
+        return ids if ids[: len(start)] == start else [*start, *ids]
+
+    return tokens
 
 
 def _pixels(processor: Any, images: Sequence["Image.Image"], data: Mapping[str, Any] | None) -> Any:
