@@ -7,14 +7,14 @@ transformers only when a model is loaded.
 import json
 import sys
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aimv2_mllm.errors import UsageError
-from aimv2_mllm.folders import CONFIG_FILE, GIVE, talking_folder
+from aimv2_mllm.folders import CONFIG_FILE, GIVE, stage_record, talking_folder
 from aimv2_mllm.prompts import Message, fitting_inputs
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ class Chatbot:
 
     model: Any
     processor: Any
+    data: Mapping[str, Any] | None = None  # as the stage's record has it; None: not ours
 
     @property
     def limit(self) -> int:
@@ -58,7 +59,10 @@ def load_model(folder: str | Path) -> Chatbot:
     if pad is None:
         pad = end[0] if isinstance(end, list) else end
     model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=pad)
-    return Chatbot(model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), processor)
+    # Older folders have the template with the processor alone.
+    processor.tokenizer.chat_template = processor.chat_template
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return Chatbot(model, processor, stage_record(found).get("recipe", {}).get("data"))
 
 
 def _load(folder: Path) -> tuple[Any, Any]:
@@ -209,6 +213,11 @@ def _prepare(
     max_new_tokens: int,
 ) -> tuple[dict[str, "Tensor"], int]:
     inputs, room = fitting_inputs(
-        bot.processor, messages, images, limit=bot.limit, max_new_tokens=max_new_tokens
+        bot.processor,
+        messages,
+        images,
+        limit=bot.limit,
+        max_new_tokens=max_new_tokens,
+        data=bot.data,
     )
     return dict(inputs.to(bot.model.device, dtype=bot.model.dtype)), room

@@ -1,14 +1,16 @@
-"""A conversation as the inputs of a Llava: as much of it as the model can hold.
+"""A conversation as the inputs of a Llava, as in its training: as much as the model can hold.
 
 Owns which turns are left out of one that is too long. Refuses a question that does not fit alone,
 and text that the model would read as its own marks.
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from aimv2_mllm.data.decode import cropped, padded, rim_of
 from aimv2_mllm.data.images import square
+from aimv2_mllm.data.templates import Asker
 from aimv2_mllm.errors import UsageError
 
 if TYPE_CHECKING:
@@ -26,30 +28,28 @@ def fitting_inputs(
     *,
     limit: int,
     max_new_tokens: int,
+    data: Mapping[str, Any] | None = None,
 ) -> tuple[Any, int]:
-    """What `processor` makes of the conversation, ids (1, L) and pixels, and the answer's room.
+    """What the model gets of the conversation, ids (1, L) and pixels, and the answer's room.
 
-    Of at most `limit` tokens a quarter, or `max_new_tokens`, is kept for the answer. What does not
-    fit beside it is left out, oldest turns first, and stderr says so. Raises UsageError when the
-    last question alone does not fit, and for messages that are not a conversation.
+    `data` is what the record of the model's last stage says it was trained on, by which pictures
+    and tokens are those of its training; None: it is not ours, and both are as its `processor` has
+    them. Of at most `limit` tokens a quarter, or `max_new_tokens`, is kept for the answer. What
+    does not fit beside it is left out, oldest turns first, and stderr says so. Raises UsageError
+    when the last question alone does not fit, and for messages that are not a conversation.
     """
     _check(processor, messages, images)
-    # Who takes pictures in their own shape says how large each is.
-    whole = "image_sizes" in processor.image_processor.model_input_names
-    pictures = [image if whole else square(image) for image in images]
+    pixels = _pixels(processor, images, data)
+    tokens = _tokens(processor, pixels, len(images), is_ours=data is not None)
     kept = turns = _turns(messages)
-    inputs = _encode(processor, _prompt(processor, turns), pictures)
-    length = inputs["input_ids"].shape[1]
-    # A picture's mark becomes as many tokens as it has patches: the same surplus in every prompt.
-    surplus = length - _num_tokens(processor, _prompt(processor, turns))
-    wanted = min(max_new_tokens, limit // 4)
+    wanted, ids = min(max_new_tokens, limit // 4), list[int]()
     for kept in _shortened(turns):
-        length = _num_tokens(processor, _prompt(processor, kept)) + surplus
-        if length + wanted <= limit:
+        ids = tokens(kept)
+        if len(ids) + wanted <= limit:
             break
-    if length >= limit:
+    if len(ids) >= limit:
         raise UsageError(
-            f"the question has {length} tokens with its picture, and this model can hold "
+            f"the question has {len(ids)} tokens with its picture, and this model can hold "
             f"{limit} with the answer: ask in fewer words"
         )
     if kept is not turns:
@@ -58,8 +58,47 @@ def fitting_inputs(
             f"{len(turns) - len(kept)} of its {len(turns)} turns are left out",
             file=sys.stderr,
         )
-        inputs = _encode(processor, _prompt(processor, kept), pictures)
-    return inputs, min(max_new_tokens, limit - length)
+    pixels.update({"input_ids": [ids], "attention_mask": [[1] * len(ids)]})
+    return pixels.convert_to_tensors("pt"), min(max_new_tokens, limit - len(ids))
+
+
+def _tokens(
+    processor: Any, pixels: Any, num_pictures: int, *, is_ours: bool
+) -> Callable[[list[Turn]], list[int]]:
+    """What makes of turns, that hold all pictures, the tokens up to where the answer begins."""
+    counts = [
+        processor.replace_image_token(pixels, image_idx=index).count(processor.image_token)
+        for index in range(num_pictures)
+    ]
+    asker = Asker(processor.tokenizer)
+    # Training adds no token to what the template writes; processors add the one that starts a text.
+    start = [] if is_ours else processor.tokenizer("").input_ids[:1]
+
+    def tokens(turns: list[Turn]) -> list[int]:
+        ids = asker([message for turn in turns for message in turn], counts).tolist()
+        return ids if ids[: len(start)] == start else [*start, *ids]
+
+    return tokens
+
+
+def _pixels(processor: Any, images: Sequence["Image.Image"], data: Mapping[str, Any] | None) -> Any:
+    from transformers import BatchFeature
+
+    prepare = processor.image_processor
+    if not images:
+        return BatchFeature({})
+    # Who takes pictures in their own shape trains on them so.
+    if data is None or "image_sizes" in prepare.model_input_names:
+        return prepare(list(images), return_tensors="pt")
+    size = int(prepare.crop_size["height"])
+    if all(source["kind"] == "handwriting" for source in data.get("sources", ())):
+        # Its sheets are all square; one of another shape goes on in the colour of its own paper.
+        squares = [padded(square(image), size, (0, 0, 0)) for image in images]
+    elif data["image_aspect"] == "crop":
+        squares = [cropped(image, size) for image in images]
+    else:
+        squares = [padded(image, size, rim_of(prepare.image_mean)) for image in images]
+    return prepare(squares, do_resize=False, do_center_crop=False, return_tensors="pt")
 
 
 def _check(processor: Any, messages: Sequence[Message], images: Sequence["Image.Image"]) -> None:
@@ -107,28 +146,3 @@ def _shortened(turns: list[Turn]) -> Iterator[list[Turn]]:
     if _images(turns[:-1]):
         question = turns[-1][0]
         yield [[{**question, "content": [*_images(turns[:-1]), *question["content"]]}]]
-
-
-def _prompt(processor: Any, turns: list[Turn]) -> str:
-    messages = [message for turn in turns for message in turn]
-    return str(processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-
-
-def _adds_start(processor: Any, prompt: str) -> bool:
-    # Templates that write the start token themselves must not get a second one.
-    start = processor.tokenizer.bos_token
-    return start is None or not prompt.startswith(start)
-
-
-def _num_tokens(processor: Any, prompt: str) -> int:
-    tokenizer = processor.tokenizer
-    return len(tokenizer(prompt, add_special_tokens=_adds_start(processor, prompt)).input_ids)
-
-
-def _encode(processor: Any, prompt: str, pictures: list["Image.Image"]) -> Any:
-    return processor(
-        images=pictures or None,
-        text=[prompt],
-        add_special_tokens=_adds_start(processor, prompt),
-        return_tensors="pt",
-    )

@@ -216,7 +216,7 @@ def test_plain_takes_one_question_about_one_picture_and_words_no_special_token()
 
 
 def test_the_v1_chat_template_gives_the_tokens_that_were_trained_on() -> None:
-    tokenizer = llama(V1_CHAT_TEMPLATE)
+    tokenizer = llama(V1_CHAT_TEMPLATE + "{# not known to the letter #}")
     for talk, pictures in ((TALK, 1), ([("user", "What is a cat?"), ("assistant", "Yes")], 0)):
         messages = messages_of(talk, pictures)
         chat, v1 = Writer(tokenizer)(messages), Writer(tokenizer, "v1")(messages)

@@ -38,18 +38,21 @@ class Chat:
     """The tokenizer's own chat template.
 
     Where it does not mark what the assistant says ({% generation %}), that is found by comparing
-    what it writes with and without an answer; UsageError where the comparison does not tell.
+    what it writes with and without an answer; UsageError where the comparison does not tell, but
+    for a chat that `only_asks`.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, *, only_asks: bool = False) -> None:
         self._tokenizer = tokenizer
         probe = [*turn("q0z?", "a0z.", image=True), *turn("q1z?", "a1z."), *turn("q2z?", "a2z.")]
         marked = re.search(r"\{%-?\s*generation\b", str(tokenizer.chat_template)) is not None
         # Templates of models that only read take text, and some drop silently what is a list.
-        for self._is_marked in (True, False) if marked else (False,):
-            for self._takes_parts in (True, False):
-                if self._tells(probe):
-                    return
+        # Who only asks gets what training gets, wherever there can be training.
+        for suits in (self._tells, self._asks) if only_asks else (self._tells,):
+            for self._is_marked in (True, False) if marked else (False,):
+                for self._takes_parts in (True, False):
+                    if suits(probe):
+                        return
         raise UsageError(
             f"{tokenizer.name_or_path or 'the tokenizer'}: its chat template does not write what it"
             f" is given, with {IMAGE_TOKEN} for a picture, or does not tell where an answer begins"
@@ -71,6 +74,18 @@ class Chat:
         )
         others = any(f"q{number}z?" in one for number in range(3) for one in said)
         return asked and answered and not others and text.count(IMAGE_TOKEN) == 1
+
+    def _asks(self, probe: list[Message]) -> bool:
+        try:
+            text = self.asked(probe[:-1])
+        except (jinja2.TemplateError, TypeError, ValueError):
+            return False
+        said = [text.count(one) for one in ("q0z?", "a0z.", "q1z?", "a1z.", "q2z?", IMAGE_TOKEN)]
+        return said == [1] * len(said)
+
+    def asked(self, messages: Sequence[Message]) -> str:
+        """The conversation up to where the assistant's next answer begins."""
+        return self._render(self._as_taken(messages), ask=True)
 
     def __call__(self, messages: Sequence[Message]) -> Written:
         """The conversation as the template writes it."""

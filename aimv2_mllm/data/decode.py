@@ -6,7 +6,7 @@ then does only that share of the work. Refuses what `images.opened` refuses.
 
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -100,14 +100,30 @@ def decode_padded(content: bytes, size: int, rim: tuple[int, int, int]) -> np.nd
             width, height = picture.size
             picture.draft(None, (math.ceil(width * scale), math.ceil(height * scale)))
         picture.load()
-        standing = as_rgb(upright(picture))
-        side = max(standing.size)
-        if side > MAX_SQUARE_SIDE:  # the square of a long strip would not fit into memory
-            standing.thumbnail((MAX_SQUARE_SIDE, MAX_SQUARE_SIDE))
-            side = max(standing.size)
-        square = Image.new("RGB", (side, side), rim)
-        square.paste(standing, ((side - standing.width) // 2, (side - standing.height) // 2))
-        return np.asarray(square.resize((size, size), Image.Resampling.BICUBIC))
+        return padded(as_rgb(upright(picture)), size, rim)
+
+
+def padded(picture: Image.Image, size: int, rim: tuple[int, int, int]) -> np.ndarray:
+    """An upright RGB picture as `decode_padded` gives it."""
+    side = max(picture.size)
+    if side > MAX_SQUARE_SIDE:  # the square of a long strip would not fit into memory
+        picture = picture.copy()
+        picture.thumbnail((MAX_SQUARE_SIDE, MAX_SQUARE_SIDE))
+        side = max(picture.size)
+    square = Image.new("RGB", (side, side), rim)
+    square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    return np.asarray(square.resize((size, size), Image.Resampling.BICUBIC))
+
+
+def cropped(picture: Image.Image, size: int) -> np.ndarray:
+    """The middle of an upright RGB picture as `decode` gives it."""
+    return _resized(picture, middle_square(*picture.size), (size, size))
+
+
+def rim_of(mean: Sequence[float]) -> tuple[int, int, int]:
+    """LLaVA's rim: the colour that becomes 0 when it is normalised by `mean`, of 0 to 1."""
+    red, green, blue = (int(value * 255) for value in mean)
+    return red, green, blue
 
 
 def _resized(picture: Image.Image, box: Box, size: tuple[int, int]) -> np.ndarray:

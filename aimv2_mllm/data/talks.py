@@ -7,7 +7,7 @@ import numpy as np
 
 from aimv2_mllm.data import scenes
 from aimv2_mllm.data.conversations import Message, conversation, num_pictures
-from aimv2_mllm.data.decode import decode, decode_padded, middle_square
+from aimv2_mllm.data.decode import decode, decode_padded, middle_square, rim_of
 from aimv2_mllm.data.drawing import Drawing, Skipped
 from aimv2_mllm.data.files import Unusable
 from aimv2_mllm.data.talk_sources import Talk, open_talk_sources
@@ -118,6 +118,4 @@ class TalkCorpus:
         size = self._preprocessing.image_size
         if self._data.image_aspect == "crop":
             return decode(content, size, middle_square)
-        # LLaVA's rim: what becomes 0 when it is normalised.
-        red, green, blue = (int(mean * 255) for mean in self._preprocessing.mean)
-        return decode_padded(content, size, (red, green, blue))
+        return decode_padded(content, size, rim_of(self._preprocessing.mean))

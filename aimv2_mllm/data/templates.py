@@ -69,6 +69,11 @@ def written_plain(messages: Sequence[Message]) -> Written:
     return Written(text, [(len(IMAGE_TOKEN), len(text))])
 
 
+def asked_v1(messages: Sequence[Message]) -> str:
+    """The same up to where the next answer begins."""
+    return f"{written_v1(messages).text}ASSISTANT:"
+
+
 WrittenBy = Callable[[Sequence[Message]], Written]
 # name -> what makes the writer for a tokenizer, and whether text is cut into tokens as LLaVA does
 TEMPLATES: dict[str, tuple[Callable[[Any], WrittenBy], bool]] = {
@@ -79,7 +84,10 @@ TEMPLATES: dict[str, tuple[Callable[[Any], WrittenBy], bool]] = {
 
 
 class Writer:
-    """Conversations in tokens by one of `TEMPLATES`; each picture is `num_image_tokens` tokens."""
+    """Conversations in tokens by one of `TEMPLATES`; each picture is `num_image_tokens` tokens.
+
+    Where the chat template is `V1_CHAT_TEMPLATE`, `chat` is `v1`.
+    """
 
     def __init__(
         self, tokenizer: Any, template: str = "chat", *, num_image_tokens: int = 0
@@ -89,6 +97,8 @@ class Writer:
                 f"{tokenizer.name_or_path}: its tokenizer does not tell which characters a token"
                 " is of; give one that has a tokenizer.json"
             )
+        if template == "chat" and tokenizer.chat_template == V1_CHAT_TEMPLATE:
+            template = "v1"
         build, self._in_pieces = TEMPLATES[template]
         self._tokenizer, self._write = tokenizer, build(tokenizer)
         self._image, self._num_image_tokens = (
@@ -125,7 +135,8 @@ class Writer:
         nothing."""
         self._check(messages)
         text, spans = self._write(messages)
-        ids, places = self._tokens(text)  # (L,), (L, 2)
+        # (L,), (L, 2)
+        ids, places = _tokens(self._tokenizer, text, in_pieces=self._in_pieces)
         supervised = np.zeros(len(ids), dtype=bool)
         for begin, end in spans:
             supervised |= (places[:, 0] < end) & (places[:, 1] > begin)
@@ -149,28 +160,55 @@ class Writer:
                     if token in part.get("text", ""):
                         raise Unusable("special_token", f"{token} stands in its text")
 
-    def _tokens(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        """The tokens of `text`, (L,), and from and to which character each is, (L, 2)."""
-        if not self._in_pieces:
-            found = self._tokenizer(
-                text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-            )
-            return np.array(found.input_ids), np.array(found.offset_mapping).reshape(-1, 2)
-        ids, places, offset = list[int](), list[tuple[int, int]](), 0
-        for number, piece in enumerate(text.split(IMAGE_TOKEN)):
-            found = self._tokenizer(piece, return_offsets_mapping=True, verbose=False)
-            tokens, where = found.input_ids, found.offset_mapping
-            if number:
-                ids.append(self._image)
-                places.append((offset, offset + len(IMAGE_TOKEN)))
-                offset += len(IMAGE_TOKEN)
-                # Only the first piece keeps the token with which the tokenizer begins a text.
-                again = 1 if tokens and tokens[0] == self._tokenizer.bos_token_id else 0
-                tokens, where = tokens[again:], where[again:]
-            ids += tokens
-            places += [(begin + offset, end + offset) for begin, end in where]
-            offset += len(piece)
-        return np.array(ids), np.array(places).reshape(-1, 2)
+
+class Asker:
+    """What stands before an answer, in tokens: those that `Writer` of template `chat` puts there.
+
+    It serves chat templates from which nothing can be learned too.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer, self._in_pieces = tokenizer, tokenizer.chat_template == V1_CHAT_TEMPLATE
+        self._write = asked_v1 if self._in_pieces else Chat(tokenizer, only_asks=True).asked
+
+    def __call__(
+        self, messages: Sequence[Message], num_image_tokens: int | Sequence[int]
+    ) -> np.ndarray:
+        """Questions and answers up to where the next answer begins, (L,); `num_image_tokens` is
+        that of each picture, or one for all."""
+        ids, _ = _tokens(self._tokenizer, self._write(messages), in_pieces=self._in_pieces)
+        repeats = np.ones(len(ids), dtype=np.int64)
+        repeats[ids == self._tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)] = num_image_tokens
+        return np.repeat(ids, repeats)
+
+
+def _tokens(tokenizer: Any, text: str, *, in_pieces: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens of `text`, (L,), and from and to which character each is, (L, 2)."""
+    if not tokenizer.is_fast:
+        raise UsageError(
+            f"{tokenizer.name_or_path}: its tokenizer does not tell which characters a token"
+            " is of; give one that has a tokenizer.json"
+        )
+    if not in_pieces:
+        found = tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        return np.array(found.input_ids), np.array(found.offset_mapping).reshape(-1, 2)
+    ids, places, offset = list[int](), list[tuple[int, int]](), 0
+    for number, piece in enumerate(text.split(IMAGE_TOKEN)):
+        found = tokenizer(piece, return_offsets_mapping=True, verbose=False)
+        tokens, where = found.input_ids, found.offset_mapping
+        if number:
+            ids.append(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
+            places.append((offset, offset + len(IMAGE_TOKEN)))
+            offset += len(IMAGE_TOKEN)
+            # Only the first piece keeps the token with which the tokenizer begins a text.
+            again = 1 if tokens and tokens[0] == tokenizer.bos_token_id else 0
+            tokens, where = tokens[again:], where[again:]
+        ids += tokens
+        places += [(begin + offset, end + offset) for begin, end in where]
+        offset += len(piece)
+    return np.array(ids), np.array(places).reshape(-1, 2)
 
 
 def encode(

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from aimv2_mllm.data import scenes
 from aimv2_mllm.data.batches import picture_batch
 from aimv2_mllm.data.conversations import IMAGE_TOKEN, turn
+from aimv2_mllm.data.templates import Asker
 from aimv2_mllm.model import mllm
 from aimv2_mllm.model.preprocessing import Preprocessing
 
@@ -134,13 +135,9 @@ def answer(
 
 def _prompts(speaker: Speaker, questions: Sequence[str], *, pictures: bool) -> list[np.ndarray]:
     """The tokens of each question up to where the answer begins, each image mark M times."""
+    asker = Asker(speaker.tokenizer)
     talks = [turn(question, "", image=pictures)[:1] for question in questions]
-    rows = speaker.tokenizer.apply_chat_template(
-        talks, tokenize=True, return_dict=True, add_generation_prompt=True
-    )["input_ids"]
-    image_id = speaker.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    repeats = [np.where(np.array(row) == image_id, speaker.num_image_tokens, 1) for row in rows]
-    return [np.repeat(row, times) for row, times in zip(rows, repeats, strict=True)]
+    return [asker(talk, speaker.num_image_tokens) for talk in talks]
 
 
 def _generate(

@@ -1,0 +1,138 @@
+"""What a model gets at chat is what its training gave it: the same tokens, and the same pixels."""
+
+import io
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_chat import llava  # noqa: F401 (a fixture)
+from test_templates import BRACKETS, CHATML, ENDLESS, HEADERS, PARTS, TALK, THINKING, llama
+from transformers import CLIPImageProcessorPil, LlavaProcessor
+
+from aimv2_mllm.chat import load_model
+from aimv2_mllm.data.conversations import IGNORED, messages_of
+from aimv2_mllm.data.talks import TalkCorpus
+from aimv2_mllm.data.templates import V1_CHAT_TEMPLATE, Asker, Writer
+from aimv2_mllm.errors import UsageError
+from aimv2_mllm.model import mllm
+from aimv2_mllm.model.llava import AnyLlavaProcessor
+from aimv2_mllm.model.preprocessing import Preprocessing
+from aimv2_mllm.prompts import fitting_inputs
+from aimv2_mllm.recipe_data import ConversationData
+
+FILES = {"kind": "llava", "file": "talks.json"}
+PREPROCESSING = Preprocessing(28, shortest_edge=32)
+PICTURE = Image.effect_noise((60, 36), 90).convert("RGB")
+TINY = str(mllm.load_tokenizer("tiny_llm").chat_template)
+REDUCING = {"name": "pixel_shuffle", "factor": 2, "in_features": 16, "out_features": 16}
+
+
+def processor_of(tokenizer: Any, connector: dict[str, Any] | None = None) -> Any:
+    pictures = CLIPImageProcessorPil(**PREPROCESSING.settings())
+    words = {"patch_size": 7, "chat_template": tokenizer.chat_template}
+    if connector:
+        return AnyLlavaProcessor(pictures, tokenizer, connector=connector, **words)
+    return LlavaProcessor(pictures, tokenizer, vision_feature_select_strategy="full", **words)
+
+
+def given(processor: Any, messages: Any, data: Mapping[str, Any] | None) -> Any:
+    return fitting_inputs(
+        processor, messages, [PICTURE], limit=9999, max_new_tokens=9, data=data
+    )[0]  # fmt: skip
+
+
+def data_of(*sources: dict[str, Any], **words: Any) -> ConversationData:
+    return ConversationData.model_validate({"sources": list(sources), **words})
+
+
+@pytest.mark.parametrize(("connector", "count"), [(None, 16), (REDUCING, 4)])
+@pytest.mark.parametrize(
+    "template", [CHATML, THINKING, HEADERS, BRACKETS, PARTS, TINY, V1_CHAT_TEMPLATE]
+)
+def test_a_prompt_is_what_training_puts_before_the_answer(
+    template: str, connector: dict[str, Any] | None, count: int
+) -> None:
+    processor = processor_of(llama(template), connector)
+    assert mllm.pictures_of(processor)[1] == count
+    name = "v1" if template == V1_CHAT_TEMPLATE else "chat"
+    writer = Writer(processor.tokenizer, name, num_image_tokens=count)
+    for talk in (TALK, [("user", "<image> What is it? "), ("assistant", "it")]):
+        messages = messages_of(talk, 1)
+        for end in range(1, len(messages), 2):
+            ids, labels = writer(messages[: end + 1])
+            prompt = given(processor, messages[:end], {})["input_ids"][0].tolist()
+            assert prompt == ids[: len(prompt)].tolist()
+            assert prompt.count(processor.image_token_id) == count
+            # All of the last answer comes after it, and nothing else.
+            assert (labels[len(prompt) :] == IGNORED).sum() <= 2  # a new line behind the end token
+            assert labels[len(prompt)] != IGNORED
+            assert Asker(processor.tokenizer)(messages[:end], count).tolist() == prompt
+
+
+def test_a_model_that_is_not_ours_gets_the_start_token_of_its_processor() -> None:
+    for template in (ENDLESS.replace("m.content +", "m.content|string +"), CHATML, HEADERS):
+        processor = processor_of(llama(template))
+        messages = messages_of(TALK, 1)[:1]
+        start = [processor.tokenizer.bos_token_id]
+        ours = given(processor, messages, {})["input_ids"][0].tolist()
+        theirs = given(processor, messages, None)["input_ids"][0].tolist()
+        assert theirs == (ours if ours[:1] == start else start + ours)
+
+
+def test_a_template_that_drops_the_question_is_refused() -> None:
+    with pytest.raises(UsageError, match="does not write what it is given"):
+        Asker(llama("{% for m in messages %}{{ m.role }}{% endfor %}"))
+
+
+@pytest.mark.parametrize("aspect", ["pad", "crop"])
+def test_a_picture_is_given_as_training_gave_it(aspect: str) -> None:
+    data = data_of(FILES, {"kind": "handwriting"}, image_aspect=aspect)
+    buffer = io.BytesIO()
+    PICTURE.save(buffer, "PNG")
+    corpus = object.__new__(TalkCorpus)  # its files are of no concern
+    corpus._data, corpus._preprocessing = data, PREPROCESSING
+    trained = PREPROCESSING.normalise(corpus._pixels(buffer.getvalue())[None])
+    processor = processor_of(llama(CHATML))
+    record = data.model_dump(mode="json")
+    pixels = given(processor, messages_of(TALK, 1)[:1], record)["pixel_values"]
+    assert torch.allclose(pixels, trained, atol=1e-5)
+    foreign = given(processor, messages_of(TALK, 1)[:1], None)["pixel_values"]
+    assert torch.allclose(foreign, PREPROCESSING.prepare([PICTURE]), atol=0.02)
+    assert not torch.allclose(foreign, trained, atol=0.5)
+
+
+def test_a_model_of_sheets_alone_sees_other_shapes_on_their_own_paper() -> None:
+    record = data_of({"kind": "handwriting"}).model_dump(mode="json")
+    picture = Image.new("RGB", (28, 14), (200, 30, 40))
+    [messages, processor] = messages_of(TALK, 1)[:1], processor_of(llama(CHATML))
+    words = {"limit": 9999, "max_new_tokens": 9, "data": record}
+    pixels = fitting_inputs(processor, messages, [picture], **words)[0]["pixel_values"]
+    whole = np.full((1, 28, 28, 3), (200, 30, 40), dtype=np.uint8)
+    assert torch.allclose(pixels, PREPROCESSING.normalise(whole), atol=1e-5)
+
+
+@pytest.mark.parametrize("template", [V1_CHAT_TEMPLATE, CHATML])
+def test_a_folder_says_how_its_model_was_trained(
+    llava: Path,  # noqa: F811
+    template: str,
+    tmp_path: Path,
+) -> None:
+    folder = Path(shutil.copytree(llava, tmp_path / "model"))
+    data = data_of(FILES, image_aspect="crop").model_dump(mode="json")
+    record = {"stage": "align", "kind": "align", "recipe": {"data": data}}
+    (folder / "stage.json").write_text(json.dumps(record))
+    (folder / "chat_template.jinja").unlink()
+    processor = mllm.load_llava(folder)[1]
+    processor.chat_template = processor.tokenizer.chat_template = template
+    processor.save_pretrained(folder)
+    bot = load_model(folder)
+    assert bot.data == data
+    assert bot.processor.tokenizer.chat_template == template  # to the letter: v1 is known by it
+    (folder / "stage.json").unlink()
+    assert load_model(folder).data is None
