@@ -90,11 +90,9 @@ class Writer:
                 " is of; give one that has a tokenizer.json"
             )
         build, self._in_pieces = TEMPLATES[template]
-        self._tokenizer, self._write = tokenizer, build(tokenizer)
-        self._image, self._num_image_tokens = (
-            tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
-            num_image_tokens,
-        )
+        self.tokenizer, self._write = tokenizer, build(tokenizer)
+        self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        self._num_image_tokens = num_image_tokens
         self._special = [token for token in tokenizer.all_special_tokens if token.strip()]
 
     def fitted(
@@ -129,7 +127,7 @@ class Writer:
         supervised = np.zeros(len(ids), dtype=bool)
         for begin, end in spans:
             supervised |= (places[:, 0] < end) & (places[:, 1] > begin)
-        repeats = np.where(ids == self._image, self._num_image_tokens, 1)
+        repeats = np.where(ids == self.image_token_id, self._num_image_tokens, 1)
         labels = np.where(supervised, ids, IGNORED)
         encoded = Encoded(np.repeat(ids, repeats), np.repeat(labels, repeats))
         if not (encoded.labels[1:] != IGNORED).any():
@@ -138,7 +136,7 @@ class Writer:
 
     def blank(self) -> Encoded:
         """A picture about which nothing is said, and so nothing supervised."""
-        ids = np.full(self._num_image_tokens, self._image)
+        ids = np.full(self._num_image_tokens, self.image_token_id)
         return Encoded(ids, np.full(len(ids), IGNORED))
 
     def _check(self, messages: Sequence[Message]) -> None:
@@ -152,20 +150,20 @@ class Writer:
     def _tokens(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """The tokens of `text`, (L,), and from and to which character each is, (L, 2)."""
         if not self._in_pieces:
-            found = self._tokenizer(
+            found = self.tokenizer(
                 text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
             )
             return np.array(found.input_ids), np.array(found.offset_mapping).reshape(-1, 2)
         ids, places, offset = list[int](), list[tuple[int, int]](), 0
         for number, piece in enumerate(text.split(IMAGE_TOKEN)):
-            found = self._tokenizer(piece, return_offsets_mapping=True, verbose=False)
+            found = self.tokenizer(piece, return_offsets_mapping=True, verbose=False)
             tokens, where = found.input_ids, found.offset_mapping
             if number:
-                ids.append(self._image)
+                ids.append(self.image_token_id)
                 places.append((offset, offset + len(IMAGE_TOKEN)))
                 offset += len(IMAGE_TOKEN)
                 # Only the first piece keeps the token with which the tokenizer begins a text.
-                again = 1 if tokens and tokens[0] == self._tokenizer.bos_token_id else 0
+                again = 1 if tokens and tokens[0] == self.tokenizer.bos_token_id else 0
                 tokens, where = tokens[again:], where[again:]
             ids += tokens
             places += [(begin + offset, end + offset) for begin, end in where]
