@@ -20,6 +20,7 @@ from aimv2_mllm.objective import ContrastiveObjective
 from aimv2_mllm.problems import Problem
 
 NUM_SAMPLES = 64  # read of a stage
+SHOWN = 5  # unusable rows that are named
 ALL_WORDS = 2**20  # more than a caption has
 AnySample = TypeVar("AnySample", Sample, TalkSample)
 
@@ -50,12 +51,11 @@ def examine_talks(
 ) -> None:
     """What is learned of the first conversations of the `data` at `here`, where the model makes
     `num_image_tokens` of a picture (None: it has no eyes)."""
-    skipped = Skipped()
 
-    def read(number: int) -> TalkSample:
+    def read(number: int, skipped: Skipped) -> TalkSample:
         return batches.corpus.sample(number, batches.writer, skipped)
 
-    samples = _read(here, read, job.data.max_skipped, skipped, report)
+    samples = _read(here, read, job.data.max_skipped, report)
     if not samples:
         return
     rows = [sample.encoded for sample in samples]
@@ -73,17 +73,17 @@ def examine_talks(
 
 
 def _read(
-    here: str,
-    read: Callable[[int], AnySample],
-    most: float,
-    skipped: Skipped,
-    report: Report,
+    here: str, read: Callable[[int, Skipped], AnySample], most: float, report: Report
 ) -> list[AnySample]:
     """The first samples, up to one that cannot be had; rows left out for them are told."""
     samples: list[AnySample] = []
+    skipped = Skipped()
     try:
         for number in range(NUM_SAMPLES):
-            samples.append(read(number))
+            of_one = Skipped()  # which names a few rows, and they may come again
+            samples.append(read(number, of_one))
+            skipped.counts.update(of_one.counts)
+            skipped.examples += [one for one in of_one.examples if one not in skipped.examples]
     except (UsageError, RunFailed) as error:
         report.fault(here, str(error))
         return samples
@@ -96,8 +96,8 @@ def _read(
         return samples
     counts = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.counts.items()))
     text = (
-        f"{left_out} of {len(samples) + left_out} rows cannot be used ({counts}), such as "
-        f"{'; '.join(skipped.examples)}"
+        f"{left_out} of {len(samples) + left_out} rows drawn cannot be used ({counts}), such as "
+        f"{'; '.join(skipped.examples[:SHOWN])}"
     )
     if left_out > most * (len(samples) + left_out):
         report.fault(f"{here}.max_skipped", f"{text}: more than the {most:.1%} that a run allows")
@@ -154,12 +154,11 @@ def _show_talk(row: Encoded, batches: TalkBatches, report: Report) -> None:
 
 def examine_captions(here: str, job: Job, batches: CaptionBatches, report: Report) -> None:
     """The first pictures and captions of the `data` at `here`: how long, and what is cut."""
-    skipped = Skipped()
 
-    def read(number: int) -> Sample:
+    def read(number: int, skipped: Skipped) -> Sample:
         return batches.corpus.sample(number, skipped)
 
-    samples = _read(here, read, job.data.max_skipped, skipped, report)
+    samples = _read(here, read, job.data.max_skipped, report)
     if not samples:
         return
     captions, most = [sample.caption for sample in samples], batches.max_text_tokens
