@@ -82,7 +82,24 @@ def _dry_run(
     device, num_devices = known(accelerator), devices or 1
     planned = plan(recipe, device, num_devices)
     print(written(planned, device, num_devices, (utilisation or 40) / 100))
-    problems = [*planned.problems, *limits(recipe, planned, device, num_devices)]
+    _end_with([*planned.problems, *limits(recipe, planned, device, num_devices)])
+
+
+def doctor(args: argparse.Namespace) -> None:
+    """Print what is sound of a recipe that is to be run, and end with the problems if any."""
+    from aimv2_mllm.recipe_file import load_recipe
+
+    recipe = load_recipe(args.recipe, args.overrides)
+    from aimv2_mllm.model.hub import stay_offline_unless_reached
+
+    stay_offline_unless_reached()
+    from aimv2_mllm.doctor import examine
+
+    _end_with(examine(recipe, print))
+
+
+def _end_with(problems: Sequence[object]) -> None:
+    """UsageError with all of the problems, a line each; a line of its own where there is none."""
     if problems:
         sys.stdout.flush()
         raise UsageError("\n".join(map(str, problems)))
@@ -212,6 +229,7 @@ def convert(args: argparse.Namespace) -> None:
 
 VERBS = {
     "run": run,
+    "doctor": doctor,
     "chat": chat,
     "sample": sample,
     "probe": probe,

@@ -33,13 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=_Parser)
 
     words = verbs.add_parser("run", help="run a recipe, or go on with it where it stopped")
-    words.add_argument("recipe", metavar="RECIPE", help="a YAML file, see recipes/")
-    words.add_argument(
-        "overrides",
-        metavar="key.sub=value",
-        nargs="*",
-        help="replaces a value, as in stages.tune.train.steps=100 or output=FOLDER",
-    )
+    _add_recipe(words)
     words.add_argument(
         "--dry-run",
         action="store_true",
@@ -63,6 +57,11 @@ def build_parser() -> argparse.ArgumentParser:
         type=_whole(1, 100),
         help="for --dry-run: share of the device's peak operations that is reached (40)",
     )
+
+    words = verbs.add_parser(
+        "doctor", help="look in seconds at what a run would start with; exit code 2 for a problem"
+    )
+    _add_recipe(words)
 
     words = verbs.add_parser("chat", help="ask a trained model about a picture")
     words.add_argument("model", metavar="MODEL", help="a run folder, or a folder with a Llava")
@@ -95,6 +94,16 @@ def build_parser() -> argparse.ArgumentParser:
     for parsed in (parser, *verbs.choices.values()):
         parsed.allow_abbrev = False
     return parser
+
+
+def _add_recipe(words: argparse.ArgumentParser) -> None:
+    words.add_argument("recipe", metavar="RECIPE", help="a YAML file, see recipes/")
+    words.add_argument(
+        "overrides",
+        metavar="key.sub=value",
+        nargs="*",
+        help="replaces a value, as in stages.tune.train.steps=100 or output=FOLDER",
+    )
 
 
 def _add_convert(verbs: Any) -> None:

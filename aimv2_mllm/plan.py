@@ -20,13 +20,12 @@ from aimv2_mllm.engine.rehearsal import Footprint, rehearse
 from aimv2_mllm.engine.strategies import blocks
 from aimv2_mllm.errors import RunFailed, UsageError
 from aimv2_mllm.job import Job, Place
-from aimv2_mllm.model.shapes import only_shapes
 from aimv2_mllm.problems import Problem, find_problems
 from aimv2_mllm.recipe import Recipe
 from aimv2_mllm.recipe_stages import Stage
 from aimv2_mllm.recipe_train import TrainConfig
-from aimv2_mllm.stages import STAGES, opened
-from aimv2_mllm.stand_ins import WORDS, grown, longest_caption, stood_in
+from aimv2_mllm.stages import opened
+from aimv2_mllm.stand_ins import WORDS, grown, longest_caption, sketched
 
 
 @dataclass(frozen=True)
@@ -120,14 +119,8 @@ def _planned(
     micro = min(stage.train.micro_batch_size or count, count)
     sources, is_missing = _sources(f"stages.{name}", stage, wrong)
     result = StagePlan(name, stage.kind, stage.train, micro, math.ceil(count / micro), sources)
-    standing = stood_in(f"stages.{name}", stage, wrong, micro, sketch.folder)
     try:
-        with only_shapes():
-            job = STAGES[stage.kind].build(standing, sketch)
-            if name != list(sketch.recipe.stages)[-1] and stage.kind != "tune":
-                folder = sketch.result(name)
-                folder.mkdir(parents=True)
-                job.save(folder)
+        job = sketched(name, stage, sketch, wrong=wrong, micro=micro)
         batches = job.batches(0)
     except (UsageError, RunFailed) as error:
         return result, str(error)

@@ -1,4 +1,4 @@
-"""What stands in a plan for what is not at hand, and few samples for many."""
+"""What stands in a plan, or before a doctor, for what is not at hand, and few samples for many."""
 
 import json
 import math
@@ -7,13 +7,29 @@ from typing import Any
 
 import torch
 
+from aimv2_mllm.job import Job, Place
 from aimv2_mllm.model.mllm import TINY_LLM
+from aimv2_mllm.model.shapes import only_shapes
 from aimv2_mllm.recipe_data import HandwritingSource, HandwritingTalks
 from aimv2_mllm.recipe_stages import LitStage, PretrainStage, Stage, StartChoice
+from aimv2_mllm.stages import STAGES
 
 MOST_SAMPLES, MOST_MICRO_BATCHES = 32, 4  # read for a plan
 # Words of the tokenizers with which AIMv2 was trained, where a recipe's own cannot be had.
 WORDS = {"pretrain": 32_000, "lit": 49_408}
+
+
+def sketched(name: str, stage: Stage, sketch: Place, *, wrong: set[str], micro: int) -> Job:
+    """The stage as for training, with shapes alone and `stood_in`; its result, with which the next
+    one begins, is saved into the folder of `sketch`. UsageError or RunFailed where it cannot be."""
+    standing = stood_in(f"stages.{name}", stage, wrong, micro, sketch.folder)
+    with only_shapes():
+        job = STAGES[stage.kind].build(standing, sketch)
+        if name != list(sketch.recipe.stages)[-1] and stage.kind != "tune":
+            folder = sketch.result(name)
+            folder.mkdir(parents=True)
+            job.save(folder)
+    return job
 
 
 def stood_in(here: str, stage: Stage, wrong: set[str], micro: int, folder: Path) -> Stage:

@@ -83,6 +83,8 @@ TABLE = (
     "chat",
     "export",
     "towers",
+    "doctor_samples",
+    "doctor",
     "terminal",
     "__init__",
     "parser",
@@ -264,6 +266,7 @@ def test_verbs_and_flags_are_frozen() -> None:
             "--help", "RECIPE", "key.sub=value", "--dry-run", "--accelerator", "--devices",
             "--utilisation",
         ],
+        "doctor": ["--help", "RECIPE", "key.sub=value"],
         "chat": ["--help", "MODEL", "--image", "--prompt", "--max-new-tokens"],
         "sample": ["--help", "MODEL", "OUT", "--seed", "--size"],
         "probe": [

@@ -100,11 +100,9 @@ class Writer:
         if template == "chat" and tokenizer.chat_template == V1_CHAT_TEMPLATE:
             template = "v1"
         build, self._in_pieces = TEMPLATES[template]
-        self._tokenizer, self._write = tokenizer, build(tokenizer)
-        self._image, self._num_image_tokens = (
-            tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
-            num_image_tokens,
-        )
+        self.tokenizer, self._write = tokenizer, build(tokenizer)
+        self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        self._num_image_tokens = num_image_tokens
         self._special = [token for token in tokenizer.all_special_tokens if token.strip()]
 
     def fitted(
@@ -136,11 +134,11 @@ class Writer:
         self._check(messages)
         text, spans = self._write(messages)
         # (L,), (L, 2)
-        ids, places = _tokens(self._tokenizer, text, in_pieces=self._in_pieces)
+        ids, places = _tokens(self.tokenizer, text, in_pieces=self._in_pieces)
         supervised = np.zeros(len(ids), dtype=bool)
         for begin, end in spans:
             supervised |= (places[:, 0] < end) & (places[:, 1] > begin)
-        repeats = np.where(ids == self._image, self._num_image_tokens, 1)
+        repeats = np.where(ids == self.image_token_id, self._num_image_tokens, 1)
         labels = np.where(supervised, ids, IGNORED)
         encoded = Encoded(np.repeat(ids, repeats), np.repeat(labels, repeats))
         if not (encoded.labels[1:] != IGNORED).any():
@@ -149,7 +147,7 @@ class Writer:
 
     def blank(self) -> Encoded:
         """A picture about which nothing is said, and so nothing supervised."""
-        ids = np.full(self._num_image_tokens, self._image)
+        ids = np.full(self._num_image_tokens, self.image_token_id)
         return Encoded(ids, np.full(len(ids), IGNORED))
 
     def _check(self, messages: Sequence[Message]) -> None:
