@@ -178,10 +178,11 @@ def _show_caption(
     """The first sample: how many patches are seen and how many continued, and its words."""
     first = batches(0)[0]
     height, width = first["pixel_values"][0].shape[-2:]
-    patches, seen = height * width // batches.patch_size**2, int(first["prefix_length"][0])
+    rows, columns = height // batches.patch_size, width // batches.patch_size
+    seen = int(first["prefix_length"][0])
     most, decode = batches.max_text_tokens, batches.tokenizer.decode
-    said = f"{width} x {height} pixels, {patches} patches: the first {seen} seen"
-    report.tell("show", f"{'image':11} {said}, {patches - seen} learned")
+    said = f"{width} x {height} pixels, {rows} x {columns} patches: the first {seen} seen"
+    report.tell("show", f"{'image':11} {said}, {rows * columns - seen} learned")
     word = "read" if isinstance(job.objective, ContrastiveObjective) else "learned"
     report.tell("show", f"{word:11} {decode(caption[:most])!r} and the end token")
     if caption[most:]:

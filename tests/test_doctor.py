@@ -178,3 +178,22 @@ def test_places_that_the_model_does_not_fill_are_a_problem() -> None:
         examine_talks("data", job, batches, count, report)
         assert len(report.problems) == problems
     assert "4 image tokens for 1 pictures" in str(report.problems[0])
+
+
+def test_the_result_of_a_finished_stage_is_looked_at_itself(tmp_path: Path) -> None:
+    plain = aligned(tmp_path, {"kind": "handwriting"}).model_dump(mode="json")
+    see = {
+        "kind": "pretrain",
+        "encoder": {"size": "aimv2_nano", "image_size": 28},
+        "tokenizer": "tiny_llm",
+        "train": TRAIN,
+        "data": {"sources": [{"kind": "folder", "folder": "gone"}]},  # needed no more
+    }
+    plain["stages"] = {"see": see, "align": {**plain["stages"]["align"], "tower": "see"}}
+    for broken in (False, True):
+        tower(tmp_path / "run" / "see" / "model", broken)
+        said, problems = examined(Recipe.model_validate(plain))
+        assert "stage see (pretrain): finished" in said
+        assert "28 x 28 pixels, 2 x 2 patches, 16 wide, become 4 tokens" in said
+        assert len(problems) == broken
+        assert ("strictly loaded" in said) != broken
