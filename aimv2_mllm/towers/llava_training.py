@@ -149,7 +149,12 @@ def _and_rest(stock: Callable[..., None]) -> Callable[..., None]:
         path = Path(checkpoint) / NON_LORA
         if path.is_file():
             state = torch.load(path, map_location="cpu", weights_only=True)
-            self.model.load_state_dict(state, strict=False)
+            # The frozen weights are not in it; whatever is in it must have its place.
+            if strange := self.model.load_state_dict(state, strict=False).unexpected_keys:
+                raise UsageError(
+                    f"{path} is of another model: there is no {strange[0]} here; "
+                    "remove that checkpoint, or give another --output_dir"
+                )
         elif self.args.lora_enable:
             raise UsageError(
                 f"{checkpoint} has no {NON_LORA}, so its projector is lost: "
