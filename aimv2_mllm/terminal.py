@@ -8,7 +8,8 @@ from collections.abc import Iterable
 
 from PIL import Image
 
-from aimv2_mllm.chat import Chatbot, stream
+from aimv2_mllm.chat import stream
+from aimv2_mllm.chatbot import Chatbot
 from aimv2_mllm.data.conversations import turn
 from aimv2_mllm.data.images import open_image
 from aimv2_mllm.errors import UsageError

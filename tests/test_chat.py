@@ -13,10 +13,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from aimv2_mllm import chat, prompts
+from aimv2_mllm import chat, prompts, session
 from aimv2_mllm.__main__ import main
-from aimv2_mllm.chat import Chatbot, answer, load_model, stream
+from aimv2_mllm.chat import answer, load_model, stream
+from aimv2_mllm.chatbot import Chatbot, prompt_of
 from aimv2_mllm.data.conversations import turn
+from aimv2_mllm.data.images import square
 from aimv2_mllm.data.tokenizer import train_tokenizer
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.folders import stages_of, talking_folder
@@ -101,7 +103,7 @@ def run_folder(folder: Path, llava: Path, **stages: str) -> Path:
 def test_an_answer_is_what_the_model_generates(bot: Chatbot) -> None:
     prompt = "<s><|user|><image> what is it<|end|><|assistant|>"
     inputs = bot.processor(
-        images=prompts.square(PICTURE), text=prompt, add_special_tokens=False, return_tensors="pt"
+        images=square(PICTURE), text=prompt, add_special_tokens=False, return_tensors="pt"
     ).to(bot.model.device)
     with torch.no_grad():
         tokens = bot.model.generate(**inputs, max_new_tokens=12, do_sample=False)
@@ -124,21 +126,21 @@ def test_a_stream_joined_is_the_answer(bot: Chatbot) -> None:
 
 def test_blanks_are_stripped_at_the_ends_alone() -> None:
     pieces = (piece for piece in ("  ", "\n a", " ", "b ", "", " \n"))
-    assert "".join(chat._stripped(pieces)) == "a b"
+    assert "".join(session._stripped(pieces)) == "a b"
 
 
 def test_closing_a_stream_stops_the_model(bot: Chatbot, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = threading.active_count()
-    ended: list[torch.Tensor] = []
-    generate = bot.model.generate
-    monkeypatch.setattr(bot.model, "generate", lambda **k: ended.append(generate(**k)) or ended[0])
+    runs: list[int] = []
+    forward = bot.model.forward
+    monkeypatch.setattr(bot.model, "forward", lambda **k: runs.append(1) or forward(**k))
     monkeypatch.setattr(bot.model.generation_config, "eos_token_id", None)
     monkeypatch.setattr(Chatbot, "limit", 100_000)
     pieces = stream(bot, ASK, [PICTURE], max_new_tokens=50_000)
+    assert not runs
     next(pieces)
     pieces.close()
-    assert threading.active_count() == before
-    assert ended[0].shape[1] < 5_000
+    assert 0 < len(runs) < 20
+    assert list(pieces) == []
 
 
 def test_a_set_stop_ends_an_answer_after_one_token(bot: Chatbot) -> None:
@@ -149,22 +151,30 @@ def test_a_set_stop_ends_an_answer_after_one_token(bot: Chatbot) -> None:
     assert "".join(stream(bot, ASK, [PICTURE], max_new_tokens=40, stop=stop)) == one
 
 
-def test_an_error_in_the_thread_comes_out(bot: Chatbot, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_while_the_model_talks_comes_out(
+    bot: Chatbot, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(**_: Any) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(bot.model, "generate", fail)
+    monkeypatch.setattr(bot.model, "forward", fail)
+    pieces = stream(bot, ASK, [PICTURE])
     with pytest.raises(RuntimeError, match="out of memory"):
-        list(stream(bot, ASK, [PICTURE]))
+        list(pieces)
 
 
 def test_earlier_turns_are_part_of_the_prompt(bot: Chatbot) -> None:
     talk = [*turn("what is it", "red", image=True), *turn("where is it", "")[:1]]
-    seen = prompts.fitting_inputs(bot.processor, talk, [PICTURE], limit=LIMIT, max_new_tokens=9)[0]
-    assert bot.processor.tokenizer.decode(seen["input_ids"][0]) == (
+    assert prompt(bot, talk, 9)[0] == (
         "<s><|user|><image><image><image><image> what is it<|end|>"
         "<|assistant|> red<|end|><|user|> where is it<|end|><|assistant|>"
     )
+
+
+def prompt(bot: Chatbot, messages: list[prompts.Message], room: int) -> tuple[str, int, int]:
+    """What the model is asked, as text; its number of tokens; the room for the answer."""
+    asked = prompt_of(bot, messages, [PICTURE], room, {})
+    return bot.processor.tokenizer.decode(asked.ids), len(asked.ids), asked.room
 
 
 def long_talk(turns: int) -> list[prompts.Message]:
@@ -177,15 +187,12 @@ def long_talk(turns: int) -> list[prompts.Message]:
 def test_the_oldest_turns_after_the_first_are_left_out(
     bot: Chatbot, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    inputs, room = prompts.fitting_inputs(
-        bot.processor, long_talk(6), [PICTURE], limit=LIMIT, max_new_tokens=20
-    )
-    text = bot.processor.tokenizer.decode(inputs["input_ids"][0])
+    text, length, room = prompt(bot, long_talk(6), 20)
     assert " what is it<|end|>" in text
     assert " is it 5<|end|><|assistant|>" in text
     assert " is it 0" not in text
     assert text.count("<image>") == 4
-    assert (room, inputs["input_ids"].shape[1] + room <= LIMIT) == (20, True)
+    assert (room, length + room <= LIMIT) == (20, True)
     error = capsys.readouterr().err
     assert error.startswith("aimv2-mllm: the conversation is longer than the model's 96 tokens")
     assert error.count("\n") == 1
@@ -202,21 +209,13 @@ def test_a_conversation_that_fits_is_left_alone(
 
 def test_a_long_last_question_takes_the_picture_along(bot: Chatbot) -> None:
     talk = [*turn("what " * 40, "red", image=True), *turn("where " * 40, "")[:1]]
-    inputs, room = prompts.fitting_inputs(
-        bot.processor, talk, [PICTURE], limit=LIMIT, max_new_tokens=20
-    )
-    text = bot.processor.tokenizer.decode(inputs["input_ids"][0])
+    text, _, room = prompt(bot, talk, 20)
     assert text.startswith("<s><|user|><image><image><image><image> where where")
     assert room > 0
 
 
 def test_an_answer_ends_at_the_model_s_limit(bot: Chatbot) -> None:
-    length = prompts.fitting_inputs(
-        bot.processor, ASK, [PICTURE], limit=LIMIT, max_new_tokens=1
-    )[0]["input_ids"].shape[1]  # fmt: skip
-    room = prompts.fitting_inputs(bot.processor, ASK, [PICTURE], limit=LIMIT, max_new_tokens=10**6)[
-        1
-    ]
+    _, length, room = prompt(bot, ASK, 10**6)
     assert length + room == LIMIT
 
 

@@ -24,6 +24,7 @@ RECIPES = sorted((HOUSE.parent / "recipes").glob("*.yaml"))
 # A module imports only what stands above it, or beside it in the same entry.
 TABLE = (
     "errors",
+    "sampling",
     "folders",
     "files",
     "recipe_types",
@@ -41,6 +42,9 @@ TABLE = (
     "model.timm_layout",
     "model.layouts",
     "model.shards",
+    "model.decoding",
+    "model.speech",
+    "model.batched",
     "model.shapes",
     "model.hub",
     "model.weights",
@@ -80,6 +84,8 @@ TABLE = (
     "plan_text",
     "seeing",
     "prompts",
+    "chatbot",
+    "session",
     "chat",
     "export",
     "towers",
@@ -116,7 +122,18 @@ ONLY = {
     "engine": {"errors", "recipe_train", "engine"},
     "folders": {"errors"},
     "prompts": {"errors", "data"},
-    "chat": {"errors", "data", "model", "folders", "prompts"},
+    "chatbot": {"prompts"},
+    "session": {"errors", "sampling", "model", "prompts", "chatbot"},
+    "chat": {
+        "errors",
+        "sampling",
+        "data",
+        "model",
+        "folders",
+        "prompts",
+        "chatbot",
+        "session",
+    },
     "towers": {"errors", "model", "towers"},
 }
 # What stands in the old environments of host toolkits, where towers live.

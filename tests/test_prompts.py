@@ -23,7 +23,7 @@ from aimv2_mllm.errors import UsageError
 from aimv2_mllm.model import mllm
 from aimv2_mllm.model.llava import AnyLlavaProcessor
 from aimv2_mllm.model.preprocessing import Preprocessing
-from aimv2_mllm.prompts import fitting_inputs
+from aimv2_mllm.prompts import Prompter, num_tokens, pixels_of
 from aimv2_mllm.recipe_data import ConversationData
 
 FILES = {"kind": "llava", "file": "talks.json"}
@@ -41,10 +41,15 @@ def processor_of(tokenizer: Any, connector: dict[str, Any] | None = None) -> Any
     return LlavaProcessor(pictures, tokenizer, vision_feature_select_strategy="full", **words)
 
 
-def given(processor: Any, messages: Any, data: Mapping[str, Any] | None) -> Any:
-    return fitting_inputs(
-        processor, messages, [PICTURE], limit=9999, max_new_tokens=9, data=data
-    )[0]  # fmt: skip
+def given(processor: Any, messages: Any, data: Mapping[str, Any] | None) -> list[int]:
+    """The tokens before the answer."""
+    count = num_tokens(processor, pixels_of(processor, [PICTURE], data))
+    prompter = Prompter(processor, is_ours=data is not None)
+    return prompter(messages, [count], limit=9999, max_new_tokens=9)[0]
+
+
+def seen(processor: Any, data: Mapping[str, Any] | None, picture: Image.Image = PICTURE) -> Any:
+    return torch.as_tensor(pixels_of(processor, [picture], data)["pixel_values"])
 
 
 def data_of(*sources: dict[str, Any], **words: Any) -> ConversationData:
@@ -66,7 +71,7 @@ def test_a_prompt_is_what_training_puts_before_the_answer(
         messages = messages_of(talk, 1)
         for end in range(1, len(messages), 2):
             ids, labels = writer(messages[: end + 1])
-            prompt = given(processor, messages[:end], {})["input_ids"][0].tolist()
+            prompt = given(processor, messages[:end], {})
             assert prompt == ids[: len(prompt)].tolist()
             assert prompt.count(processor.image_token_id) == count
             # All of the last answer comes after it, and nothing else.
@@ -80,8 +85,8 @@ def test_a_model_that_is_not_ours_gets_the_start_token_of_its_processor() -> Non
         processor = processor_of(llama(template))
         messages = messages_of(TALK, 1)[:1]
         start = [processor.tokenizer.bos_token_id]
-        ours = given(processor, messages, {})["input_ids"][0].tolist()
-        theirs = given(processor, messages, None)["input_ids"][0].tolist()
+        ours = given(processor, messages, {})
+        theirs = given(processor, messages, None)
         assert theirs == (ours if ours[:1] == start else start + ours)
 
 
@@ -100,9 +105,9 @@ def test_a_picture_is_given_as_training_gave_it(aspect: str) -> None:
     trained = PREPROCESSING.normalise(corpus._pixels(buffer.getvalue())[None])
     processor = processor_of(llama(CHATML))
     record = data.model_dump(mode="json")
-    pixels = given(processor, messages_of(TALK, 1)[:1], record)["pixel_values"]
+    pixels = seen(processor, record)
     assert torch.allclose(pixels, trained, atol=1e-5)
-    foreign = given(processor, messages_of(TALK, 1)[:1], None)["pixel_values"]
+    foreign = seen(processor, None)
     assert torch.allclose(foreign, PREPROCESSING.prepare([PICTURE]), atol=0.02)
     assert not torch.allclose(foreign, trained, atol=0.5)
 
@@ -110,9 +115,7 @@ def test_a_picture_is_given_as_training_gave_it(aspect: str) -> None:
 def test_a_model_of_sheets_alone_sees_other_shapes_on_their_own_paper() -> None:
     record = data_of({"kind": "handwriting"}).model_dump(mode="json")
     picture = Image.new("RGB", (28, 14), (200, 30, 40))
-    [messages, processor] = messages_of(TALK, 1)[:1], processor_of(llama(CHATML))
-    words = {"limit": 9999, "max_new_tokens": 9, "data": record}
-    pixels = fitting_inputs(processor, messages, [picture], **words)[0]["pixel_values"]
+    pixels = seen(processor_of(llama(CHATML)), record, picture)
     whole = np.full((1, 28, 28, 3), (200, 30, 40), dtype=np.uint8)
     assert torch.allclose(pixels, PREPROCESSING.normalise(whole), atol=1e-5)
 
