@@ -32,7 +32,9 @@ def answer_rows(
 
     Rows whose answers have ended leave the batch as soon as they are half of it.
     """
-    ids, mask = _padded(rows, model.device)
+    # What stands in the padding is looked at nowhere, but must not ask for a picture.
+    filler = 1 if getattr(model.config, "image_token_id", None) == 0 else 0
+    ids, mask = (part.to(model.device) for part in _padded(rows, filler))  # (B, L) each
     pictures = [picture for row in rows for picture in row.pictures]
     ask = Decoding(model, fresh_cache(model), mask if len(rows) > 1 else None)
     choose = [] if sampling.is_plain else [Chooser(sampling, model.device) for _ in rows]
@@ -63,14 +65,13 @@ def answer_rows(
         scores = ask(embedded(model, torch.tensor(chosen, device=model.device)[:, None], []))
 
 
-def _padded(rows: Sequence[Row], device: Any) -> tuple[Tensor, Tensor]:
+def _padded(rows: Sequence[Row], filler: int) -> tuple[Tensor, Tensor]:
     """The tokens of all rows and where they are, (B, L) each, so that all answers begin at one
     column."""
     length = max(len(row.ids) for row in rows)
-    # What stands in the padding is nowhere looked at; repeated, it is no image token either.
-    ids = np.full((len(rows), length), int(rows[0].ids[-1]))
+    ids = np.full((len(rows), length), filler)
     mask = np.zeros((len(rows), length), dtype=np.int64)
     for number, row in enumerate(rows):
         ids[number, length - len(row.ids) :] = row.ids
         mask[number, length - len(row.ids) :] = 1
-    return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
+    return torch.from_numpy(ids), torch.from_numpy(mask)
