@@ -123,18 +123,21 @@ class Prompter:
             )
 
     def _writes_system(self) -> bool:
-        """Whether a system prompt is written, once, and otherwise than a question."""
-        question, words = said("user", "q0z?"), "s0z."
+        """Whether a system prompt is written, once, and otherwise than what others say."""
+        words, asked = "s0z.", "q0z?"
+        texts = {
+            role: self._written(role, words, asked) for role in ("system", "user", "assistant")
+        }
+        text = texts.pop("system")
+        is_whole = text.count(words) == 1 == text.count(asked) and "'text'" not in text
+        return is_whole and text not in texts.values()
+
+    def _written(self, role: str, words: str, asked: str) -> str:
+        """What the template makes of `words`, and a question behind them; empty if it refuses."""
         try:
-            text = self._asker.text([said("system", words), question])
+            return self._asker.text([said(role, words), said("user", asked)])
         except (jinja2.TemplateError, TypeError, ValueError):
-            return False
-        try:
-            as_question = self._asker.text([said("user", words), question])
-        except (jinja2.TemplateError, TypeError, ValueError):
-            as_question = ""  # it wants an answer between two questions
-        is_whole = text.count(words) == 1 == text.count("q0z?") and "'text'" not in text
-        return is_whole and text != as_question
+            return ""
 
 
 def num_tokens(processor: Any, pixels: Any) -> int:

@@ -23,7 +23,7 @@ from aimv2_mllm.errors import UsageError
 from aimv2_mllm.model import mllm
 from aimv2_mllm.model.llava import AnyLlavaProcessor
 from aimv2_mllm.model.preprocessing import Preprocessing
-from aimv2_mllm.prompts import Prompter, num_tokens, pixels_of
+from aimv2_mllm.prompts import Prompter, num_tokens, pixels_of, said
 from aimv2_mllm.recipe_data import ConversationData
 
 FILES = {"kind": "llava", "file": "talks.json"}
@@ -139,3 +139,58 @@ def test_a_folder_says_how_its_model_was_trained(
     assert bot.processor.tokenizer.chat_template == template  # to the letter: v1 is known by it
     (folder / "stage.json").unlink()
     assert load_model(folder).data is None
+
+
+def with_system(processor: Any) -> str:
+    prompter = Prompter(processor, is_ours=True)
+    talk = [said("system", "Be brief."), *messages_of(TALK, 1)[:3]]
+    ids, _ = prompter(talk, [16], limit=9999, max_new_tokens=9)
+    return str(processor.tokenizer.decode(ids))
+
+
+@pytest.mark.parametrize("template", [CHATML, THINKING, HEADERS, PARTS, V1_CHAT_TEMPLATE])
+def test_a_system_prompt_comes_first_where_the_template_has_a_place(template: str) -> None:
+    text = with_system(processor_of(llama(template)))
+    assert text.count("Be brief.") == 1
+    assert text.index("Be brief.") < text.index("<image>")
+
+
+DEAF = PARTS.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}")
+
+
+@pytest.mark.parametrize("template", [TINY, BRACKETS, DEAF])
+def test_a_template_without_a_place_for_a_system_prompt_is_said(template: str) -> None:
+    with pytest.raises(UsageError, match="no place for a system prompt: leave it out"):
+        with_system(processor_of(llama(template)))
+
+
+def test_a_system_prompt_stays_when_turns_are_left_out() -> None:
+    processor = processor_of(llama(CHATML))
+    prompter = Prompter(processor, is_ours=True)
+    talk = [said("system", "Be brief."), *messages_of(TALK, 1)[:5]]
+    whole = prompter(talk, [16], limit=9999, max_new_tokens=9)[0]
+    for limit in (len(whole) + 9, 70):
+        ids, _ = prompter(talk, [16], limit=limit, max_new_tokens=9)
+        assert (len(ids) < len(whole)) == (limit == 70)
+        text = processor.tokenizer.decode(ids)
+        assert text.count("Be brief.") == 1
+        assert text.count("<image>") == 16
+
+
+def test_a_system_prompt_must_come_first() -> None:
+    prompter = Prompter(processor_of(llama(CHATML)), is_ours=True)
+    talk = [said("user", "x"), said("system", "Be brief."), said("user", "x")]
+    with pytest.raises(UsageError, match="must be the first message"):
+        prompter(talk, [], limit=999, max_new_tokens=9)
+
+
+def test_a_picture_for_which_a_template_has_no_place_is_refused() -> None:
+    first_alone = PARTS.replace("p.type == 'image'", "p.type == 'image' and m.role == 'first'")
+    first_alone = first_alone.replace("m.role == 'first'", "m == messages[0]")
+    first_alone = first_alone.replace("{% else %}", "{% elif p.type == 'text' %}")
+    prompter = Prompter(processor_of(llama(first_alone)), is_ours=True)
+    shown = said("user", "What is it?", pictures=1)
+    assert prompter([shown], [16], limit=999, max_new_tokens=9)[0]
+    talk = [shown, said("assistant", "it"), said("user", "And this?", pictures=2)]
+    with pytest.raises(UsageError, match="writes 1 of the 3 pictures: show them where"):
+        prompter(talk, [16] * 3, limit=999, max_new_tokens=9)
