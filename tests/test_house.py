@@ -87,6 +87,7 @@ TABLE = (
     "chatbot",
     "session",
     "chat",
+    "transcript",
     "export",
     "towers",
     "doctor_samples",
@@ -134,6 +135,7 @@ ONLY = {
         "chatbot",
         "session",
     },
+    "transcript": {"errors", "data", "prompts"},
     "towers": {"errors", "model", "towers"},
 }
 # What stands in the old environments of host toolkits, where towers live.
@@ -284,7 +286,10 @@ def test_verbs_and_flags_are_frozen() -> None:
             "--utilisation",
         ],
         "doctor": ["--help", "RECIPE", "key.sub=value"],
-        "chat": ["--help", "MODEL", "--image", "--prompt", "--max-new-tokens"],
+        "chat": [
+            "--help", "MODEL", "--image", "--prompt", "--system", "--max-tokens", "--temperature",
+            "--top-p", "--top-k", "--seed", "--stop",
+        ],
         "sample": ["--help", "MODEL", "OUT", "--seed", "--size"],
         "probe": [
             "--help", "ENCODER", "DATA", "--kind", "--out", "--pca", "--templates", "--image-size",
