@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.export.card import write_card
+from aimv2_mllm.export.encoder import write_encoder
 from aimv2_mllm.export.llava import write_llava
 from aimv2_mllm.export.options import DTYPES, Options, size_in_bytes
 from aimv2_mllm.export.source import Source
@@ -26,6 +27,7 @@ class Format(NamedTuple):
 
 FORMATS: dict[str, Format] = {
     "llava": Format(write_llava, ("dtype", "max-shard-size")),
+    "encoder": Format(write_encoder, ("dtype", "layout")),
 }
 
 
@@ -66,6 +68,7 @@ def export(
             "origins": source.origins,
             **{key: source.record.get(key) for key in ("stage", "kind", "seed", "fingerprint")},
             "versions": source.record.get("versions"),
+            "dtype": options.dtype_name,
             **told,
         }
         write_card(folder, source, content, name=destination.name)

@@ -4,7 +4,6 @@ Refuses what that class does not compute: other connectors than the MLP of two l
 that it reads otherwise than they were trained.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -102,8 +101,3 @@ def as_trained(bot: Any) -> dict[str, Any]:
         data=bot.data,
     )
     return {"prompt_as_trained": bool(stock["input_ids"].tolist() == ours["input_ids"].tolist())}
-
-
-def written_config(folder: Path) -> dict[str, Any]:
-    """The config.json in an export's `folder`."""
-    return dict(json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")))

@@ -36,10 +36,37 @@ implementations of Llava know no AIMv2 tower, so the flag is needed.
 `aimv2-mllm verify-export {name}` loads the folder by transformers alone, and compares logits and
 greedy tokens with those of the run, which are in `aimv2_mllm.json`."""
 
+ENCODERS = {
+    "original": """\
+```python
+from aimv2_mllm import load_encoder
+
+features = load_encoder("{name}")(pixel_values)  # (B, N, D), after the final norm
+```""",
+    "transformers": """\
+transformers {minimum} or newer:
+
+```python
+from transformers import AutoImageProcessor, AutoModel
+
+encoder = AutoModel.from_pretrained("{name}")
+pixels = AutoImageProcessor.from_pretrained("{name}")(picture, return_tensors="pt")
+features = encoder(**pixels).last_hidden_state  # (B, N, D), after the final norm
+```""",
+    "timm": """\
+Not run here, for timm needs torchvision:
+
+```python
+import timm
+
+encoder = timm.create_model("local-dir:{name}", num_classes=0)
+```""",
+}
+
 
 def usage(name: str, told: Mapping[str, Any]) -> str:
     """How the export called `name`, of which the sidecar says `told`, is used."""
-    texts = {"llava": LLAVA}
+    texts = {"llava": LLAVA, "encoder": ENCODERS.get(told.get("layout", ""), "")}
     text = texts[told["format"]].format(name=name, minimum=told["min_transformers"])
     if told.get("prompt_as_trained") is False:
         text += (

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from aimv2_mllm.errors import RunFailed, UsageError
-from aimv2_mllm.export import answers
+from aimv2_mllm.export import answers, encoder
 from aimv2_mllm.export.answers import SIDECAR
+from aimv2_mllm.export.options import Options
 from aimv2_mllm.export.writing import digests
 
 # Of float32 sums in another order, as a share of the largest logit.
@@ -73,20 +74,19 @@ def _llava(folder: Path, told: Mapping[str, Any], run: str | None) -> list[Check
     checks += _loaded(found, "LlavaForConditionalGeneration")
     checks += compared(found, told["reference"], "the reference")
     if run is not None:
-        checks += compared(found, _of_run(run, folder, told), run)
+        checks += compared(found, _of_run(run, told), run)
     return checks
 
 
-def _of_run(run: str, folder: Path, told: Mapping[str, Any]) -> dict[str, Any]:
+def _of_run(run: str, told: Mapping[str, Any]) -> dict[str, Any]:
     """What the model in `run` says itself, in the precision in which the export was written."""
     import torch
 
     from aimv2_mllm.chat import load_model
-    from aimv2_mllm.export.llava import written_config
 
     bot = load_model(run)
-    dtype = getattr(torch, written_config(folder).get("dtype") or "float32")
-    return answers.reference(bot.model.to(dtype), bot.processor, told["reference"]["tokens"])
+    model = bot.model if told["dtype"] is None else bot.model.to(getattr(torch, told["dtype"]))
+    return answers.reference(model, bot.processor, told["reference"]["tokens"])
 
 
 def alone(kind: str, folder: Path, base: Path | None = None) -> dict[str, Any]:
@@ -168,6 +168,40 @@ def _farthest(left: Sequence[float], right: Sequence[float]) -> float:
     return far if far == far else float("inf")  # NaN is not near
 
 
+def _encoder(folder: Path, told: Mapping[str, Any], run: str | None) -> list[Check]:
+    """Of the layout `transformers` by transformers alone; the others by our own loader."""
+    if told["layout"] == "transformers":
+        found = alone("encoder", folder)
+        checks = [_version(found["transformers"], told["min_transformers"])]
+        if "error" in found:
+            return [*checks, (False, f"loads without aimv2_mllm: {found['error']}")]
+        checks += _loaded(found, "Aimv2VisionModel")
+    else:
+        loads = f"loads with aimv2_mllm, which layout {told['layout']} needs here"
+        try:
+            found, checks = encoder.reference(folder), [(True, loads)]
+        except UsageError as error:
+            return [(False, f"{loads}: {error}")]
+    checks += _seen_alike(found, told["reference"], "the reference")
+    if run is not None:
+        with tempfile.TemporaryDirectory() as place:
+            options = Options(Path(place), lambda text: None, told["dtype"])
+            _, own = encoder.write_encoder(run, Path(place), options)
+        checks += _seen_alike(found, own["reference"], run)
+    return checks
+
+
+def _seen_alike(found: Mapping[str, Any], other: Mapping[str, Any], whose: str) -> list[Check]:
+    off, far = (_farthest(found[key], other[key]) for key in ("pixels", "features"))
+    bound = TOLERANCE * max(1.0, *map(abs, other["features"]))
+    text = f"features: largest difference {far:.1e} to {whose}, at most {bound:.1e}"
+    return [
+        (off < 1e-5, f"pixels: largest difference {off:.1e} to {whose}"),
+        (found["shape"] == other["shape"] and far <= bound, text),
+    ]
+
+
 CHECKS: dict[str, Callable[[Path, Mapping[str, Any], str | None], list[Check]]] = {
     "llava": _llava,
+    "encoder": _encoder,
 }
