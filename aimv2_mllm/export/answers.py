@@ -57,9 +57,12 @@ def asked(processor: Any) -> tuple[dict[str, torch.Tensor], Image.Image]:
     return dict(inputs), image
 
 
-def said(model: Any, inputs: dict[str, torch.Tensor], answer: list[int] | None) -> dict[str, Any]:
+def said(
+    model: Any, inputs: dict[str, torch.Tensor], answer: list[int] | None, vocabulary: int
+) -> dict[str, Any]:
     """What `model` makes of `inputs`: greedy `tokens` (A,), and `logits` of evenly spaced
-    `columns`, one row (C,) where each token of `answer` (its own where None) is foretold."""
+    `columns` of the vocabulary, one row (C,) where each token of `answer` (its own where None) is
+    foretold."""
     model = model.float().eval()
     inputs = {name: value.to(model.device) for name, value in inputs.items()}
     tokens = greedy(model, inputs)
@@ -71,7 +74,8 @@ def said(model: Any, inputs: dict[str, torch.Tensor], answer: list[int] | None) 
     rest.pop("mm_token_type_ids", None)
     with torch.inference_mode():
         logits = model(input_ids=ids, **rest).logits[0]  # (L + A, V)
-    columns = np.linspace(0, logits.shape[-1] - 1, NUM_COLUMNS).astype(int).tolist()
+    last = min(vocabulary, logits.shape[-1]) - 1
+    columns = np.linspace(0, last, NUM_COLUMNS).astype(int).tolist()
     rows = logits[length - 1 : length - 1 + len(answer)][:, columns].double().cpu()
     return {"tokens": tokens, "columns": columns, "logits": rows.tolist()}
 
@@ -95,18 +99,31 @@ def greedy(model: Any, inputs: dict[str, torch.Tensor]) -> list[int]:
     return new
 
 
-def reference(model: Any, processor: Any, answer: list[int] | None = None) -> dict[str, Any]:
+def reference(
+    model: Any,
+    processor: Any,
+    answer: list[int] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    ids: torch.Tensor | None = None,
+) -> dict[str, Any]:
     """All of it: the picture's digest, the prompt's tokens, some pixel values, and what is said.
 
-    `model` is turned to float32.
+    `model` is turned to float32, its weights rounded to `dtype` before; `ids` (1, L) are the
+    prompt, by default the processor's own.
     """
     inputs, image = asked(processor)
+    if ids is not None:
+        inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if dtype is not None:
+        for parameter in model.parameters():  # the weights alone: buffers are not written
+            parameter.data = parameter.data.to(dtype).float()
     return {
         "question": QUESTION,
         "picture": {"side": image.width, "sha256": digest(image)},
         "input_ids": inputs["input_ids"][0].tolist(),
         "pixels": some(inputs["pixel_values"]),
-        **said(model, inputs, answer),
+        **said(model, inputs, answer, len(processor.tokenizer)),
     }
 
 

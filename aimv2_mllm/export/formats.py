@@ -11,6 +11,7 @@ from aimv2_mllm.export.card import write_card
 from aimv2_mllm.export.encoder import write_encoder
 from aimv2_mllm.export.llava import write_llava
 from aimv2_mllm.export.options import DTYPES, Options, size_in_bytes
+from aimv2_mllm.export.original import write_original
 from aimv2_mllm.export.source import Source
 from aimv2_mllm.export.writing import new_folder, write_sidecar
 
@@ -27,6 +28,7 @@ class Format(NamedTuple):
 
 FORMATS: dict[str, Format] = {
     "llava": Format(write_llava, ("dtype", "max-shard-size")),
+    "original-llava": Format(write_original, ("max-shard-size",)),
     "encoder": Format(write_encoder, ("dtype", "layout")),
 }
 
@@ -69,6 +71,7 @@ def export(
             **{key: source.record.get(key) for key in ("stage", "kind", "seed", "fingerprint")},
             "versions": source.record.get("versions"),
             "dtype": options.dtype_name,
+            "image_token": source.config.get("image_token_index"),
             **told,
         }
         write_card(folder, source, content, name=destination.name)

@@ -33,15 +33,14 @@ def write_llava(name: str, folder: Path, options: Options) -> tuple[Source, dict
     copy_files(source.folder, folder)
     write_json(folder / CONFIG_FILE, in_dtype(source.config, options.dtype_name))
     bot = load_model(source.folder)
-    model = bot.model if options.dtype is None else bot.model.to(options.dtype)
     options.narrate("asking the model, for the reference")
-    told = {
+    told = reference(bot.model, bot.processor, dtype=options.dtype)
+    return source, {
         "feature_norm": feature_norm(source.config),
         "vision_feature_layer": source.config.get("vision_feature_layer", -1),
-        "reference": reference(model, bot.processor),
-        **as_trained(bot),
+        "prompt_as_trained": told["input_ids"] == as_trained(bot)[0].tolist(),
+        "reference": told,
     }
-    return source, told
 
 
 def demand_stock(source: Source) -> None:
@@ -85,19 +84,18 @@ def in_dtype(config: Mapping[str, Any], name: str | None) -> dict[str, Any]:
     return {**config, **within, "dtype": name}
 
 
-def as_trained(bot: Any) -> dict[str, Any]:
-    """Whether the stock processor writes the reference prompt in the tokens of the training."""
+def as_trained(bot: Any) -> Any:
+    """The reference question in the tokens of the training, (1, L)."""
     from aimv2_mllm.data.conversations import turn
     from aimv2_mllm.export.answers import QUESTION, asked
     from aimv2_mllm.prompts import fitting_inputs
 
-    stock, image = asked(bot.processor)
-    ours, _ = fitting_inputs(
+    inputs, _ = fitting_inputs(
         bot.processor,
         turn(QUESTION, "", image=True)[:1],
-        [image],
+        [asked(bot.processor)[1]],
         limit=bot.limit,
         max_new_tokens=1,
         data=bot.data,
     )
-    return {"prompt_as_trained": bool(stock["input_ids"].tolist() == ours["input_ids"].tolist())}
+    return inputs["input_ids"]

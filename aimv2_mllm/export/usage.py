@@ -36,6 +36,16 @@ implementations of Llava know no AIMv2 tower, so the flag is needed.
 `aimv2-mllm verify-export {name}` loads the folder by transformers alone, and compares logits and
 greedy tokens with those of the run, which are in `aimv2_mllm.json`."""
 
+ORIGINAL = """\
+LLaVA with this package beside it (`pip install --no-deps llava-torch==1.2.2.post1`, see its README):
+
+```sh
+aimv2-llava chat --model-path {name} --image-file picture.png --conv-mode {mode}
+```
+
+The tower lies in `vision_tower`, which config.json names `aimv2:./vision_tower`: relative to
+itself, so the folder may be moved and copied as a whole. Its last part must keep its words, by
+which LLaVA tells what it is. LLaVA without this package knows no such tower."""
 ENCODERS = {
     "original": """\
 ```python
@@ -66,8 +76,13 @@ encoder = timm.create_model("local-dir:{name}", num_classes=0)
 
 def usage(name: str, told: Mapping[str, Any]) -> str:
     """How the export called `name`, of which the sidecar says `told`, is used."""
-    texts = {"llava": LLAVA, "encoder": ENCODERS.get(told.get("layout", ""), "")}
-    text = texts[told["format"]].format(name=name, minimum=told["min_transformers"])
+    texts = {"llava": LLAVA, "original-llava": ORIGINAL}
+    texts["encoder"] = ENCODERS.get(told.get("layout", ""), "")
+    mode = {"v1": "llava_v1", "plain": "plain"}.get(told.get("template", ""))
+    words = {"name": name, "minimum": told["min_transformers"], "mode": mode}
+    text = texts[told["format"]].format(**words)
+    if told.get("not_on_4_37"):
+        text += f"\n\nLLaVA's own transformers 4.37 cannot: {', '.join(told['not_on_4_37'])}."
     if told.get("prompt_as_trained") is False:
         text += (
             "\n\nIts processor cuts a prompt into other tokens than its training did, which "

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from aimv2_mllm.errors import RunFailed, UsageError
-from aimv2_mllm.export import answers, encoder
+from aimv2_mllm.export import answers, encoder, llava_answers
 from aimv2_mllm.export.answers import SIDECAR
 from aimv2_mllm.export.options import Options
 from aimv2_mllm.export.writing import digests
@@ -83,10 +83,16 @@ def _of_run(run: str, told: Mapping[str, Any]) -> dict[str, Any]:
     import torch
 
     from aimv2_mllm.chat import load_model
+    from aimv2_mllm.export.llava import as_trained
 
     bot = load_model(run)
-    model = bot.model if told["dtype"] is None else bot.model.to(getattr(torch, told["dtype"]))
-    return answers.reference(model, bot.processor, told["reference"]["tokens"])
+    return answers.reference(
+        bot.model,
+        bot.processor,
+        told["reference"]["tokens"],
+        dtype=None if told["dtype"] is None else getattr(torch, told["dtype"]),
+        ids=as_trained(bot) if told["format"] == "original-llava" else None,
+    )
 
 
 def alone(kind: str, folder: Path, base: Path | None = None) -> dict[str, Any]:
@@ -201,7 +207,28 @@ def _seen_alike(found: Mapping[str, Any], other: Mapping[str, Any], whose: str) 
     ]
 
 
+def _original(folder: Path, told: Mapping[str, Any], run: str | None) -> list[Check]:
+    """By LLaVA's own loader, which needs our towers."""
+    with tempfile.TemporaryDirectory() as place:
+        out = Path(place) / "found.json"
+        module = "aimv2_mllm.export.llava_answers"
+        found = ended([sys.executable, "-m", module, str(folder), str(out)], out)
+    loads = "loads by LLaVA with the towers of aimv2_mllm, which this format needs"
+    if "error" in found:
+        return [(False, f"{loads}: {found['error']}")]
+    checks = [(True, f"{loads}: as {found['class']} on transformers {found['transformers']}")]
+    others = [(told["reference"], "the reference")]
+    others += [] if run is None else [(_of_run(run, told), run)]
+    for other, whose in others:
+        ids = llava_answers.collapsed(other["input_ids"], told["image_token"])
+        checks += compared(found, {**other, "input_ids": ids}, whose)
+        if told["template"] == "v1":
+            checks.append((found["asked"] == ids, f"LLaVA's own prompt: the tokens of {whose}"))
+    return checks
+
+
 CHECKS: dict[str, Callable[[Path, Mapping[str, Any], str | None], list[Check]]] = {
     "llava": _llava,
+    "original-llava": _original,
     "encoder": _encoder,
 }
