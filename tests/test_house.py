@@ -303,6 +303,10 @@ def test_verbs_and_flags_are_frozen() -> None:
             "--help", "MODEL", "--image", "--sheet", "--seed", "--prefix", "--statistics", "--out",
         ],
         "convert": ["--help", "SRC", "DST", "--layout", "--image-size", "--dtype"],
+        "export": [
+            "--help", "RUN", "DST", "--format", "--dtype", "--max-shard-size", "--layout",
+        ],
+        "verify-export": ["--help", "DST", "RUN"],
     }  # fmt: skip
     assert VERBS.keys() == verbs.choices.keys()
 
