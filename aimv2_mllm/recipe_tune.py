@@ -136,7 +136,7 @@ class TuneStage(StageSection):
         lora = info.data.get("lora")
         if value == "int8" and lora is not None and lora.dora:
             raise ValueError(
-                "must be nf4 or null where lora.dora is true: peft loses the scales of int8 weights "
-                "there (0.21, on a CPU)"
+                "must be nf4 or null where lora.dora is true: peft (0.21, on a CPU) loses the "
+                "scales of int8 weights there"
             )
         return value
