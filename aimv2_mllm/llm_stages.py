@@ -1,6 +1,7 @@
 """The stages whose models talk: a connector aligned, an LLM tuned, and a small LLM from nothing."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from aimv2_mllm.data.templates import V1_CHAT_TEMPLATE
 from aimv2_mllm.data.tokenizer import train_tokenizer
 from aimv2_mllm.engine.optimizer import Parts
 from aimv2_mllm.errors import UsageError, nearest
+from aimv2_mllm.feature_pass import keep_features
 from aimv2_mllm.job import DataFacts, Job, Place, named_parts
 from aimv2_mllm.model import mllm
 from aimv2_mllm.model.connectors import build_connector
@@ -107,7 +109,12 @@ def _conversation_job(
         num_image_tokens=num_image_tokens,
         share=place.share,
     )
-    return Job(model, parts, AnswerObjective(), batches, save, _facts(stage, batches))
+    job = Job(model, parts, AnswerObjective(), batches, save, _facts(stage, batches))
+    if stage.data.features is not None:
+        llava: Any = model
+        llava = llava.get_base_model() if isinstance(stage, TuneStage) else llava
+        job.prepare = partial(keep_features, llava=llava, data=stage.data, train=stage.train)
+    return job
 
 
 def build_language(stage: LanguageStage, place: Place) -> Job:
