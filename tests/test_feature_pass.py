@@ -30,5 +30,7 @@ def test_a_run_with_kept_features_learns_what_it_learns_without(world: Path) -> 
     for stage in ("align", "tune"):
         for line, other in zip(first[stage][0], without[stage][0], strict=True):
             assert line == pytest.approx(other, rel=1e-4)
-    print(told(world / "with", "align"), told(world / "with", "tune"), told(world / "again", "tune"))
+    print(
+        told(world / "with", "align"), told(world / "with", "tune"), told(world / "again", "tune")
+    )
     assert told(world / "with", "align")["computed"] == 0
