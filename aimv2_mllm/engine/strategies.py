@@ -80,7 +80,7 @@ def _added(bucket: Any) -> Any:
 
 
 def fsdp2(model: nn.Module, config: TrainConfig, device: torch.device) -> Placed:
-    """A copy of the model of which every rank has some rows of each parameter, quantised ones aside.
+    """A copy of the model of which a rank has some rows of each parameter that is not quantised.
 
     The model itself is left as it is: what shards a module also changes its class.
     """

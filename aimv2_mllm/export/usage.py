@@ -37,7 +37,7 @@ implementations of Llava know no AIMv2 tower, so the flag is needed.
 greedy tokens with those of the run, which are in `aimv2_mllm.json`."""
 
 ORIGINAL = """\
-LLaVA with this package beside it (`pip install --no-deps llava-torch==1.2.2.post1`, see its README):
+LLaVA with this package beside it (`pip install --no-deps llava-torch==1.2.2.post1`, see README):
 
 ```sh
 aimv2-llava chat --model-path {name} --image-file picture.png --conv-mode {mode}
