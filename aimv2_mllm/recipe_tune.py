@@ -136,8 +136,8 @@ class TuneStage(StageSection):
         lora = info.data.get("lora")
         if value == "int8" and lora is not None and lora.dora:
             raise ValueError(
-                "must be nf4 or null where lora.dora is true: peft (seen with 0.21, CPU) loses "
-                "the scales of int8 weights there"
+                "must be nf4 or null where lora.dora is true: peft loses the scales of int8 weights "
+                "there (0.21, on a CPU)"
             )
         return value
 
