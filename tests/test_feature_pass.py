@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from test_distributed import ended, started
 from test_talks import llava_row, sheet
 
@@ -26,6 +27,7 @@ from aimv2_mllm.model.frozen_tower import FrozenTower
 from aimv2_mllm.model.preprocessing import Preprocessing
 from aimv2_mllm.model.weights import save_encoder
 from aimv2_mllm.recipe_file import load_recipe
+from aimv2_mllm.recipe_stages import LanguageStage
 
 PICTURES = 6
 RECIPE = """\
@@ -241,15 +243,28 @@ def test_two_ranks_share_the_pass_and_learn_what_one_does(world: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (
-            ["data.sources=[{kind: handwriting}]"],
-            "features: is .*, must be null with a source of handwr",
-        ),
-        (["data.features.max_gib=0"], "max_gib"),
-        (["data.features={max_gib: 3}"], "folder"),
+        (["align.data.sources=[{kind: handwriting}]"], "null with a source of handwriting: its"),
+        (["align.data.features.max_gib=0"], "max_gib: is 0"),
+        (["align.data.features={max_gib: 3}"], "stages.align.data.features.folder"),
+        (["tune.tower_blocks=1"], "no features where tower_blocks are trained: they change"),
     ],
 )
-def test_features_of_what_has_no_end_are_refused(world: Path, words: list[str], says: str) -> None:
-    said = [f"stages.align.{word}" for word in words]
+def test_features_that_have_no_end_or_change_are_refused(
+    world: Path, words: list[str], says: str
+) -> None:
     with pytest.raises(UsageError, match=says):
-        load_recipe(world / "recipe.yaml", said)
+        load_recipe(world / "recipe.yaml", [f"stages.{word}" for word in words])
+
+
+def test_a_language_model_has_no_features() -> None:
+    with pytest.raises(ValidationError, match="a language stage has no tower"):
+        LanguageStage.model_validate(
+            {
+                "model": {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
+                          "num_attention_heads": 2, "num_key_value_heads": 2,
+                          "max_position_embeddings": 9},
+                "vocab_size": 99,
+                "data": {"sources": [{"kind": "llava", "file": "x"}], "features": {"folder": "f"}},
+                "train": {"steps": 1, "batch_size": 1, "lr": 1.0},
+            }
+        )  # fmt: skip

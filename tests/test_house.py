@@ -24,12 +24,14 @@ RECIPES = sorted((HOUSE.parent / "recipes").glob("*.yaml"))
 # A module imports only what stands above it, or beside it in the same entry.
 TABLE = (
     "errors",
+    "sampling",
     "folders",
     "files",
     "recipe_types",
     "recipe_connectors",
     "recipe_data",
     "recipe_train",
+    "recipe_tune",
     "recipe_stages",
     "recipe",
     "recipe_file",
@@ -41,6 +43,9 @@ TABLE = (
     "model.timm_layout",
     "model.layouts",
     "model.shards",
+    "model.decoding",
+    "model.speech",
+    "model.batched",
     "model.shapes",
     "model.hub",
     "model.weights",
@@ -59,6 +64,8 @@ TABLE = (
     "model.towers",
     "model.frozen_tower",
     "model.stock",
+    "model.quantising",
+    "model.adapting",
     "model.llava",
     "model.mllm",
     "convert",
@@ -69,6 +76,7 @@ TABLE = (
     "feature_pass",
     "encoder_stages",
     "llm_stages",
+    "tune_stage",
     "stages",
     "evaluation",
     "charts",
@@ -82,7 +90,10 @@ TABLE = (
     "plan_text",
     "seeing",
     "prompts",
+    "chatbot",
+    "session",
     "chat",
+    "transcript",
     "export",
     "towers",
     "doctor_samples",
@@ -118,7 +129,19 @@ ONLY = {
     "engine": {"errors", "recipe_train", "engine"},
     "folders": {"errors"},
     "prompts": {"errors", "data"},
-    "chat": {"errors", "data", "model", "folders", "prompts"},
+    "chatbot": {"prompts"},
+    "session": {"errors", "sampling", "model", "prompts", "chatbot"},
+    "chat": {
+        "errors",
+        "sampling",
+        "data",
+        "model",
+        "folders",
+        "prompts",
+        "chatbot",
+        "session",
+    },
+    "transcript": {"errors", "data", "prompts"},
     "towers": {"errors", "model", "towers"},
 }
 # What stands in the old environments of host toolkits, where towers live.
@@ -269,7 +292,10 @@ def test_verbs_and_flags_are_frozen() -> None:
             "--utilisation",
         ],
         "doctor": ["--help", "RECIPE", "key.sub=value"],
-        "chat": ["--help", "MODEL", "--image", "--prompt", "--max-new-tokens"],
+        "chat": [
+            "--help", "MODEL", "--image", "--prompt", "--system", "--max-tokens", "--temperature",
+            "--top-p", "--top-k", "--seed", "--stop",
+        ],
         "sample": ["--help", "MODEL", "OUT", "--seed", "--size"],
         "probe": [
             "--help", "ENCODER", "DATA", "--kind", "--out", "--pca", "--templates", "--image-size",
@@ -279,6 +305,10 @@ def test_verbs_and_flags_are_frozen() -> None:
             "--help", "MODEL", "--image", "--sheet", "--seed", "--prefix", "--statistics", "--out",
         ],
         "convert": ["--help", "SRC", "DST", "--layout", "--image-size", "--dtype"],
+        "export": [
+            "--help", "RUN", "DST", "--format", "--dtype", "--max-shard-size", "--layout",
+        ],
+        "verify-export": ["--help", "DST", "RUN"],
     }  # fmt: skip
     assert VERBS.keys() == verbs.choices.keys()
 
