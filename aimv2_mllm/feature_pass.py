@@ -110,8 +110,8 @@ def keep_features(
     if facts is None or not all(ranks.gather(facts is not None)):
         facts = _filled(work, tower, device, data.workers, ranks, narrate)
     rest = "" if facts["whole"] else "; no more fit into max_gib, and the others are computed anew"
-    kept, gib = f"{facts['kept']:,} of {facts['pictures']:,} pictures", round(store.gib, 3)
-    narrate(f"features: {kept} are kept in {store.own} ({gib} GiB){rest}")
+    kept = f"{facts['kept']:,} of {facts['pictures']:,} pictures"
+    narrate(f"features: {kept} are kept in {store.own} ({store.gib:.3f} GiB){rest}")
     job.batches = replace(batches, features=store)
     before = tower.num_kept, tower.num_read
 
@@ -120,7 +120,9 @@ def keep_features(
         store.close()
         now = ranks.add_up([tower.num_kept - before[0], tower.num_read - before[1]])
         narrate(f"features: {now[0]:,} read, {now[1]:,} computed while training")
-        return {"features": {**facts, "gib": gib, "read": now[0], "computed": now[1]}}
+        return {
+            "features": {**facts, "gib": round(store.gib, 6), "read": now[0], "computed": now[1]}
+        }
 
     return ended
 

@@ -136,8 +136,8 @@ class TuneStage(StageSection):
         lora = info.data.get("lora")
         if value == "int8" and lora is not None and lora.dora:
             raise ValueError(
-                "must be nf4 or null where lora.dora is true: peft loses the scales of int8 weights "
-                "there (0.21, on a CPU)"
+                "must be nf4 or null where lora.dora is true: peft loses the scales of int8 "
+                "weights there (0.21, on a CPU)"
             )
         return value
 
@@ -147,5 +147,5 @@ class TuneStage(StageSection):
         cls, value: ConversationData, info: ValidationInfo
     ) -> ConversationData:
         if value.features is not None and info.data.get("tower_blocks"):
-            raise ValueError("must have no features where tower_blocks is above 0: they change")
+            raise ValueError("must have no features where tower_blocks are trained: they change")
         return value
