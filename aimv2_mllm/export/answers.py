@@ -156,7 +156,7 @@ def _whole(report: dict[str, Any]) -> list[str]:
     return faults + [f"{name} has another shape" for name, *_ in report["mismatched_keys"]]
 
 
-def _load(folder: Path) -> tuple[Any, list[str]]:
+def _load(folder: str) -> tuple[Any, list[str]]:
     from transformers import AutoModelForImageTextToText
 
     model, report = AutoModelForImageTextToText.from_pretrained(
@@ -170,22 +170,21 @@ def _load(folder: Path) -> tuple[Any, list[str]]:
     return model, _whole(report)
 
 
-def from_llava(folder: Path, told: dict[str, Any], _: Path | None) -> dict[str, Any]:
+def from_llava(folder: Path, told: dict[str, Any], _: str) -> dict[str, Any]:
     """What the Llava in `folder` says when transformers alone loads it."""
     from transformers import AutoProcessor
 
-    model, faults = _load(folder)
+    model, faults = _load(str(folder))
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     found = {"class": type(model).__name__, "faults": faults}
     return found | reference(model, processor, told["reference"]["tokens"])
 
 
-def from_adapter(folder: Path, told: dict[str, Any], base: Path | None) -> dict[str, Any]:
+def from_adapter(folder: Path, told: dict[str, Any], base: str) -> dict[str, Any]:
     """What the Llava in `base` says with the adapter in `folder`, when peft loads it."""
     from peft import PeftModel
     from transformers import AutoProcessor
 
-    assert base is not None
     model, faults = _load(base)
     model = PeftModel.from_pretrained(model, folder).merge_and_unload()
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
@@ -193,7 +192,7 @@ def from_adapter(folder: Path, told: dict[str, Any], base: Path | None) -> dict[
     return found | reference(model, processor, told["reference"]["tokens"])
 
 
-def from_encoder(folder: Path, told: dict[str, Any], _: Path | None) -> dict[str, Any]:
+def from_encoder(folder: Path, told: dict[str, Any], _: str) -> dict[str, Any]:
     """The features of the encoder in `folder`, loaded by transformers."""
     from transformers import AutoImageProcessor, AutoModel
 
@@ -218,7 +217,7 @@ def main(kind: str, folder: str, out: str, base: str = "") -> None:
     told = json.loads((Path(folder) / SIDECAR).read_text(encoding="utf-8"))
     found: dict[str, Any] = {"transformers": __version__}
     try:
-        found |= KINDS[kind](Path(folder), told, Path(base) if base else None)
+        found |= KINDS[kind](Path(folder), told, base)
     except Exception as error:  # whatever stops a stock library is what was asked for
         text = " ".join(str(error).split())
         found["error"] = f"{type(error).__name__}: {text[:400]}"
