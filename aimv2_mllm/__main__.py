@@ -235,6 +235,22 @@ def convert(args: argparse.Namespace) -> None:
     print(write(args.source, Path(args.destination), **words, narrate=_note))
 
 
+def export(args: argparse.Namespace) -> None:
+    """Write a finished result as a folder that other tools load."""
+    from aimv2_mllm.export.formats import export as write
+
+    chosen = {"dtype": args.dtype, "max-shard-size": args.max_shard_size, "layout": args.layout}
+    words = {"format_": args.format, "narrate": _note, "chosen": chosen}
+    print(write(args.run, Path(args.destination), **words))
+
+
+def verify_export(args: argparse.Namespace) -> None:
+    """Load an export in a process of its own and print a line for each check."""
+    from aimv2_mllm.export.verify import verify
+
+    verify(Path(args.folder), args.run, print)
+
+
 VERBS = {
     "run": run,
     "doctor": doctor,
@@ -243,6 +259,8 @@ VERBS = {
     "probe": probe,
     "dream": dream,
     "convert": convert,
+    "export": export,
+    "verify-export": verify_export,
 }
 
 

@@ -17,6 +17,7 @@ ACCELERATORS = (
 )  # fmt: skip
 PROBES = ("knn", "linear", "attentive", "all", "zeroshot")
 STATISTICS = ("true", "previous", "prefix")
+FORMATS = ("llava", "adapter", "original-llava", "encoder")
 LAYOUTS, DTYPES = ("original", "transformers", "timm"), ("fp32", "bf16")
 
 
@@ -82,6 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_probe(verbs)
     _add_dream(verbs)
     _add_convert(verbs)
+    _add_export(verbs)
     for parsed in (parser, *verbs.choices.values()):
         parsed.allow_abbrev = False
     return parser
@@ -141,6 +143,29 @@ def _add_convert(verbs: Any) -> None:
         help="resize learned positions to images of this side (the source's)",
     )
     words.add_argument("--dtype", choices=DTYPES, help="precision: fp32, bf16 (the source's)")
+
+
+def _add_export(verbs: Any) -> None:
+    words = verbs.add_parser("export", help="write a result as a folder that other tools load")
+    words.add_argument("run", metavar="RUN", help="a run folder, or a stage's model folder")
+    words.add_argument("destination", metavar="DST", help="the folder to write, which is new")
+    words.add_argument(
+        "--format", choices=FORMATS, default="llava", help=f"{', '.join(FORMATS)} (llava)"
+    )
+    words.add_argument("--dtype", choices=DTYPES, help="precision: fp32, bf16 (the source's)")
+    words.add_argument(
+        "--max-shard-size", metavar="SIZE", help="of a file of weights, such as 2GB or 500MB (5GB)"
+    )
+    words.add_argument(
+        "--layout", choices=LAYOUTS, help=f"of an encoder: {', '.join(LAYOUTS)} (original)"
+    )
+    words = verbs.add_parser(
+        "verify-export", help="load an export without this package and compare what it says"
+    )
+    words.add_argument("folder", metavar="DST", help="what export wrote")
+    words.add_argument(
+        "run", metavar="RUN", nargs="?", help="what it was made of: compare with its model too"
+    )
 
 
 def _add_probe(verbs: Any) -> None:
