@@ -22,7 +22,8 @@ from aimv2_mllm.model.encoder import SIZES
 from aimv2_mllm.model.towers import load_tower
 from aimv2_mllm.objective import AnswerObjective
 from aimv2_mllm.recipe_data import ConversationData
-from aimv2_mllm.recipe_stages import PATCH, AlignStage, LanguageStage, PretrainStage, TuneStage
+from aimv2_mllm.recipe_stages import PATCH, AlignStage, LanguageStage, PretrainStage
+from aimv2_mllm.recipe_tune import TuneStage
 
 TOKENIZER_TEXTS = 3000  # conversations from which a tokenizer is learned
 
@@ -63,6 +64,7 @@ def build_tune(stage: TuneStage, place: Place) -> Job:
     """
     from peft import LoraConfig, get_peft_model
 
+    assert stage.start is not None
     base, processor = mllm.load_llava(place.result(stage.start))
     if stage.data.template == "v1":
         processor.chat_template = processor.tokenizer.chat_template = V1_CHAT_TEMPLATE

@@ -29,8 +29,8 @@ from aimv2_mllm.recipe_stages import (
     LitStage,
     PretrainStage,
     Stage,
-    TuneStage,
 )
+from aimv2_mllm.recipe_tune import TuneStage
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,9 @@ def check_stage(name: str, place: Place) -> None:
         else:
             mllm.load_tokenizer(source, talks=False)
     if isinstance(stage, TuneStage):
-        start = place.recipe.stages[stage.start]
-        assert isinstance(start, AlignStage), start
+        start = place.recipe.stages.get(str(stage.start))
+        if not isinstance(start, AlignStage):
+            return
         if start.llm not in place.recipe.stages:
             check_targets(stage.lora.targets, mllm.layer_names(start.llm))
             Writer(load_talker(start.llm, stage.data), stage.data.template)

@@ -30,6 +30,7 @@ TABLE = (
     "recipe_connectors",
     "recipe_data",
     "recipe_train",
+    "recipe_tune",
     "recipe_stages",
     "recipe",
     "recipe_file",
