@@ -95,7 +95,7 @@ def plan(recipe: Recipe, device: Accelerator, num_devices: int) -> Plan:
     wrong = {problem.key for problem in problems}
     stages: list[StagePlan] = []
     with TemporaryDirectory() as folder:
-        sketch = Place(recipe, Path(folder))
+        sketch = Place(recipe, Path(folder), has_bf16=device.has_bf16)
         for name, stage in recipe.stages.items():
             outline, is_missing = _outlined(name, stage, wrong, num_devices)
             planned, unbuilt = outline, ""

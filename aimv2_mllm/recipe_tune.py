@@ -133,4 +133,10 @@ class TuneStage(StageSection):
                 "must be null where trains is llm: what is quantised cannot be trained; adapters "
                 "on it can, with trains lora"
             )
+        lora = info.data.get("lora")
+        if value == "int8" and lora is not None and lora.dora:
+            raise ValueError(
+                "must be nf4 or null where lora.dora is true: peft (seen with 0.21, on a CPU) loses "
+                "the scales of int8 weights there"
+            )
         return value

@@ -27,6 +27,7 @@ RECIPE: dict[str, Any] = {
         }
     },
 }
+LITTLE_ROOM = {"max_position_embeddings": 40}
 GOOD = llava_row("<image>\nWhich digit is red?", "7", image="0.jpg")
 FIRST = llava_row("q", "a")
 FIRST["conversations"].reverse()
@@ -115,6 +116,28 @@ def test_a_tokenizer_without_a_chat_template_is_found_before_the_run(
     for template in ("v1", "plain"):
         code, lines = told(capsys, "run", f"stages.align.data.template={template}", "--dry-run")
         assert code == 0, lines
+
+
+def test_an_llm_without_room_for_a_picture_is_found_before_the_run(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((folder / "llm" / "config.json").read_text())
+    config["max_position_embeddings"] = 19  # a picture of 28 pixels has 4 patches
+    (folder / "llm" / "config.json").write_text(json.dumps(config))
+    told_by_all(capsys, "./llm has room for 19 tokens (max_position_embeddings), and a picture")
+
+
+def test_conversations_are_cut_to_the_room_of_the_llm(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((folder / "llm" / "config.json").read_text())
+    (folder / "llm" / "config.json").write_text(json.dumps({**config, **LITTLE_ROOM}))
+    turns = ["<image>\nWhich?", "7", *["Which digit is red?", "the first one"] * 4]
+    rows(folder, [llava_row(*turns, image="0.jpg")] * 8)
+    code, lines = told(capsys, "run")
+    assert code == 0, lines
+    last = (folder / "runs" / "bad" / "align" / "metrics.jsonl").read_text().splitlines()[-1]
+    assert json.loads(last)["skipped_turns"] >= 8
 
 
 def other_weights(llm: Path) -> None:

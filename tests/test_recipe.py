@@ -282,6 +282,7 @@ def test_a_rate_may_be_given_to_each_part_that_is_trained(
     ("words", "rule"),
     [
         (["trains=llm", "quantise=nf4"], "is .nf4., must be null where trains is llm"),
+        (["lora.dora=true", "quantise=int8"], "must be nf4 or null where lora.dora is true"),
         (["trains=connector", "lora.r=4"], "must be left out where trains is connector"),
         (["start=null", "llm=words"], "tower: is null, must be given where there is no start"),
         (["start=null", "tower=see"], "llm: is null, must be given where there is a tower"),
