@@ -1,5 +1,6 @@
 """The stages that make a model talk: a connector aligned, and a small LLM from nothing."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from aimv2_mllm.data.tokenizer import train_tokenizer
 from aimv2_mllm.engine.optimizer import Parts
 from aimv2_mllm.engine.precision import held_dtype
 from aimv2_mllm.errors import UsageError
+from aimv2_mllm.feature_pass import keep_features
 from aimv2_mllm.job import DataFacts, Job, Place, named_parts
 from aimv2_mllm.model import adapting, mllm
 from aimv2_mllm.model.connectors import build_connector
@@ -93,7 +95,10 @@ def conversation_job(
         num_image_tokens=num_image_tokens,
         share=place.share,
     )
-    return Job(model, parts, AnswerObjective(), batches, save, _facts(stage, batches))
+    job = Job(model, parts, AnswerObjective(), batches, save, _facts(stage, batches))
+    if stage.data.features is not None:
+        job.prepare = partial(keep_features, llava=model, data=stage.data, train=stage.train)
+    return job
 
 
 def build_language(stage: LanguageStage, place: Place) -> Job:

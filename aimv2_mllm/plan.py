@@ -20,6 +20,7 @@ from aimv2_mllm.engine.rehearsal import Footprint, rehearse
 from aimv2_mllm.engine.strategies import blocks
 from aimv2_mllm.errors import RunFailed, UsageError
 from aimv2_mllm.job import Job, Place
+from aimv2_mllm.model.quantising import is_quantised, num_bytes
 from aimv2_mllm.problems import Problem, find_problems
 from aimv2_mllm.recipe import Recipe
 from aimv2_mllm.recipe_stages import Stage
@@ -198,10 +199,10 @@ def _cost(
     half = train.precision == "bf16" and device.has_bf16
     is_sharded = num_devices > 1 and train.strategy == "fsdp2"
     model = job.model.train()
-    weights = sum(p.nbytes for p in model.parameters())
+    weights = sum(num_bytes(p) for p in model.parameters())
+    kept = sum(num_bytes(p) for p in model.parameters() if is_quantised(p))  # whole everywhere
     trained = sum(p.nbytes for named in job.parts.values() for _, p in named)
-    width = 2 if half else 4
-    unsharded = _gathered(model) if is_sharded else 0
+    gathered = _gathered(model, 2 if half else 4) if is_sharded else 0
     if is_sharded and half:
         model = model.to(torch.bfloat16)
     words = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
@@ -224,14 +225,22 @@ def _cost(
     if not is_sharded:
         return Memory(weights, most.gradients, 2 * trained, most.activations, most.logits), flops
     share = num_devices
-    gathered = unsharded * (width + 4)  # weights as they are multiplied, gradients as added
-    held = most.activations + gathered
     return Memory(
-        weights // share, trained // share, 2 * trained // share, held, most.logits
+        kept + (weights - kept) // share,
+        trained // share,
+        2 * trained // share,
+        most.activations + gathered,
+        most.logits,
     ), flops
 
 
-def _gathered(model: nn.Module) -> int:
-    """How many parameters FSDP2 holds whole at once: what is in no block, and two blocks."""
-    sizes = sorted(sum(p.numel() for p in block.parameters()) for block in blocks(model))
-    return sum(p.numel() for p in model.parameters()) - sum(sizes) + sum(sizes[-2:])
+def _gathered(model: nn.Module, width: int) -> int:
+    """The bytes that FSDP2 holds whole at once, of what is in no block and of two blocks: weights
+    as they are multiplied, in `width` bytes, and gradients of the trained as they are added."""
+
+    def size(part: nn.Module) -> int:
+        sharded = (p for p in part.parameters() if not is_quantised(p))
+        return sum(p.numel() * (width + 4 * p.requires_grad) for p in sharded)
+
+    sizes = sorted(size(block) for block in blocks(model))
+    return size(model) - sum(sizes) + sum(sizes[-2:])

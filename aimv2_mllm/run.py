@@ -88,9 +88,11 @@ def run_stage(
     narrate(f"stage {name}: training {STAGES[stage.kind].trains}")
     torch.manual_seed(_number(place.recipe.seed, name))
     job = STAGES[stage.kind].build(stage, place)
-    narrate(_as_text(job.table()))
+    table = job.table()
+    narrate(_as_text(table))
     for note in job.data.notes:
         narrate(f"  {note}")
+    ended = job.prepare(job, ranks, narrate) if job.prepare else dict
     outcome = train(
         job.model,
         job.parts,
@@ -112,9 +114,10 @@ def run_stage(
         "recipe": stage.model_dump(mode="json"),
         "fingerprint": fingerprint,
         "parents": inputs(stage, place) + _earlier(name, place),
-        "parts": [list(row) for row in job.table()],
+        "parts": [list(row) for row in table],
         "seconds": round(outcome["seconds"], 1),
         "last": outcome["last"],
+        **ended(),
         "versions": versions,
         **job.record,
         **_lineage(name, place),

@@ -24,6 +24,7 @@ RECIPES = sorted((HOUSE.parent / "recipes").glob("*.yaml"))
 # A module imports only what stands above it, or beside it in the same entry.
 TABLE = (
     "errors",
+    "sampling",
     "folders",
     "files",
     "recipe_types",
@@ -42,6 +43,9 @@ TABLE = (
     "model.timm_layout",
     "model.layouts",
     "model.shards",
+    "model.decoding",
+    "model.speech",
+    "model.batched",
     "model.shapes",
     "model.hub",
     "model.weights",
@@ -58,6 +62,7 @@ TABLE = (
     "model.families",
     "model.foreign",
     "model.towers",
+    "model.frozen_tower",
     "model.stock",
     "model.quantising",
     "model.adapting",
@@ -68,6 +73,7 @@ TABLE = (
     "data",
     "engine",
     "job",
+    "feature_pass",
     "encoder_stages",
     "llm_stages",
     "tune_stage",
@@ -84,9 +90,12 @@ TABLE = (
     "plan_text",
     "seeing",
     "prompts",
+    "chatbot",
+    "session",
     "chat",
-    "export",
+    "transcript",
     "towers",
+    "export",
     "doctor_samples",
     "doctor",
     "terminal",
@@ -120,7 +129,19 @@ ONLY = {
     "engine": {"errors", "recipe_train", "engine"},
     "folders": {"errors"},
     "prompts": {"errors", "data"},
-    "chat": {"errors", "data", "model", "folders", "prompts"},
+    "chatbot": {"prompts"},
+    "session": {"errors", "sampling", "model", "prompts", "chatbot"},
+    "chat": {
+        "errors",
+        "sampling",
+        "data",
+        "model",
+        "folders",
+        "prompts",
+        "chatbot",
+        "session",
+    },
+    "transcript": {"errors", "data", "prompts"},
     "towers": {"errors", "model", "towers"},
 }
 # What stands in the old environments of host toolkits, where towers live.
@@ -271,7 +292,10 @@ def test_verbs_and_flags_are_frozen() -> None:
             "--utilisation",
         ],
         "doctor": ["--help", "RECIPE", "key.sub=value"],
-        "chat": ["--help", "MODEL", "--image", "--prompt", "--max-new-tokens"],
+        "chat": [
+            "--help", "MODEL", "--image", "--prompt", "--system", "--max-tokens", "--temperature",
+            "--top-p", "--top-k", "--seed", "--stop",
+        ],
         "sample": ["--help", "MODEL", "OUT", "--seed", "--size"],
         "probe": [
             "--help", "ENCODER", "DATA", "--kind", "--out", "--pca", "--templates", "--image-size",
@@ -281,6 +305,10 @@ def test_verbs_and_flags_are_frozen() -> None:
             "--help", "MODEL", "--image", "--sheet", "--seed", "--prefix", "--statistics", "--out",
         ],
         "convert": ["--help", "SRC", "DST", "--layout", "--image-size", "--dtype"],
+        "export": [
+            "--help", "RUN", "DST", "--format", "--dtype", "--max-shard-size", "--layout",
+        ],
+        "verify-export": ["--help", "DST", "RUN"],
     }  # fmt: skip
     assert VERBS.keys() == verbs.choices.keys()
 
