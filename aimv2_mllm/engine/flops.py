@@ -33,6 +33,9 @@ PEAKS = {
     "NVIDIA B200": 2250e12,
     "NVIDIA L40S": 362e12,
     "NVIDIA L4": 121e12,
+    # With float32 sums (whitepapers of Ada and GA102).
+    "NVIDIA GeForce RTX 4090": 165.2e12,
+    "NVIDIA GeForce RTX 3090": 71e12,
 }
 LONG_ENOUGH = 0.02  # seconds
 
