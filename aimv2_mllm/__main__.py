@@ -227,6 +227,15 @@ def convert(args: argparse.Namespace) -> None:
     print(write(args.source, Path(args.destination), **words, narrate=_note))
 
 
+def evaluate(args: argparse.Namespace) -> None:
+    """Print what a model's answers to the questions of a data set are worth; write a report."""
+    from aimv2_mllm.evaluate import as_table
+    from aimv2_mllm.evaluate import evaluate as judge
+
+    print(as_table(judge(args)))
+    print(f"\nreport: {Path(args.out) / 'report.md'}")
+
+
 VERBS = {
     "run": run,
     "doctor": doctor,
@@ -235,6 +244,7 @@ VERBS = {
     "probe": probe,
     "dream": dream,
     "convert": convert,
+    "evaluate": evaluate,
 }
 
 

@@ -81,6 +81,8 @@ TABLE = (
     "seeing",
     "prompts",
     "chat",
+    "answerers",
+    "evaluate",
     "export",
     "towers",
     "doctor_samples",
@@ -117,6 +119,7 @@ ONLY = {
     "folders": {"errors"},
     "prompts": {"errors", "data"},
     "chat": {"errors", "data", "model", "folders", "prompts"},
+    "answerers": {"errors", "data", "model", "folders", "chat"},
     "towers": {"errors", "model", "towers"},
 }
 # What stands in the old environments of host toolkits, where towers live.
@@ -277,6 +280,10 @@ def test_verbs_and_flags_are_frozen() -> None:
             "--help", "MODEL", "--image", "--sheet", "--seed", "--prefix", "--statistics", "--out",
         ],
         "convert": ["--help", "SRC", "DST", "--layout", "--image-size", "--dtype"],
+        "evaluate": [
+            "--help", "MODEL", "DATA", "--metric", "--prompt", "--out", "--root", "--column",
+            "--split", "--limit", "--batch-size", "--max-new-tokens", "--no-controls",
+        ],
     }  # fmt: skip
     assert VERBS.keys() == verbs.choices.keys()
 
@@ -287,6 +294,13 @@ def test_the_command_line_offers_the_probes_and_statistics_that_there_are() -> N
 
     assert (*probes.KINDS, "all", "zeroshot") == parser.PROBES
     assert tuple(dreams.STATISTICS) == parser.STATISTICS
+
+
+def test_the_command_line_offers_the_metrics_that_there_are() -> None:
+    from aimv2_mllm import parser
+    from aimv2_mllm.evaluation.metrics import METRICS
+
+    assert tuple(METRICS) == parser.METRICS
 
 
 def test_public_names_are_those_of_the_lazy_table() -> None:
