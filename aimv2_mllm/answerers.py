@@ -80,18 +80,16 @@ class Ours:
         self._bot, self.identity = load_model(folder), _digest(folder)
 
     def __call__(self, asked: Sequence[Asking], max_new_tokens: int) -> list[str]:
-        from aimv2_mllm.chat import answer
+        from aimv2_mllm.chat import answer_all
         from aimv2_mllm.data.conversations import turn
 
-        return [
-            answer(
-                self._bot,
-                turn(text, "", image=picture is not None)[:1],
-                [] if picture is None else [picture],
-                max_new_tokens=max_new_tokens,
-            )
+        talks = [
+            (turn(text, "", image=picture is not None)[:1], [] if picture is None else [picture])
             for text, picture in asked
         ]
+        return answer_all(
+            self._bot, talks, max_new_tokens=max_new_tokens, batch_size=max(1, len(talks))
+        )
 
 
 class Foreign:

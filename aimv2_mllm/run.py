@@ -26,7 +26,14 @@ from aimv2_mllm.engine.distributed import Ranks, joined
 from aimv2_mllm.engine.loop import train
 from aimv2_mllm.engine.trackers import require
 from aimv2_mllm.errors import RunFailed, UsageError
-from aimv2_mllm.folders import RECIPE_FILE, STAGE_FILE, UNKNOWN, origins_of, stage_record
+from aimv2_mllm.folders import (
+    RECIPE_FILE,
+    STAGE_FILE,
+    UNKNOWN,
+    origins_of,
+    stage_record,
+    talking_source,
+)
 from aimv2_mllm.job import Job, Place
 from aimv2_mllm.model.hub import commit_of, locate
 from aimv2_mllm.model.mllm import llm_source
@@ -107,6 +114,7 @@ def run_stage(
         "seconds": round(outcome["seconds"], 1),
         "last": outcome["last"],
         "versions": versions,
+        **job.record,
         **_lineage(name, place),
     }
     ranks.first(lambda: _save(job, result, record))
@@ -276,8 +284,12 @@ def _earlier(name: str, place: Place) -> list[str]:
 
 
 def _folder(source: str, stage: Stage, place: Place) -> Path:
-    """Where a model from outside lies; an LLM of the hub has no folder, only its id."""
-    return locate(source) if source in towers(stage, place) else Path(llm_source(source))
+    """Where a model from outside lies; an LLM or Llava of the hub has no folder, only its id."""
+    if source in towers(stage, place):
+        return locate(source)
+    return Path(
+        talking_source(source) if source == getattr(stage, "start", None) else llm_source(source)
+    )
 
 
 def _digest(folder: Path) -> str | dict[str, str]:

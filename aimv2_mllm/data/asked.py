@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from aimv2_mllm.data.asked_sources import GIVE, Source, open_asked
+from aimv2_mllm.data.conversations import IMAGE_TOKEN
 from aimv2_mllm.data.files import Unusable
 from aimv2_mllm.data.images import as_rgb, opened, upright
 from aimv2_mllm.errors import UsageError, nearest, show
@@ -135,15 +136,17 @@ def _question(source: Source, row: int, names: Mapping[str, str]) -> Question:
     said = {field: fields.get(name) for field, name in names.items()}
     answers = tuple(_texts(said["answers"], "answers"))
     text = said["question"]
-    if not isinstance(text, str) or not text.strip():
-        raise Unusable("no_question", f"its question is {show(text)}")
+    # Conversations for training mark the place of the picture in the question.
+    text = text.replace(IMAGE_TOKEN, "").strip() if isinstance(text, str) else ""
+    if not text:
+        raise Unusable("no_question", f"its question is {show(said['question'])}")
     if not answers:
         raise Unusable("no_answer", "has no answer")
     kind, name = said.get("type"), said.get("id")
     image = said["image"]
     return Question(
         id=str(row) if name is None else str(name),
-        text=text.strip(),
+        text=text,
         answers=answers,
         kind="" if kind is None else str(kind),
         choices=tuple(_texts(said.get("choices"), "choices")),

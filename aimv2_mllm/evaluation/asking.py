@@ -130,7 +130,10 @@ def _ask_pass(
                 continue
             numbers.append(number)
             pictures.append(picture)
-        given = ask([(prompts[n], p) for n, p in zip(numbers, pictures, strict=True)])
+        try:
+            given = ask([(prompts[n], p) for n, p in zip(numbers, pictures, strict=True)])
+        except UsageError as error:
+            raise UsageError(f"questions {ids[here[0]]} to {ids[here[-1]]}: {error}") from None
         lines += [
             {"pass": name, "id": ids[number], "answer": text}
             for number, text in zip(numbers, given, strict=True)
