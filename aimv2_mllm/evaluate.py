@@ -1,37 +1,30 @@
-"""What the verb `evaluate` does: a model asked every question of a data set, and judged.
+"""What the verb `evaluate` does: a model asked every question of a data set, judged, reported.
 
-Owns what is put together from answers, metric and controls; how it looks is `evaluation_page`'s.
+Owns its words on the terminal and what is put to the model; refuses to compute: see `evaluation`.
 """
 
+import hashlib
 import json
 import platform
+import shlex
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from aimv2_mllm.answerers import load_answerer
-from aimv2_mllm.data.asked import Asked, Question, load_asked
+from aimv2_mllm.data.asked import FIELDS, Asked, Question, load_asked
 from aimv2_mllm.errors import UsageError, nearest
-from aimv2_mllm.evaluation.asking import SEEN, Answers, ask_all, demand_same
-from aimv2_mllm.evaluation.controls import MAJORITY, SHOWN, majority_answers
-from aimv2_mllm.evaluation.intervals import bootstrap_interval, interval
+from aimv2_mllm.evaluation.asking import Answers, ask_all, demand_same
+from aimv2_mllm.evaluation.controls import MAJORITY, SHOWN
+from aimv2_mllm.evaluation.judging import Judged, judge, summary
 from aimv2_mllm.evaluation.metrics import METRICS, Metric
+from aimv2_mllm.evaluation_page import MORE, describe, pictures
+from aimv2_mllm.report import HTML, MARKDOWN, SUMMARY, fill, write_files
 
 CHOICES = "{question}\n{choices}\nAnswer with the letter of the right choice."
 RESULTS = "results.jsonl"
-
-
-@dataclass(frozen=True)
-class Judged:
-    """The questions that count, and for each pass, the controls too, their answers and scores."""
-
-    questions: list[Question]
-    numbers: list[int]  # which of the data's questions they are
-    given: dict[str, list[str]]
-    scores: dict[str, list[float]]
 
 
 def evaluate(args: Namespace) -> dict[str, Any]:
@@ -47,9 +40,7 @@ def evaluate(args: Namespace) -> dict[str, Any]:
     model, folder = load_answerer(args.model), Path(args.out)
     identity = {
         "model": model.identity,
-        "data": asked.digest,
-        "questions": len(asked.questions),
-        "prompt": args.prompt,
+        "questions": _digest(asked, prompts),
         "max_new_tokens": args.max_new_tokens,
     }
     demand_same(folder, identity)
@@ -62,14 +53,51 @@ def evaluate(args: Namespace) -> dict[str, Any]:
         controls=args.controls,
         batch=args.batch_size,
     )
-    judged = _judge(asked, answers, metric, controls=args.controls)
+    judged = judge(asked, answers, metric, controls=args.controls)
     numbers = {"model": args.model, "source": args.data, "metric": args.metric}
     numbers |= summary(judged, metric)
-    numbers |= {"left_out": [*asked.left_out, *answers.unusable.values()], "asked": identity}
     packages = {name: version(name) for name in ("torch", "transformers", "aimv2-mllm")}
-    numbers["versions"] = packages | {"python": platform.python_version()}
-    _write_results(folder / RESULTS, judged)
+    numbers |= {
+        "left_out": [*asked.left_out, *answers.unusable.values()],
+        "prompt": args.prompt,
+        "asked": identity,
+        "command": _command(args),
+        "versions": packages | {"python": platform.python_version()},
+    }
+    write_files(folder, _files(numbers, judged, asked))
     return numbers
+
+
+def _digest(asked: Asked, prompts: Sequence[str]) -> str:
+    """What tells these questions from others, whatever answers are right."""
+    digest = hashlib.sha256()
+    for question, prompt in zip(asked.questions, prompts, strict=True):
+        digest.update(json.dumps([question.id, prompt, question.picture]).encode())
+    return digest.hexdigest()
+
+
+def _command(args: Namespace) -> str:
+    """The command that gives the same numbers."""
+    words = ["aimv2-mllm", "evaluate", args.model, args.data, "--metric", args.metric]
+    for flag in ("prompt", "root", "limit", "batch_size", "max_new_tokens", "out"):
+        value = getattr(args, flag)
+        words += [] if value is None else [f"--{flag.replace('_', '-')}", str(value)]
+    words += [word for text in args.column or () for word in ("--column", text)]
+    words += [] if args.controls else ["--no-controls"]
+    return shlex.join([*words, "--split", args.split])
+
+
+def _files(numbers: dict[str, Any], judged: Judged, asked: Asked) -> dict[str, bytes]:
+    """The files of the report by name."""
+    page = describe(numbers, judged, asked)
+    texts = {
+        RESULTS: "".join(_results(judged)),
+        HTML: fill("evaluation.html.jinja", page),
+        MARKDOWN: fill("evaluation.md.jinja", page),
+        SUMMARY: json.dumps(numbers, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
+    }
+    files = {name: text.encode() for name, text in texts.items()}
+    return {picture.name: picture.png for picture in pictures(page)} | files
 
 
 def prompt_of(question: Question, template: str | None) -> str:
@@ -82,8 +110,6 @@ def prompt_of(question: Question, template: str | None) -> str:
 
 
 def _column(text: str) -> tuple[str, str]:
-    from aimv2_mllm.data.asked import FIELDS
-
     field, _, name = text.partition("=")
     if field not in FIELDS or not name:
         known = f"FIELD is one of {', '.join(FIELDS)}{nearest(field, FIELDS)}"
@@ -99,64 +125,8 @@ def _demand_fit(args: Namespace, metric: Metric, asked: Asked) -> None:
         raise UsageError(f"--prompt {args.prompt!r}: has no {{question}} where the question comes")
 
 
-def _judge(asked: Asked, answers: Answers, metric: Metric, *, controls: bool) -> Judged:
-    kept = [
-        number
-        for number, question in enumerate(asked.questions)
-        if question.id not in answers.unusable
-    ]
-    questions = [asked.questions[number] for number in kept]
-    given = {
-        name: [str(answers.given[name][question.id]) for question in questions]
-        for name in (SEEN, *(SHOWN if controls else ()))
-    }
-    if controls and not metric.is_of_captions:
-        kinds = [question.kind for question in questions]
-        given[MAJORITY] = majority_answers(kinds, [question.answers for question in questions])
-    scores = {name: metric.score(questions, texts) for name, texts in given.items()}
-    return Judged(questions, kept, given, scores)
-
-
-def summary(judged: Judged, metric: Metric) -> dict[str, Any]:
-    """Means with their 95 % intervals: of the answers, by type, of the controls, and of what seeing
-    adds to the blind control."""
-    kinds = list(dict.fromkeys(question.kind for question in judged.questions))
-    passes = {
-        name: {
-            **_mean(scores),
-            "by_type": {
-                kind or "(none)": _mean(
-                    [s for s, q in zip(scores, judged.questions, strict=True) if q.kind == kind]
-                )
-                for kind in kinds
-            },
-            **metric.more(judged.questions, judged.given[name]),
-        }
-        for name, scores in judged.scores.items()
-    }
-    numbers: dict[str, Any] = {"num_questions": len(judged.questions), **passes.pop(SEEN)}
-    if passes:
-        pairs = zip(judged.scores[SEEN], judged.scores["blind"], strict=True)
-        differences = [seen - blind for seen, blind in pairs]
-        numbers["controls"] = passes
-        numbers["seeing_adds"] = {
-            "score": sum(differences) / len(differences),
-            "interval": list(bootstrap_interval(differences)),
-        }
-    return numbers
-
-
-def _mean(scores: Sequence[float]) -> dict[str, Any]:
-    return {
-        "score": sum(scores) / len(scores),
-        "interval": list(interval(scores)),
-        "count": len(scores),
-    }
-
-
-def _write_results(path: Path, judged: Judged) -> None:
-    from aimv2_mllm.files import write
-
+def _results(judged: Judged) -> list[str]:
+    """A line of JSON for each question: what was asked, and each answer with its score."""
     lines = []
     for place, question in enumerate(judged.questions):
         line: dict[str, Any] = {
@@ -168,7 +138,7 @@ def _write_results(path: Path, judged: Judged) -> None:
         for name, texts in judged.given.items():
             line[name] = {"answer": texts[place], "score": judged.scores[name][place]}
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-    write(path, lambda file: file.write_text("".join(lines), encoding="utf-8"))
+    return lines
 
 
 def as_table(numbers: dict[str, Any]) -> str:
@@ -192,7 +162,7 @@ def as_table(numbers: dict[str, Any]) -> str:
     for name, told in rows:
         low, high = (100 * end for end in told["interval"])
         lines.append(f"{name:<34}{100 * told['score']:>9.1f}   {low:.1f} to {high:.1f}")
-    for key in ("precision", "recall", "f1", "yes_share", "bleu_4", "rouge_l"):
-        if key in numbers:
-            lines.append(f"{key:<34}{100 * numbers[key]:>9.1f}")
+    lines += [
+        f"{text:<34}{100 * numbers[key]:>9.1f}" for key, text in MORE.items() if key in numbers
+    ]
     return "\n".join(lines)

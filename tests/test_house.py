@@ -81,6 +81,7 @@ TABLE = (
     "gallery",
     "page",
     "report",
+    "evaluation_page",
     "run",
     "problems",
     "stand_ins",

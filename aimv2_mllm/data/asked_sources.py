@@ -60,7 +60,7 @@ class _Files:
         path = below(self._root, value)
         if not path.is_file():
             raise Unusable("unreadable", f"there is no picture {value} in {self._root}")
-        return str(path)
+        return os.path.normpath(value)
 
 
 class JsonLines(_Files):
