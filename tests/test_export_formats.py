@@ -134,7 +134,6 @@ def test_a_tampered_adapter_is_found(tiny_run: Path, tmp_path: Path, said: Said)
 def test_where_no_adapters_were_trained_none_are_exported(
     tiny_run: Path, tmp_path: Path, said: Said
 ) -> None:
-    shutil.rmtree(tiny_run / "tune" / "model" / "adapter", ignore_errors=True)
     aligned = tiny_run / "align" / "model"
     text = refused(said, "export", aligned, tmp_path / "new", "--format", "adapter")
     assert "has no adapters, for none were trained in an align stage: give a tune stage" in text
