@@ -24,12 +24,14 @@ RECIPES = sorted((HOUSE.parent / "recipes").glob("*.yaml"))
 # A module imports only what stands above it, or beside it in the same entry.
 TABLE = (
     "errors",
+    "sampling",
     "folders",
     "files",
     "recipe_types",
     "recipe_connectors",
     "recipe_data",
     "recipe_train",
+    "recipe_tune",
     "recipe_stages",
     "recipe",
     "recipe_file",
@@ -41,6 +43,9 @@ TABLE = (
     "model.timm_layout",
     "model.layouts",
     "model.shards",
+    "model.decoding",
+    "model.speech",
+    "model.batched",
     "model.shapes",
     "model.hub",
     "model.weights",
@@ -57,7 +62,10 @@ TABLE = (
     "model.families",
     "model.foreign",
     "model.towers",
+    "model.frozen_tower",
     "model.stock",
+    "model.quantising",
+    "model.adapting",
     "model.llava",
     "model.mllm",
     "convert",
@@ -65,14 +73,17 @@ TABLE = (
     "data",
     "engine",
     "job",
+    "feature_pass",
     "encoder_stages",
     "llm_stages",
+    "tune_stage",
     "stages",
     "evaluation",
     "charts",
     "gallery",
     "page",
     "report",
+    "evaluation_page",
     "run",
     "problems",
     "stand_ins",
@@ -80,9 +91,14 @@ TABLE = (
     "plan_text",
     "seeing",
     "prompts",
+    "chatbot",
+    "session",
     "chat",
-    "export",
+    "answerers",
+    "evaluate",
+    "transcript",
     "towers",
+    "export",
     "doctor_samples",
     "doctor",
     "terminal",
@@ -116,7 +132,20 @@ ONLY = {
     "engine": {"errors", "recipe_train", "engine"},
     "folders": {"errors"},
     "prompts": {"errors", "data"},
-    "chat": {"errors", "data", "model", "folders", "prompts"},
+    "chatbot": {"prompts"},
+    "session": {"errors", "sampling", "model", "prompts", "chatbot"},
+    "chat": {
+        "errors",
+        "sampling",
+        "data",
+        "model",
+        "folders",
+        "prompts",
+        "chatbot",
+        "session",
+    },
+    "answerers": {"errors", "data", "model", "folders", "chat"},
+    "transcript": {"errors", "data", "prompts"},
     "towers": {"errors", "model", "towers"},
 }
 # What stands in the old environments of host toolkits, where towers live.
@@ -272,7 +301,10 @@ def test_verbs_and_flags_are_frozen() -> None:
             "--utilisation",
         ],
         "doctor": ["--help", "RECIPE", "key.sub=value"],
-        "chat": ["--help", "MODEL", "--image", "--prompt", "--max-new-tokens"],
+        "chat": [
+            "--help", "MODEL", "--image", "--prompt", "--system", "--max-tokens", "--temperature",
+            "--top-p", "--top-k", "--seed", "--stop",
+        ],
         "sample": ["--help", "MODEL", "OUT", "--seed", "--size"],
         "probe": [
             "--help", "ENCODER", "DATA", "--kind", "--out", "--pca", "--templates", "--image-size",
@@ -282,6 +314,10 @@ def test_verbs_and_flags_are_frozen() -> None:
             "--help", "MODEL", "--image", "--sheet", "--seed", "--prefix", "--statistics", "--out",
         ],
         "convert": ["--help", "SRC", "DST", "--layout", "--image-size", "--dtype"],
+        "evaluate": [
+            "--help", "MODEL", "DATA", "--metric", "--prompt", "--out", "--root", "--column",
+            "--split", "--limit", "--batch-size", "--max-new-tokens", "--no-controls",
+        ],
         "export": [
             "--help", "RUN", "DST", "--format", "--dtype", "--max-shard-size", "--layout",
         ],
@@ -296,6 +332,13 @@ def test_the_command_line_offers_the_probes_and_statistics_that_there_are() -> N
 
     assert (*probes.KINDS, "all", "zeroshot") == parser.PROBES
     assert tuple(dreams.STATISTICS) == parser.STATISTICS
+
+
+def test_the_command_line_offers_the_metrics_that_there_are() -> None:
+    from aimv2_mllm import parser
+    from aimv2_mllm.evaluation.metrics import METRICS
+
+    assert tuple(METRICS) == parser.METRICS
 
 
 def test_public_names_are_those_of_the_lazy_table() -> None:

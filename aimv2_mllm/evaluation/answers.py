@@ -3,11 +3,10 @@
 Owns what is asked and what counts as right. Prompts are the tokenizer's own chat template with the
 image mark repeated, as in training. Refuses to look at a training sheet.
 
-Letters in shapes: B prompts, S sheets, M image tokens, L prompt tokens, E the LLM's width.
+Letters in shapes: S sheets, M image tokens, E the LLM's width.
 """
 
 import re
-from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +19,15 @@ from tqdm import tqdm
 
 from aimv2_mllm.data import scenes
 from aimv2_mllm.data.batches import picture_batch
-from aimv2_mllm.data.conversations import IMAGE_TOKEN, turn
+from aimv2_mllm.data.conversations import turn
 from aimv2_mllm.data.templates import Asker
 from aimv2_mllm.model import mllm
+from aimv2_mllm.model.batched import Row, answer_rows
 from aimv2_mllm.model.preprocessing import Preprocessing
 
 BATCH_SIZE = 100
 ANSWER_TOKENS = 16  # the longest right answer, "bottom right", has at most 13 (single bytes)
 CAPTION_TOKENS = 160  # four digits in words are about 130 characters
-Z_95 = 1.959963984540054  # the normal quantile of a two-sided interval of 95 %
 
 
 class Asked(NamedTuple):
@@ -81,15 +80,6 @@ def held_out_sheet(seed: int, index: int) -> scenes.Scene:
     return scenes.scene(seed, "heldout", index)
 
 
-def other_sheet(sheet: int, num_sheets: int) -> int:
-    """The sheet whose picture the blind control sees: the next one, and the first after the last.
-
-    Never the same sheet, for which there must be two at least.
-    """
-    assert num_sheets >= 2, num_sheets
-    return (sheet + 1) % num_sheets
-
-
 def in_words(seed: int, asked: Asked) -> str:
     """The question with its sheet described before it, the digits in any order, as in training."""
     phrases = [scenes.phrase(digit) for digit in held_out_sheet(seed, asked.sheet).digits]
@@ -128,8 +118,9 @@ def answer(
     for first in tqdm(range(0, len(questions), batch_size), unit="batch", disable=None):
         here = slice(first, first + batch_size)
         prompts = _prompts(speaker, questions[here], pictures=seen is not None)
-        pictures = None if seen is None else seen[list(about[here])]
-        answers += _generate(speaker, prompts, pictures, max_new_tokens)
+        pictures = [()] * len(prompts) if seen is None else [(seen[row],) for row in about[here]]
+        rows = [Row(*one, max_new_tokens) for one in zip(prompts, pictures, strict=True)]
+        answers += answer_rows(speaker.model, speaker.tokenizer, rows)
     return answers
 
 
@@ -138,36 +129,6 @@ def _prompts(speaker: Speaker, questions: Sequence[str], *, pictures: bool) -> l
     asker = Asker(speaker.tokenizer)
     talks = [turn(question, "", image=pictures)[:1] for question in questions]
     return [asker(talk, speaker.num_image_tokens) for talk in talks]
-
-
-def _generate(
-    speaker: Speaker, prompts: list[np.ndarray], pictures: Tensor | None, max_new_tokens: int
-) -> list[str]:
-    model, tokenizer = speaker.model, speaker.tokenizer
-    length = max(map(len, prompts))
-    ids = np.full((len(prompts), length), tokenizer.pad_token_id)
-    mask = np.zeros((len(prompts), length), dtype=np.int64)
-    for row, prompt in enumerate(prompts):  # padded on the left: all answers begin at one column
-        ids[row, length - len(prompt) :] = prompt
-        mask[row, length - len(prompt) :] = 1
-    tokens, attended = (torch.from_numpy(part).to(model.device) for part in (ids, mask))
-    embedded = model.get_input_embeddings()(tokens)  # (B, L, E)
-    if pictures is not None:
-        image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-        marks = (tokens == image_id) & attended.bool()  # (B, L), M of each row
-        embedded[marks] = pictures.flatten(0, 1).to(embedded.dtype)
-    written = model.generate(
-        inputs_embeds=embedded,
-        attention_mask=attended,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return [text.strip() for text in tokenizer.batch_decode(written, skip_special_tokens=True)]
 
 
 def is_right(answer: str, truth: str) -> bool:
@@ -186,22 +147,6 @@ def by_kind(asked: Sequence[Asked], answers: Sequence[str]) -> dict[str, float]:
     for question, text in zip(asked, answers, strict=True):
         groups[question.kind].append(is_right(text, question.truth))
     return {kind: sum(marks) / len(marks) for kind, marks in groups.items() if marks}
-
-
-def majority_answers(asked: Sequence[Asked]) -> list[str]:
-    """To each question the most frequent right answer of its kind: a control without any model."""
-    truths: dict[str, Counter[str]] = defaultdict(Counter)
-    for question in asked:
-        truths[question.kind][question.truth] += 1
-    return [truths[question.kind].most_common(1)[0][0] for question in asked]
-
-
-def wilson_interval(right: int, count: int) -> tuple[float, float]:
-    """The 95 % confidence interval of a share of `right` in `count` (Wilson, 1927)."""
-    share, z2 = right / count, Z_95**2
-    middle = (share + z2 / (2 * count)) / (1 + z2 / count)
-    spread = Z_95 / (1 + z2 / count) * (share * (1 - share) / count + z2 / (4 * count**2)) ** 0.5
-    return max(0.0, middle - spread), min(1.0, middle + spread)
 
 
 def is_exact_caption(text: str, sheet: scenes.Scene) -> bool:
