@@ -94,6 +94,7 @@ TABLE = (
     "session",
     "chat",
     "transcript",
+    "looking",
     "towers",
     "export",
     "doctor_samples",
@@ -142,6 +143,7 @@ ONLY = {
         "session",
     },
     "transcript": {"errors", "data", "prompts"},
+    "looking": {"errors", "model", "prompts", "chatbot", "session"},
     "towers": {"errors", "model", "towers"},
 }
 # What stands in the old environments of host toolkits, where towers live.
