@@ -97,6 +97,7 @@ TABLE = (
     "answerers",
     "evaluate",
     "transcript",
+    "looking",
     "towers",
     "export",
     "doctor_samples",
@@ -146,6 +147,7 @@ ONLY = {
     },
     "answerers": {"errors", "data", "model", "folders", "chat"},
     "transcript": {"errors", "data", "prompts"},
+    "looking": {"errors", "model", "prompts", "chatbot", "session"},
     "towers": {"errors", "model", "towers"},
 }
 # What stands in the old environments of host toolkits, where towers live.
