@@ -105,3 +105,10 @@ def test_the_other_benchmarks_run() -> None:
     tower = run("llava_tower.py", "--rounds", "1")
     ours, clip = (float(x) for x in re.findall(r"(\S+) GFLOP", tower))
     assert abs(ours / clip - 1) < 0.01
+
+
+def test_the_chat_benchmark_gets_the_same_tokens_both_ways() -> None:
+    sizes = ["--tower", "nano", "--llm", "tiny", "--image-size", "56"]
+    printed = run("chat.py", *sizes, "--tokens", "4", "--rounds", "2")
+    assert printed.count("ratio ") == 4
+    assert printed.endswith("answers with the same tokens: 4 of 4\n")

@@ -83,6 +83,7 @@ TABLE = (
     "gallery",
     "page",
     "report",
+    "evaluation_page",
     "run",
     "problems",
     "stand_ins",
@@ -93,6 +94,8 @@ TABLE = (
     "chatbot",
     "session",
     "chat",
+    "answerers",
+    "evaluate",
     "transcript",
     "towers",
     "export",
@@ -141,6 +144,7 @@ ONLY = {
         "chatbot",
         "session",
     },
+    "answerers": {"errors", "data", "model", "folders", "chat"},
     "transcript": {"errors", "data", "prompts"},
     "towers": {"errors", "model", "towers"},
 }
@@ -305,6 +309,10 @@ def test_verbs_and_flags_are_frozen() -> None:
             "--help", "MODEL", "--image", "--sheet", "--seed", "--prefix", "--statistics", "--out",
         ],
         "convert": ["--help", "SRC", "DST", "--layout", "--image-size", "--dtype"],
+        "evaluate": [
+            "--help", "MODEL", "DATA", "--metric", "--prompt", "--out", "--root", "--column",
+            "--split", "--limit", "--batch-size", "--max-new-tokens", "--no-controls",
+        ],
         "export": [
             "--help", "RUN", "DST", "--format", "--dtype", "--max-shard-size", "--layout",
         ],
@@ -319,6 +327,13 @@ def test_the_command_line_offers_the_probes_and_statistics_that_there_are() -> N
 
     assert (*probes.KINDS, "all", "zeroshot") == parser.PROBES
     assert tuple(dreams.STATISTICS) == parser.STATISTICS
+
+
+def test_the_command_line_offers_the_metrics_that_there_are() -> None:
+    from aimv2_mllm import parser
+    from aimv2_mllm.evaluation.metrics import METRICS
+
+    assert tuple(METRICS) == parser.METRICS
 
 
 def test_public_names_are_those_of_the_lazy_table() -> None:
