@@ -1,7 +1,6 @@
 """Un-freezing an AIMv2 in bfloat16: with weights of float32 behind it every weight learns and all
 stays finite; weights that are bfloat16 themselves swallow most of what they are told."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,11 +54,10 @@ def moved(model: nn.Module, dtype: torch.dtype) -> float:
 
 
 @pytest.fixture
-def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     """A processor that is told that it multiplies bfloat16."""
     for module in ("precision", "loop", "strategies"):
         monkeypatch.setattr(f"aimv2_mllm.engine.{module}.has_bf16", lambda device: True)
-    yield
 
 
 def test_every_weight_of_the_tower_learns_in_bf16_and_stays_finite(
