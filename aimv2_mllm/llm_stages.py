@@ -17,6 +17,7 @@ from aimv2_mllm.engine.optimizer import Parts
 from aimv2_mllm.errors import UsageError, nearest
 from aimv2_mllm.job import DataFacts, Job, Place, named_parts
 from aimv2_mllm.model import mllm
+from aimv2_mllm.model.answering import Answering
 from aimv2_mllm.model.connectors import build_connector
 from aimv2_mllm.model.encoder import SIZES
 from aimv2_mllm.model.towers import load_tower
@@ -41,8 +42,9 @@ def build_align(stage: AlignStage, place: Place) -> Job:
     model.requires_grad_(False)
     model.model.multi_modal_projector.requires_grad_(True)
     processor = mllm.build_processor(model, tokenizer, tower.preprocessing)
-    parts = named_parts(model, {"connector": ("model.multi_modal_projector.",)})
-    return _conversation_job(model, parts, stage, place, processor, lambda: model)
+    answering = Answering(model)
+    parts = named_parts(answering, {"connector": ("llava.model.multi_modal_projector.",)})
+    return _conversation_job(answering, parts, stage, place, processor, lambda: model)
 
 
 def load_talker(llm: str, data: ConversationData) -> Any:
@@ -77,11 +79,13 @@ def build_tune(stage: TuneStage, place: Place) -> Job:
     )
     model = get_peft_model(base, config)
     base.model.multi_modal_projector.requires_grad_(True)
+    answering = Answering(model)
+    named = list(answering.named_parameters())
     parts = {
-        "lora": [(n, p) for n, p in model.named_parameters() if "lora_" in n],
-        "connector": [(n, p) for n, p in model.named_parameters() if "multi_modal_projector" in n],
+        "lora": [(n, p) for n, p in named if "lora_" in n],
+        "connector": [(n, p) for n, p in named if "multi_modal_projector" in n],
     }
-    return _conversation_job(model, parts, stage, place, processor, model.merge_and_unload)
+    return _conversation_job(answering, parts, stage, place, processor, model.merge_and_unload)
 
 
 def _conversation_job(
@@ -143,8 +147,9 @@ def build_language(stage: LanguageStage, place: Place) -> Job:
         preprocessing=None,
         share=place.share,
     )
-    parts = {"llm": list(model.named_parameters())}
-    return Job(model, parts, AnswerObjective(), batches, save, _facts(stage, batches))
+    answering = Answering(model)
+    parts = {"llm": list(answering.named_parameters())}
+    return Job(answering, parts, AnswerObjective(), batches, save, _facts(stage, batches))
 
 
 def _facts(stage: AlignStage | TuneStage | LanguageStage, batches: TalkBatches) -> DataFacts:

@@ -60,6 +60,8 @@ TABLE = (
     "model.stock",
     "model.llava",
     "model.mllm",
+    "model.rows",
+    "model.answering",
     "convert",
     "objective",
     "data",
