@@ -5,35 +5,21 @@ transformers only when a model is loaded.
 """
 
 import json
-import sys
 import threading
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aimv2_mllm.chatbot import Chatbot, look, prompt_of
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.folders import CONFIG_FILE, GIVE, stage_record, talking_folder
-from aimv2_mllm.prompts import Message, fitting_inputs
+from aimv2_mllm.prompts import Message
+from aimv2_mllm.sampling import GREEDY, Sampling
+from aimv2_mllm.session import ChatSession, Reply
 
 if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
-
-
-@dataclass(frozen=True)
-class Chatbot:
-    """A Llava with its processor, as `load_model` returns them."""
-
-    model: Any
-    processor: Any
-    data: Mapping[str, Any] | None = None  # as the stage's record has it; None: not ours
-
-    @property
-    def limit(self) -> int:
-        """The most tokens, pictures and answer included, that the model can hold."""
-        return int(getattr(self.model.config.text_config, "max_position_embeddings", sys.maxsize))
 
 
 def load_model(folder: str | Path) -> Chatbot:
@@ -106,21 +92,18 @@ def answer(
     images: Sequence["Image.Image"],
     *,
     max_new_tokens: int = 64,
+    sampling: Sampling = GREEDY,
     stop: threading.Event | None = None,
 ) -> str:
-    """What `bot` says next, greedily, without blanks around it.
+    """What `bot` says next, without blanks around it.
 
-    `messages` are questions and answers in turn, a question last; `images` are RGB pictures, one
-    per image part. Setting `stop` ends the answer where it is. Where the model cannot hold the
-    whole conversation, the oldest turns without a picture are left out, and stderr says so; raises
-    UsageError when the last question alone does not fit.
+    `messages` are questions and answers in turn, a question last, a system prompt first if any;
+    `images` are RGB pictures, one per image part. Setting `stop` ends the answer where it is. Where
+    the model cannot hold the whole conversation, the oldest turns without a picture are left out,
+    and stderr says so; raises UsageError when the last question alone does not fit.
     """
-    inputs, room = _prepare(bot, messages, images, max_new_tokens)
-    tokens = _generate(bot, inputs, room, [stop] if stop else [])[0]  # (L + answer,)
-    said = bot.processor.tokenizer.decode(
-        tokens[inputs["input_ids"].shape[1] :], skip_special_tokens=True
-    )
-    return str(said).strip()
+    words: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling, "stop": stop}
+    return "".join(stream(bot, messages, images, **words))
 
 
 def stream(
@@ -129,95 +112,51 @@ def stream(
     images: Sequence["Image.Image"],
     *,
     max_new_tokens: int = 64,
+    sampling: Sampling = GREEDY,
     stop: threading.Event | None = None,
-) -> Generator[str, None, None]:
-    """The same answer in pieces, as they are made; closing the generator stops the model.
+) -> Reply:
+    """The same answer in pieces, as they are made; closing it stops the model, `counts` says what
+    it took.
 
-    Arguments and errors are `answer`'s; an error while the model talks comes out of the generator.
+    Arguments and errors are `answer`'s; an error while the model talks comes out of the pieces.
+    Who asks again in the same conversation keeps a `ChatSession`, which has the same `stream`.
     """
-    inputs, room = _prepare(bot, messages, images, max_new_tokens)
-    return _stripped(_pieces(bot, inputs, room, [stop] if stop else []))
+    words: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling, "stop": stop}
+    return ChatSession(bot).stream(messages, images, **words)
 
 
-def _pieces(
-    bot: Chatbot, inputs: dict[str, "Tensor"], room: int, stops: list[threading.Event]
-) -> Generator[str, None, None]:
-    from transformers import TextIteratorStreamer
-
-    streamer = TextIteratorStreamer(
-        bot.processor.tokenizer, skip_prompt=True, skip_special_tokens=True
-    )
-    closed, failures = threading.Event(), list[Exception]()
-
-    def talk() -> None:
-        try:
-            _generate(bot, inputs, room, [closed, *stops], streamer)
-        except Exception as error:  # raised again below, where the caller sees it
-            failures.append(error)
-        finally:
-            streamer.text_queue.put(streamer.stop_signal)
-
-    thread = threading.Thread(target=talk, daemon=True)
-    thread.start()
-    try:
-        yield from streamer
-    finally:
-        closed.set()
-        thread.join()
-    if failures:
-        raise failures[0]
-
-
-def _stripped(pieces: Generator[str, None, None]) -> Generator[str, None, None]:
-    """The pieces without the blanks at the very start and the very end of the whole."""
-    held, begun = "", False
-    with closing(pieces):
-        for piece in pieces:
-            text = held + piece if begun else piece.lstrip()
-            body = text.rstrip()
-            held = text[len(body) :]  # it belongs to the answer only if more follows
-            if body:
-                begun = True
-                yield body
-
-
-def _generate(
+def answer_all(
     bot: Chatbot,
-    inputs: dict[str, "Tensor"],
-    room: int,
-    stops: list[threading.Event],
-    streamer: Any = None,
-) -> "Tensor":
-    import torch
-    from transformers import StoppingCriteriaList
+    conversations: Sequence[tuple[Sequence[Message], Sequence["Image.Image"]]],
+    *,
+    max_new_tokens: int = 64,
+    sampling: Sampling = GREEDY,
+    batch_size: int = 8,
+    progress: Callable[[int, int], object] = lambda done, total: None,
+) -> list[str]:
+    """What `bot` says next in each of `conversations`, messages with their images, in their order.
 
-    def asked_to_stop(ids: "Tensor", scores: Any, **_: Any) -> "Tensor":
-        halt = any(stop.is_set() for stop in stops)
-        return torch.full((len(ids),), halt, device=ids.device)
+    They are those of `answer`, of up to `batch_size` conversations computed together. `progress` is
+    called with how many of how many are done. Errors are `answer`'s, with the conversation's
+    number, from 0, before them.
+    """
+    from aimv2_mllm.model.batched import Row, answer_rows
 
-    tokens: Tensor = bot.model.generate(
-        **inputs,
-        do_sample=False,
-        use_cache=True,
-        max_new_tokens=room,
-        stopping_criteria=StoppingCriteriaList([asked_to_stop]),
-        streamer=streamer,
-    )
-    return tokens
-
-
-def _prepare(
-    bot: Chatbot,
-    messages: Sequence[Message],
-    images: Sequence["Image.Image"],
-    max_new_tokens: int,
-) -> tuple[dict[str, "Tensor"], int]:
-    inputs, room = fitting_inputs(
-        bot.processor,
-        messages,
-        images,
-        limit=bot.limit,
-        max_new_tokens=max_new_tokens,
-        data=bot.data,
-    )
-    return dict(inputs.to(bot.model.device, dtype=bot.model.dtype)), room
+    if batch_size < 1:
+        raise UsageError(f"batch_size is {batch_size}, must be 1 or more")
+    if max_new_tokens < 1:
+        raise UsageError(f"max_new_tokens is {max_new_tokens}, must be 1 or more")
+    answers: list[str] = []
+    seen: dict[str, Tensor] = {}
+    for first in range(0, len(conversations), batch_size):
+        asked = []
+        for number, (messages, images) in enumerate(conversations[first : first + batch_size]):
+            try:
+                asked.append(prompt_of(bot, messages, images, max_new_tokens, seen))
+            except UsageError as error:
+                raise UsageError(f"conversation {first + number}: {error}") from None
+        seen = look(bot, [picture for one in asked for picture in one.pictures], seen)
+        rows = [Row(one.ids, [seen[p.key] for p in one.pictures], one.room) for one in asked]
+        answers += answer_rows(bot.model, bot.processor.tokenizer, rows, sampling=sampling)
+        progress(len(answers), len(conversations))
+    return answers

@@ -2,9 +2,11 @@
 
 import argparse
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NoReturn
 
 from aimv2_mllm.errors import UsageError
+from aimv2_mllm.sampling import RANGES
 
 PROGRAM = "aimv2-mllm"
 SMALLEST_SHEET, LARGEST_SHEET = 28, 4096  # pixels, the sides of images that a recipe allows
@@ -15,6 +17,7 @@ ACCELERATORS = (
 )  # fmt: skip
 PROBES = ("knn", "linear", "attentive", "all", "zeroshot")
 STATISTICS = ("true", "previous", "prefix")
+FORMATS = ("llava", "adapter", "original-llava", "encoder")
 LAYOUTS, DTYPES = ("original", "transformers", "timm"), ("fp32", "bf16")
 
 
@@ -63,18 +66,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_recipe(words)
 
-    words = verbs.add_parser("chat", help="ask a trained model about a picture")
-    words.add_argument("model", metavar="MODEL", help="a run folder, or a folder with a Llava")
-    words.add_argument("--image", metavar="FILE", help="the picture to talk about")
-    words.add_argument("--prompt", metavar="TEXT", help="ask only this, print the answer and exit")
-    words.add_argument(
-        "--max-new-tokens",
-        metavar="N",
-        type=_whole(1, MOST_NEW_TOKENS),
-        default=64,
-        help="longest answer, tokens (64)",
-    )
-
     words = verbs.add_parser("sample", help="write a picture that a model has never seen")
     words.add_argument("model", metavar="MODEL", help="a run folder, or a folder with a model")
     words.add_argument("out", metavar="OUT", help="the file to write, such as sheet.png")
@@ -88,9 +79,11 @@ def build_parser() -> argparse.ArgumentParser:
         default=336,
         help="its side (336)",
     )
+    _add_chat(verbs)
     _add_probe(verbs)
     _add_dream(verbs)
     _add_convert(verbs)
+    _add_export(verbs)
     for parsed in (parser, *verbs.choices.values()):
         parsed.allow_abbrev = False
     return parser
@@ -103,6 +96,36 @@ def _add_recipe(words: argparse.ArgumentParser) -> None:
         metavar="key.sub=value",
         nargs="*",
         help="replaces a value, as in stages.tune.train.steps=100 or output=FOLDER",
+    )
+
+
+def _add_chat(verbs: Any) -> None:
+    words = verbs.add_parser("chat", help="ask a trained model about a picture")
+    words.add_argument("model", metavar="MODEL", help="a run folder, or a folder with a Llava")
+    words.add_argument(
+        "--image", metavar="FILE", action="append", help="the picture to talk about; once for each"
+    )
+    words.add_argument("--prompt", metavar="TEXT", help="ask only this, print the answer and exit")
+    words.add_argument("--system", metavar="TEXT", help="what the model is told before all else")
+    counts = _whole(1, MOST_NEW_TOKENS)
+    words.add_argument(
+        "--max-tokens", metavar="N", type=counts, default=64, help="longest answer, tokens (64)"
+    )
+    settings = (
+        ("--temperature", "T", float, 0.0, "how freely answers vary; 0: the likeliest (0)"),
+        ("--top-p", "P", float, 1.0, "draw from the likeliest that make up this share (1, all)"),
+        ("--top-k", "N", int, 0, "draw from so many likeliest tokens (0, all)"),
+        ("--seed", "N", int, None, "makes drawn answers repeatable (another each time)"),
+    )
+    for name, metavar, kind, default, text in settings:
+        parse = _setting(name, kind)
+        words.add_argument(name, metavar=metavar, type=parse, default=default, help=text)
+    words.add_argument(
+        "--stop",
+        metavar="TEXT",
+        action="append",
+        default=[],
+        help="an answer ends before this; once for each text",
     )
 
 
@@ -120,6 +143,29 @@ def _add_convert(verbs: Any) -> None:
         help="resize learned positions to images of this side (the source's)",
     )
     words.add_argument("--dtype", choices=DTYPES, help="precision: fp32, bf16 (the source's)")
+
+
+def _add_export(verbs: Any) -> None:
+    words = verbs.add_parser("export", help="write a result as a folder that other tools load")
+    words.add_argument("run", metavar="RUN", help="a run folder, or a stage's model folder")
+    words.add_argument("destination", metavar="DST", help="the folder to write, which is new")
+    words.add_argument(
+        "--format", choices=FORMATS, default="llava", help=f"{', '.join(FORMATS)} (llava)"
+    )
+    words.add_argument("--dtype", choices=DTYPES, help="precision: fp32, bf16 (the source's)")
+    words.add_argument(
+        "--max-shard-size", metavar="SIZE", help="of a file of weights, such as 2GB or 500MB (5GB)"
+    )
+    words.add_argument(
+        "--layout", choices=LAYOUTS, help=f"of an encoder: {', '.join(LAYOUTS)} (original)"
+    )
+    words = verbs.add_parser(
+        "verify-export", help="load an export without this package and compare what it says"
+    )
+    words.add_argument("folder", metavar="DST", help="what export wrote")
+    words.add_argument(
+        "run", metavar="RUN", nargs="?", help="what it was made of: compare with its model too"
+    )
 
 
 def _add_probe(verbs: Any) -> None:
@@ -176,6 +222,24 @@ def _add_dream(verbs: Any) -> None:
     words.add_argument(
         "--out", metavar="FILE", default="dream.png", help="the picture to write (dream.png)"
     )
+
+
+def _setting(flag: str, kind: type[int] | type[float]) -> Callable[[str], Any]:
+    """What reads the flag of one of the `RANGES` of sampling."""
+    name = flag.removeprefix("--").replace("-", "_")
+    low, high, allowed = RANGES[name]
+
+    def parse(text: str) -> Any:
+        value: float | None = None
+        if text.isascii() and "_" not in text:  # which Python's own numbers may have
+            with suppress(ValueError):
+                value = kind(text)
+        is_off = value == 0 and allowed.startswith("0 (")
+        if value is None or not (is_off or low <= value <= high):
+            raise argparse.ArgumentTypeError(f"is {text}, must be {allowed}")
+        return value
+
+    return parse
 
 
 def _whole(low: int, high: int) -> Callable[[str], int]:

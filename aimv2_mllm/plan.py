@@ -95,7 +95,7 @@ def plan(recipe: Recipe, device: Accelerator, num_devices: int) -> Plan:
     wrong = {problem.key for problem in problems}
     stages = []
     with TemporaryDirectory() as folder:
-        sketch = Place(recipe, Path(folder))
+        sketch = Place(recipe, Path(folder), has_bf16=device.has_bf16)
         for name, stage in recipe.stages.items():
             planned, unbuilt = _planned(name, stage, sketch, wrong, device, num_devices)
             stages.append(planned)

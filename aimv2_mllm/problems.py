@@ -64,7 +64,7 @@ def _data(here: str, stage: Stage) -> Iterator[Problem]:
 
 def _models(here: str, stage: Stage, place: Place) -> Iterator[Problem]:
     """The models from outside that are not there, each at its key."""
-    for key in ("tokenizer", "llm", "tower", "start.encoder", "start.decoder"):
+    for key in ("tokenizer", "llm", "tower", "start", "start.encoder", "start.decoder"):
         value: Any = stage
         for part in key.split("."):
             value = getattr(value, part, None)
@@ -74,6 +74,8 @@ def _models(here: str, stage: Stage, place: Place) -> Iterator[Problem]:
             yield from _tried(
                 f"{here}.{key}", partial(mllm.load_tokenizer, value, talks=key == "llm")
             )
+        elif key == "start":
+            yield from _tried(f"{here}.{key}", partial(mllm.llava_config, value))
         else:
             yield from _tried(f"{here}.{key}", partial(_weights, value))
 

@@ -1,12 +1,15 @@
-"""A conversation as the inputs of a Llava, as in its training: as much as the model can hold.
+"""A conversation as the prompt of a Llava, as in its training: as much as the model can hold.
 
 Owns which turns are left out of one that is too long. Refuses a question that does not fit alone,
-and text that the model would read as its own marks.
+text that the model would read as its own marks, and a system prompt or a picture for which its
+template has no place.
 """
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+import jinja2
 
 from aimv2_mllm.data.decode import cropped, padded, rim_of
 from aimv2_mllm.data.images import square
@@ -16,77 +19,143 @@ from aimv2_mllm.errors import UsageError
 if TYPE_CHECKING:
     from PIL import Image
 
-# role: "user" | "assistant"; content: list of {"type": "text", "text": …} | {"type": "image"}
+# role: "system" | "user" | "assistant"
+# content: list of {"type": "text", "text": …} | {"type": "image"}
 Message = dict[str, Any]
 Turn = list[Message]  # a question and what follows it
 
 
-def fitting_inputs(
-    processor: Any,
-    messages: Sequence[Message],
-    images: Sequence["Image.Image"],
-    *,
-    limit: int,
-    max_new_tokens: int,
-    data: Mapping[str, Any] | None = None,
-) -> tuple[Any, int]:
-    """What the model gets of the conversation, ids (1, L) and pixels, and the answer's room.
+def said(role: str, text: str, *, pictures: int = 0) -> Message:
+    """What `role` says, behind so many pictures."""
+    return {
+        "role": role,
+        "content": [*[{"type": "image"}] * pictures, {"type": "text", "text": text}],
+    }
 
-    `data` is what the record of the model's last stage says it was trained on, by which pictures
-    and tokens are those of its training; None: it is not ours, and both are as its `processor` has
-    them. Of at most `limit` tokens a quarter, or `max_new_tokens`, is kept for the answer. What
-    does not fit beside it is left out, oldest turns first, and stderr says so. Raises UsageError
-    when the last question alone does not fit, and for messages that are not a conversation.
+
+class Prompter:
+    """What makes prompts for the model of one `processor`.
+
+    `is_ours`: the model was trained here, and gets the tokens of its training; processors of others
+    add the token that starts a text.
     """
-    _check(processor, messages, images)
-    pixels = _pixels(processor, images, data)
-    tokens = _tokens(processor, pixels, len(images), is_ours=data is not None)
-    kept = turns = _turns(messages)
-    wanted, ids = min(max_new_tokens, limit // 4), list[int]()
-    for kept in _shortened(turns):
-        ids = tokens(kept)
-        if len(ids) + wanted <= limit:
-            break
-    if len(ids) >= limit:
-        raise UsageError(
-            f"the question has {len(ids)} tokens with its picture, and this model can hold "
-            f"{limit} with the answer: ask in fewer words"
-        )
-    if kept is not turns:
-        print(
-            f"aimv2-mllm: the conversation is longer than the model's {limit} tokens: the oldest "
-            f"{len(turns) - len(kept)} of its {len(turns)} turns are left out",
-            file=sys.stderr,
-        )
-    pixels.update({"input_ids": [ids], "attention_mask": [[1] * len(ids)]})
-    return pixels.convert_to_tensors("pt"), min(max_new_tokens, limit - len(ids))
+
+    def __init__(self, processor: Any, *, is_ours: bool) -> None:
+        tokenizer = processor.tokenizer
+        self._asker, self._marks = Asker(tokenizer), tokenizer.all_special_tokens
+        self._start = [] if is_ours else tokenizer("").input_ids[:1]
+        self._has_system: bool | None = None
+
+    def __call__(
+        self,
+        messages: Sequence[Message],
+        counts: Sequence[int],
+        *,
+        limit: int,
+        max_new_tokens: int,
+    ) -> tuple[list[int], int]:
+        """The tokens up to where the answer begins, and how many the answer may have.
+
+        `counts` are the tokens of each picture. Of at most `limit` tokens a quarter, or
+        `max_new_tokens`, is kept for the answer. What does not fit beside it is left out, oldest
+        turns first, and stderr says so. Raises UsageError when the last question alone does not
+        fit, and for messages that are not a conversation.
+        """
+        self._check(messages, len(counts))
+        system = [message for message in messages[:1] if message["role"] == "system"]
+        kept = turns = _turns(messages[len(system) :])
+        wanted, ids = min(max_new_tokens, limit // 4), list[int]()
+        for kept in _shortened(turns):
+            ids = self._tokens([*system, *(message for turn in kept for message in turn)], counts)
+            if len(ids) + wanted <= limit:
+                break
+        if len(ids) >= limit:
+            raise UsageError(
+                f"the question has {len(ids)} tokens with its picture, and this model can hold "
+                f"{limit} with the answer: ask in fewer words"
+            )
+        if kept is not turns:
+            print(
+                f"aimv2-mllm: the conversation is longer than the model's {limit} tokens: the "
+                f"oldest {len(turns) - len(kept)} of its {len(turns)} turns are left out",
+                file=sys.stderr,
+            )
+        return ids, min(max_new_tokens, limit - len(ids))
+
+    def _tokens(self, messages: Sequence[Message], counts: Sequence[int]) -> list[int]:
+        ids: list[int] = self._asker(messages, counts).tolist()
+        return ids if ids[: len(self._start)] == self._start else [*self._start, *ids]
+
+    def _check(self, messages: Sequence[Message], num_pictures: int) -> None:
+        parts = [part for message in messages for part in message["content"]]
+        marks = sum(part["type"] == "image" for part in parts)
+        if marks != num_pictures:
+            raise UsageError(
+                f"the messages speak of {marks} pictures, and {num_pictures} are given"
+            )
+        roles = [message["role"] for message in messages]
+        if not roles or roles[-1] != "user":
+            raise UsageError("the last message must be a question of the user")
+        if "system" in roles[1:]:
+            raise UsageError("a system prompt must be the first message")
+        for part in parts:
+            text = part.get("text", "")
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                raise UsageError("the question is not valid UTF-8 text") from None
+            for token in self._marks:
+                # Read as a mark and not as text, it would end the turn or ask for a picture.
+                if token in text:
+                    raise UsageError(
+                        f"the text {token!r} is a mark of this model: write it otherwise"
+                    )
+        if roles[0] == "system":
+            self.demand_system()
+
+    def demand_system(self) -> None:
+        """UsageError where the template has no place for a system prompt."""
+        if self._has_system is None:
+            self._has_system = self._writes_system()
+        if not self._has_system:
+            raise UsageError(
+                "the chat template of this model has no place for a system prompt: leave it out, "
+                "or say it in the first question"
+            )
+
+    def _writes_system(self) -> bool:
+        """Whether a system prompt is written, once, and otherwise than what others say."""
+        words, asked = "s0z.", "q0z?"
+        texts = {
+            role: self._written(role, words, asked) for role in ("system", "user", "assistant")
+        }
+        text = texts.pop("system")
+        is_whole = text.count(words) == 1 == text.count(asked) and "'text'" not in text
+        return is_whole and text not in texts.values()
+
+    def _written(self, role: str, words: str, asked: str) -> str:
+        """What the template makes of `words`, and a question behind them; empty if it refuses."""
+        try:
+            return self._asker.text([said(role, words), said("user", asked)])
+        except (jinja2.TemplateError, TypeError, ValueError):
+            return ""
 
 
-def _tokens(
-    processor: Any, pixels: Any, num_pictures: int, *, is_ours: bool
-) -> Callable[[list[Turn]], list[int]]:
-    """What makes of turns, that hold all pictures, the tokens up to where the answer begins."""
-    counts = [
-        processor.replace_image_token(pixels, image_idx=index).count(processor.image_token)
-        for index in range(num_pictures)
-    ]
-    asker = Asker(processor.tokenizer)
-    # Training adds no token to what the template writes; processors add the one that starts a text.
-    start = [] if is_ours else processor.tokenizer("").input_ids[:1]
-
-    def tokens(turns: list[Turn]) -> list[int]:
-        ids = asker([message for turn in turns for message in turn], counts).tolist()
-        return ids if ids[: len(start)] == start else [*start, *ids]
-
-    return tokens
+def num_tokens(processor: Any, pixels: Any) -> int:
+    """How many tokens the one picture in `pixels` becomes."""
+    marks: str = processor.replace_image_token(pixels, image_idx=0)
+    return marks.count(processor.image_token)
 
 
-def _pixels(processor: Any, images: Sequence["Image.Image"], data: Mapping[str, Any] | None) -> Any:
-    from transformers import BatchFeature
+def pixels_of(
+    processor: Any, images: Sequence["Image.Image"], data: Mapping[str, Any] | None
+) -> Any:
+    """Pictures as the tower gets them.
 
+    `data` is what the record of the model's last stage says it was trained on, by which they are
+    those of its training; None: it is not ours, and they are as its `processor` has them.
+    """
     prepare = processor.image_processor
-    if not images:
-        return BatchFeature({})
     # Who takes pictures in their own shape trains on them so.
     if data is None or "image_sizes" in prepare.model_input_names:
         return prepare(list(images), return_tensors="pt")
@@ -99,25 +168,6 @@ def _pixels(processor: Any, images: Sequence["Image.Image"], data: Mapping[str, 
     else:
         squares = [padded(image, size, rim_of(prepare.image_mean)) for image in images]
     return prepare(squares, do_resize=False, do_center_crop=False, return_tensors="pt")
-
-
-def _check(processor: Any, messages: Sequence[Message], images: Sequence["Image.Image"]) -> None:
-    parts = [part for message in messages for part in message["content"]]
-    marks = sum(part["type"] == "image" for part in parts)
-    if marks != len(images):
-        raise UsageError(f"the messages speak of {marks} pictures, and {len(images)} are given")
-    if not messages or messages[-1]["role"] != "user":
-        raise UsageError("the last message must be a question of the user")
-    for part in parts:
-        text = part.get("text", "")
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise UsageError("the question is not valid UTF-8 text") from None
-        for token in processor.tokenizer.all_special_tokens:
-            # Read as a mark and not as text, it would end the turn or ask for another picture.
-            if token in text:
-                raise UsageError(f"the text {token!r} is a mark of this model: write it otherwise")
 
 
 def _turns(messages: Sequence[Message]) -> list[Turn]:

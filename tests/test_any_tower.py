@@ -79,15 +79,13 @@ def test_a_run_is_aligned_tuned_judged_and_asked(
 
 
 def test_a_native_tower_sees_a_chats_picture_in_its_own_shape(tmp_path: Path) -> None:
-    from aimv2_mllm.prompts import fitting_inputs
+    from aimv2_mllm.prompts import pixels_of
 
     done = run(recipe(tmp_path, native(tmp_path / "tower"), "mlp"), lambda _: None)
     bot = load_model(done)
     for shape, size in (((120, 30), [28, 112]), ((28, 28), [56, 56])):
-        inputs, _ = fitting_inputs(
-            bot.processor, ASKED, [picture(*shape)], limit=400, max_new_tokens=4
-        )
-        assert inputs["image_sizes"].tolist() == [size]
+        pixels = pixels_of(bot.processor, [picture(*shape)], bot.data)
+        assert pixels["image_sizes"].tolist() == [size]
 
 
 @pytest.mark.parametrize(

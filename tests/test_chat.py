@@ -1,6 +1,5 @@
 """Folders that talk, and what they say: strictly loaded, greedy, stoppable, within their limit."""
 
-import io
 import json
 import shutil
 import threading
@@ -13,10 +12,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from aimv2_mllm import chat, prompts
+from aimv2_mllm import chat, prompts, session
 from aimv2_mllm.__main__ import main
-from aimv2_mllm.chat import Chatbot, answer, load_model, stream
+from aimv2_mllm.chat import answer, load_model, stream
+from aimv2_mllm.chatbot import Chatbot, prompt_of
 from aimv2_mllm.data.conversations import turn
+from aimv2_mllm.data.images import square
 from aimv2_mllm.data.tokenizer import train_tokenizer
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.folders import stages_of, talking_folder
@@ -101,7 +102,7 @@ def run_folder(folder: Path, llava: Path, **stages: str) -> Path:
 def test_an_answer_is_what_the_model_generates(bot: Chatbot) -> None:
     prompt = "<s><|user|><image> what is it<|end|><|assistant|>"
     inputs = bot.processor(
-        images=prompts.square(PICTURE), text=prompt, add_special_tokens=False, return_tensors="pt"
+        images=square(PICTURE), text=prompt, add_special_tokens=False, return_tensors="pt"
     ).to(bot.model.device)
     with torch.no_grad():
         tokens = bot.model.generate(**inputs, max_new_tokens=12, do_sample=False)
@@ -124,21 +125,21 @@ def test_a_stream_joined_is_the_answer(bot: Chatbot) -> None:
 
 def test_blanks_are_stripped_at_the_ends_alone() -> None:
     pieces = (piece for piece in ("  ", "\n a", " ", "b ", "", " \n"))
-    assert "".join(chat._stripped(pieces)) == "a b"
+    assert "".join(session._stripped(pieces)) == "a b"
 
 
 def test_closing_a_stream_stops_the_model(bot: Chatbot, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = threading.active_count()
-    ended: list[torch.Tensor] = []
-    generate = bot.model.generate
-    monkeypatch.setattr(bot.model, "generate", lambda **k: ended.append(generate(**k)) or ended[0])
+    runs: list[int] = []
+    forward = bot.model.forward
+    monkeypatch.setattr(bot.model, "forward", lambda **k: runs.append(1) or forward(**k))
     monkeypatch.setattr(bot.model.generation_config, "eos_token_id", None)
     monkeypatch.setattr(Chatbot, "limit", 100_000)
     pieces = stream(bot, ASK, [PICTURE], max_new_tokens=50_000)
+    assert not runs
     next(pieces)
     pieces.close()
-    assert threading.active_count() == before
-    assert ended[0].shape[1] < 5_000
+    assert 0 < len(runs) < 20
+    assert list(pieces) == []
 
 
 def test_a_set_stop_ends_an_answer_after_one_token(bot: Chatbot) -> None:
@@ -149,22 +150,30 @@ def test_a_set_stop_ends_an_answer_after_one_token(bot: Chatbot) -> None:
     assert "".join(stream(bot, ASK, [PICTURE], max_new_tokens=40, stop=stop)) == one
 
 
-def test_an_error_in_the_thread_comes_out(bot: Chatbot, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_while_the_model_talks_comes_out(
+    bot: Chatbot, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(**_: Any) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(bot.model, "generate", fail)
+    monkeypatch.setattr(bot.model, "forward", fail)
+    pieces = stream(bot, ASK, [PICTURE])
     with pytest.raises(RuntimeError, match="out of memory"):
-        list(stream(bot, ASK, [PICTURE]))
+        list(pieces)
 
 
 def test_earlier_turns_are_part_of_the_prompt(bot: Chatbot) -> None:
     talk = [*turn("what is it", "red", image=True), *turn("where is it", "")[:1]]
-    seen = prompts.fitting_inputs(bot.processor, talk, [PICTURE], limit=LIMIT, max_new_tokens=9)[0]
-    assert bot.processor.tokenizer.decode(seen["input_ids"][0]) == (
+    assert prompt(bot, talk, 9)[0] == (
         "<s><|user|><image><image><image><image> what is it<|end|>"
         "<|assistant|> red<|end|><|user|> where is it<|end|><|assistant|>"
     )
+
+
+def prompt(bot: Chatbot, messages: list[prompts.Message], room: int) -> tuple[str, int, int]:
+    """What the model is asked, as text; its number of tokens; the room for the answer."""
+    asked = prompt_of(bot, messages, [PICTURE], room, {})
+    return bot.processor.tokenizer.decode(asked.ids), len(asked.ids), asked.room
 
 
 def long_talk(turns: int) -> list[prompts.Message]:
@@ -177,15 +186,12 @@ def long_talk(turns: int) -> list[prompts.Message]:
 def test_the_oldest_turns_after_the_first_are_left_out(
     bot: Chatbot, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    inputs, room = prompts.fitting_inputs(
-        bot.processor, long_talk(6), [PICTURE], limit=LIMIT, max_new_tokens=20
-    )
-    text = bot.processor.tokenizer.decode(inputs["input_ids"][0])
+    text, length, room = prompt(bot, long_talk(6), 20)
     assert " what is it<|end|>" in text
     assert " is it 5<|end|><|assistant|>" in text
     assert " is it 0" not in text
     assert text.count("<image>") == 4
-    assert (room, inputs["input_ids"].shape[1] + room <= LIMIT) == (20, True)
+    assert (room, length + room <= LIMIT) == (20, True)
     error = capsys.readouterr().err
     assert error.startswith("aimv2-mllm: the conversation is longer than the model's 96 tokens")
     assert error.count("\n") == 1
@@ -202,21 +208,13 @@ def test_a_conversation_that_fits_is_left_alone(
 
 def test_a_long_last_question_takes_the_picture_along(bot: Chatbot) -> None:
     talk = [*turn("what " * 40, "red", image=True), *turn("where " * 40, "")[:1]]
-    inputs, room = prompts.fitting_inputs(
-        bot.processor, talk, [PICTURE], limit=LIMIT, max_new_tokens=20
-    )
-    text = bot.processor.tokenizer.decode(inputs["input_ids"][0])
+    text, _, room = prompt(bot, talk, 20)
     assert text.startswith("<s><|user|><image><image><image><image> where where")
     assert room > 0
 
 
 def test_an_answer_ends_at_the_model_s_limit(bot: Chatbot) -> None:
-    length = prompts.fitting_inputs(
-        bot.processor, ASK, [PICTURE], limit=LIMIT, max_new_tokens=1
-    )[0]["input_ids"].shape[1]  # fmt: skip
-    room = prompts.fitting_inputs(bot.processor, ASK, [PICTURE], limit=LIMIT, max_new_tokens=10**6)[
-        1
-    ]
+    _, length, room = prompt(bot, ASK, 10**6)
     assert length + room == LIMIT
 
 
@@ -372,67 +370,3 @@ def test_a_prompt_prints_the_answer_and_nothing_else(
 ) -> None:
     assert main(["chat", str(llava), "--image", sheet, "--prompt", "what is it"]) == 0
     assert capfd.readouterr() == (answer(bot, ASK, [PICTURE]) + "\n", "")
-
-
-@pytest.mark.usefixtures("at_hand")
-def test_a_pipe_gets_a_line_per_question(
-    llava: Path,
-    bot: Chatbot,
-    sheet: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    lines = ["what is it", "", "where is it", "/reset", "what is it", "/help", "/nonsense"]
-    lines += ["/image nowhere.png", f"/image {sheet}", "what is it", "a <image>", "/quit", "never"]
-    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
-    words = ["chat", str(llava), "--image", sheet, "--max-new-tokens", "8"]
-    assert main(words) == 0
-    out, err = capsys.readouterr()
-    first = answer(bot, ASK, [PICTURE], max_new_tokens=8)
-    talk = [*turn("what is it", first, image=True), *turn("where is it", "")[:1]]
-    second = answer(bot, talk, [PICTURE], max_new_tokens=8)
-    answers = [said.replace("\n", " ") for said in (first, second, first, first)]
-    assert out.split("\n") == [*answers, ""]
-    assert "/reset" in err
-    assert "aimv2-mllm: there is no command /nonsense" in err
-    assert "aimv2-mllm: nowhere.png: there is no such picture" in err
-    assert "aimv2-mllm: the text '<image>' is a mark" in err
-
-
-@pytest.mark.usefixtures("at_hand")
-def test_ctrl_c_at_a_question_ends_with_130(
-    llava: Path, sheet: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def interrupt(*_: Any) -> str:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("builtins.input", interrupt)
-    assert main(["chat", str(llava), "--image", sheet]) == 130
-    assert capsys.readouterr() == ("", "aimv2-mllm: interrupted\n")
-
-
-@pytest.mark.usefixtures("at_hand")
-def test_ctrl_c_in_an_answer_stops_that_answer_alone(
-    llava: Path, sheet: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    heard: list[list[prompts.Message]] = []
-
-    def speak(_: Any, messages: list[prompts.Message], *__: Any, **___: Any) -> Any:
-        heard.append(messages)
-        yield "a "
-        if len(heard) == 1:
-            raise KeyboardInterrupt
-        yield "b"
-
-    lines = iter(["what is it", "where is it"])
-    monkeypatch.setattr("aimv2_mllm.terminal.stream", speak)
-    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
-    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
-    monkeypatch.setattr("builtins.input", lambda _: next(lines, "/quit"))
-    assert main(["chat", str(llava), "--image", sheet]) == 0
-    out, err = capsys.readouterr()
-    assert out == "a \na b\n"
-    assert "stopped" in err
-    # The stopped question is forgotten: the next one brings the picture.
-    assert [len(messages) for messages in heard] == [1, 1]
-    assert heard[1][0]["content"][0] == {"type": "image"}

@@ -23,7 +23,7 @@ from aimv2_mllm.errors import UsageError
 from aimv2_mllm.model import mllm
 from aimv2_mllm.model.llava import AnyLlavaProcessor
 from aimv2_mllm.model.preprocessing import Preprocessing
-from aimv2_mllm.prompts import fitting_inputs
+from aimv2_mllm.prompts import Prompter, num_tokens, pixels_of, said
 from aimv2_mllm.recipe_data import ConversationData
 
 FILES = {"kind": "llava", "file": "talks.json"}
@@ -41,10 +41,15 @@ def processor_of(tokenizer: Any, connector: dict[str, Any] | None = None) -> Any
     return LlavaProcessor(pictures, tokenizer, vision_feature_select_strategy="full", **words)
 
 
-def given(processor: Any, messages: Any, data: Mapping[str, Any] | None) -> Any:
-    return fitting_inputs(
-        processor, messages, [PICTURE], limit=9999, max_new_tokens=9, data=data
-    )[0]  # fmt: skip
+def given(processor: Any, messages: Any, data: Mapping[str, Any] | None) -> list[int]:
+    """The tokens before the answer."""
+    count = num_tokens(processor, pixels_of(processor, [PICTURE], data))
+    prompter = Prompter(processor, is_ours=data is not None)
+    return prompter(messages, [count], limit=9999, max_new_tokens=9)[0]
+
+
+def seen(processor: Any, data: Mapping[str, Any] | None, picture: Image.Image = PICTURE) -> Any:
+    return torch.as_tensor(pixels_of(processor, [picture], data)["pixel_values"])
 
 
 def data_of(*sources: dict[str, Any], **words: Any) -> ConversationData:
@@ -66,7 +71,7 @@ def test_a_prompt_is_what_training_puts_before_the_answer(
         messages = messages_of(talk, 1)
         for end in range(1, len(messages), 2):
             ids, labels = writer(messages[: end + 1])
-            prompt = given(processor, messages[:end], {})["input_ids"][0].tolist()
+            prompt = given(processor, messages[:end], {})
             assert prompt == ids[: len(prompt)].tolist()
             assert prompt.count(processor.image_token_id) == count
             # All of the last answer comes after it, and nothing else.
@@ -80,8 +85,8 @@ def test_a_model_that_is_not_ours_gets_the_start_token_of_its_processor() -> Non
         processor = processor_of(llama(template))
         messages = messages_of(TALK, 1)[:1]
         start = [processor.tokenizer.bos_token_id]
-        ours = given(processor, messages, {})["input_ids"][0].tolist()
-        theirs = given(processor, messages, None)["input_ids"][0].tolist()
+        ours = given(processor, messages, {})
+        theirs = given(processor, messages, None)
         assert theirs == (ours if ours[:1] == start else start + ours)
 
 
@@ -100,9 +105,9 @@ def test_a_picture_is_given_as_training_gave_it(aspect: str) -> None:
     trained = PREPROCESSING.normalise(corpus._pixels(buffer.getvalue())[None])
     processor = processor_of(llama(CHATML))
     record = data.model_dump(mode="json")
-    pixels = given(processor, messages_of(TALK, 1)[:1], record)["pixel_values"]
+    pixels = seen(processor, record)
     assert torch.allclose(pixels, trained, atol=1e-5)
-    foreign = given(processor, messages_of(TALK, 1)[:1], None)["pixel_values"]
+    foreign = seen(processor, None)
     assert torch.allclose(foreign, PREPROCESSING.prepare([PICTURE]), atol=0.02)
     assert not torch.allclose(foreign, trained, atol=0.5)
 
@@ -110,9 +115,7 @@ def test_a_picture_is_given_as_training_gave_it(aspect: str) -> None:
 def test_a_model_of_sheets_alone_sees_other_shapes_on_their_own_paper() -> None:
     record = data_of({"kind": "handwriting"}).model_dump(mode="json")
     picture = Image.new("RGB", (28, 14), (200, 30, 40))
-    [messages, processor] = messages_of(TALK, 1)[:1], processor_of(llama(CHATML))
-    words = {"limit": 9999, "max_new_tokens": 9, "data": record}
-    pixels = fitting_inputs(processor, messages, [picture], **words)[0]["pixel_values"]
+    pixels = seen(processor_of(llama(CHATML)), record, picture)
     whole = np.full((1, 28, 28, 3), (200, 30, 40), dtype=np.uint8)
     assert torch.allclose(pixels, PREPROCESSING.normalise(whole), atol=1e-5)
 
@@ -136,3 +139,58 @@ def test_a_folder_says_how_its_model_was_trained(
     assert bot.processor.tokenizer.chat_template == template  # to the letter: v1 is known by it
     (folder / "stage.json").unlink()
     assert load_model(folder).data is None
+
+
+def with_system(processor: Any) -> str:
+    prompter = Prompter(processor, is_ours=True)
+    talk = [said("system", "Be brief."), *messages_of(TALK, 1)[:3]]
+    ids, _ = prompter(talk, [16], limit=9999, max_new_tokens=9)
+    return str(processor.tokenizer.decode(ids))
+
+
+@pytest.mark.parametrize("template", [CHATML, THINKING, HEADERS, PARTS, V1_CHAT_TEMPLATE])
+def test_a_system_prompt_comes_first_where_the_template_has_a_place(template: str) -> None:
+    text = with_system(processor_of(llama(template)))
+    assert text.count("Be brief.") == 1
+    assert text.index("Be brief.") < text.index("<image>")
+
+
+DEAF = PARTS.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}")
+
+
+@pytest.mark.parametrize("template", [TINY, BRACKETS, DEAF])
+def test_a_template_without_a_place_for_a_system_prompt_is_said(template: str) -> None:
+    with pytest.raises(UsageError, match="no place for a system prompt: leave it out"):
+        with_system(processor_of(llama(template)))
+
+
+def test_a_system_prompt_stays_when_turns_are_left_out() -> None:
+    processor = processor_of(llama(CHATML))
+    prompter = Prompter(processor, is_ours=True)
+    talk = [said("system", "Be brief."), *messages_of(TALK, 1)[:5]]
+    whole = prompter(talk, [16], limit=9999, max_new_tokens=9)[0]
+    for limit in (len(whole) + 9, 70):
+        ids, _ = prompter(talk, [16], limit=limit, max_new_tokens=9)
+        assert (len(ids) < len(whole)) == (limit == 70)
+        text = processor.tokenizer.decode(ids)
+        assert text.count("Be brief.") == 1
+        assert text.count("<image>") == 16
+
+
+def test_a_system_prompt_must_come_first() -> None:
+    prompter = Prompter(processor_of(llama(CHATML)), is_ours=True)
+    talk = [said("user", "x"), said("system", "Be brief."), said("user", "x")]
+    with pytest.raises(UsageError, match="must be the first message"):
+        prompter(talk, [], limit=999, max_new_tokens=9)
+
+
+def test_a_picture_for_which_a_template_has_no_place_is_refused() -> None:
+    first_alone = PARTS.replace("p.type == 'image'", "p.type == 'image' and m.role == 'first'")
+    first_alone = first_alone.replace("m.role == 'first'", "m == messages[0]")
+    first_alone = first_alone.replace("{% else %}", "{% elif p.type == 'text' %}")
+    prompter = Prompter(processor_of(llama(first_alone)), is_ours=True)
+    shown = said("user", "What is it?", pictures=1)
+    assert prompter([shown], [16], limit=999, max_new_tokens=9)[0]
+    talk = [shown, said("assistant", "it"), said("user", "And this?", pictures=2)]
+    with pytest.raises(UsageError, match="writes 1 of the 3 pictures: show them where"):
+        prompter(talk, [16] * 3, limit=999, max_new_tokens=9)

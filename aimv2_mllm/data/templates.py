@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from aimv2_mllm.data.chat_template import Chat, Written, as_text
-from aimv2_mllm.data.conversations import IGNORED, IMAGE_TOKEN, Message
+from aimv2_mllm.data.conversations import IGNORED, IMAGE_TOKEN, Message, num_pictures
 from aimv2_mllm.data.files import Unusable
 from aimv2_mllm.errors import UsageError
 
@@ -173,11 +173,22 @@ class Asker:
         self, messages: Sequence[Message], num_image_tokens: int | Sequence[int]
     ) -> np.ndarray:
         """Questions and answers up to where the next answer begins, (L,); `num_image_tokens` is
-        that of each picture, or one for all."""
-        ids, _ = _tokens(self._tokenizer, self._write(messages), in_pieces=self._in_pieces)
+        that of each picture, or one for all. UsageError where the template leaves a picture out."""
+        ids, _ = _tokens(self._tokenizer, self.text(messages), in_pieces=self._in_pieces)
         repeats = np.ones(len(ids), dtype=np.int64)
-        repeats[ids == self._tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)] = num_image_tokens
+        places = np.flatnonzero(ids == self._tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
+        if len(places) != num_pictures(messages):
+            raise UsageError(
+                f"the chat template of this model writes {len(places)} of the "
+                f"{num_pictures(messages)} pictures: show them where it has a place for them, such"
+                " as with the first question"
+            )
+        repeats[places] = num_image_tokens
         return np.repeat(ids, repeats)
+
+    def text(self, messages: Sequence[Message]) -> str:
+        """The same as text, `<image>` for each picture."""
+        return self._write(messages)
 
 
 def _tokens(tokenizer: Any, text: str, *, in_pieces: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -3,7 +3,7 @@
 Owns what is asked and what counts as right. Prompts are the tokenizer's own chat template with the
 image mark repeated, as in training. Refuses to look at a training sheet.
 
-Letters in shapes: B prompts, S sheets, M image tokens, L prompt tokens, E the LLM's width.
+Letters in shapes: S sheets, M image tokens, E the LLM's width.
 """
 
 import re
@@ -20,9 +20,10 @@ from tqdm import tqdm
 
 from aimv2_mllm.data import scenes
 from aimv2_mllm.data.batches import picture_batch
-from aimv2_mllm.data.conversations import IMAGE_TOKEN, turn
+from aimv2_mllm.data.conversations import turn
 from aimv2_mllm.data.templates import Asker
 from aimv2_mllm.model import mllm
+from aimv2_mllm.model.batched import Row, answer_rows
 from aimv2_mllm.model.preprocessing import Preprocessing
 
 BATCH_SIZE = 100
@@ -128,8 +129,9 @@ def answer(
     for first in tqdm(range(0, len(questions), batch_size), unit="batch", disable=None):
         here = slice(first, first + batch_size)
         prompts = _prompts(speaker, questions[here], pictures=seen is not None)
-        pictures = None if seen is None else seen[list(about[here])]
-        answers += _generate(speaker, prompts, pictures, max_new_tokens)
+        pictures = [()] * len(prompts) if seen is None else [(seen[row],) for row in about[here]]
+        rows = [Row(*one, max_new_tokens) for one in zip(prompts, pictures, strict=True)]
+        answers += answer_rows(speaker.model, speaker.tokenizer, rows)
     return answers
 
 
@@ -138,36 +140,6 @@ def _prompts(speaker: Speaker, questions: Sequence[str], *, pictures: bool) -> l
     asker = Asker(speaker.tokenizer)
     talks = [turn(question, "", image=pictures)[:1] for question in questions]
     return [asker(talk, speaker.num_image_tokens) for talk in talks]
-
-
-def _generate(
-    speaker: Speaker, prompts: list[np.ndarray], pictures: Tensor | None, max_new_tokens: int
-) -> list[str]:
-    model, tokenizer = speaker.model, speaker.tokenizer
-    length = max(map(len, prompts))
-    ids = np.full((len(prompts), length), tokenizer.pad_token_id)
-    mask = np.zeros((len(prompts), length), dtype=np.int64)
-    for row, prompt in enumerate(prompts):  # padded on the left: all answers begin at one column
-        ids[row, length - len(prompt) :] = prompt
-        mask[row, length - len(prompt) :] = 1
-    tokens, attended = (torch.from_numpy(part).to(model.device) for part in (ids, mask))
-    embedded = model.get_input_embeddings()(tokens)  # (B, L, E)
-    if pictures is not None:
-        image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-        marks = (tokens == image_id) & attended.bool()  # (B, L), M of each row
-        embedded[marks] = pictures.flatten(0, 1).to(embedded.dtype)
-    written = model.generate(
-        inputs_embeds=embedded,
-        attention_mask=attended,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return [text.strip() for text in tokenizer.batch_decode(written, skip_special_tokens=True)]
 
 
 def is_right(answer: str, truth: str) -> bool:

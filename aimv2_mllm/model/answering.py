@@ -23,7 +23,7 @@ CHUNKS, CHUNK = {"cpu": 128}, 512
 
 
 class Answering(nn.Module):
-    """`llava`, or a causal LLM, which may have adapters inside, as it is trained on conversations.
+    """`llava`, or a causal LLM, as it is trained on conversations.
 
     Its LLM's attention is `rows.PACKED` from then on where that is what it computes; others see
     conversations as padded rows.
@@ -31,9 +31,8 @@ class Answering(nn.Module):
 
     def __init__(self, llava: nn.Module) -> None:
         super().__init__()
-        self.llava = llava
-        llm = bare(llava).base_model
-        llm = getattr(llm, "language_model", llm)
+        self.llava: Any = llava
+        llm: Any = getattr(self.llava.base_model, "language_model", self.llava.base_model)
         self.is_packed = rows.understands(llm.config)
         if self.is_packed:
             # For good: what activation checkpointing computes again asks for it in backward.
@@ -45,48 +44,49 @@ class Answering(nn.Module):
         input_ids: Tensor,
         position_ids: Tensor,
         labels: Tensor,
-        pixel_values: Tensor | None = None,
+        **pictures: Tensor,
     ) -> Tensor:
         """The sum over the S supervised tokens of their cross-entropy, a scalar.
 
         `lengths` (B,) add up to T; `input_ids`, `position_ids` and `labels` are (1, T), and
-        `pixel_values` (K, 3, H, W) those of the image tokens in their order.
+        `pictures` what the Llava's body takes for the image tokens in their order, such as
+        `pixel_values` (K, 3, H, W).
         """
-        model: Any = bare(self.llava)
-        pictures = {} if pixel_values is None else {"pixel_values": pixel_values}
-        body = self._packed if self.is_packed else self._padded
-        hidden = body(model, lengths.tolist(), input_ids, position_ids, pictures)  # (T, E)
+        hidden = self.hidden(lengths, input_ids, position_ids, **pictures)  # (T, E)
         # Token t is predicted from the one before it; the first of a conversation never is.
         scored = (labels[0] != UNSUPERVISED).nonzero()[:, 0]  # (S,)
         before, targets = hidden.index_select(0, scored - 1), labels[0].index_select(0, scored)
-        return cross_entropy(before, model.lm_head, targets)
+        return cross_entropy(before, self.llava.lm_head, targets)
+
+    def hidden(
+        self, lengths: Tensor, input_ids: Tensor, position_ids: Tensor, **pictures: Tensor
+    ) -> Tensor:
+        """What the LLM's body makes of each token: (T, E)."""
+        body = self._packed if self.is_packed else self._padded
+        return body(lengths.tolist(), input_ids, position_ids, pictures)
 
     def _packed(
-        self, model: Any, lengths: list[int], ids: Tensor, places: Tensor, pictures: dict[str, Any]
+        self, lengths: list[int], ids: Tensor, places: Tensor, pictures: dict[str, Tensor]
     ) -> Tensor:
-        words = {"packing": rows.Rows(lengths, ids.device), "use_cache": False, **pictures}
-        hidden: Tensor = model.base_model(ids, position_ids=places, **words).last_hidden_state
+        packing = rows.Rows(lengths, ids.device)
+        hidden: Tensor = self.llava.base_model(
+            ids, position_ids=places, packing=packing, use_cache=False, **pictures
+        ).last_hidden_state
         return hidden[0]
 
     def _padded(
-        self, model: Any, lengths: list[int], ids: Tensor, places: Tensor, pictures: dict[str, Any]
+        self, lengths: list[int], ids: Tensor, places: Tensor, pictures: dict[str, Tensor]
     ) -> Tensor:
         """As `_packed`, by rows padded on the right: what follows a token changes nothing of it."""
-        longest, device = max(lengths), ids.device
-        own = torch.tensor(lengths)
-        rows_of = torch.arange(len(lengths)).repeat_interleave(own).to(device)  # (T,)
-        at = rows_of * longest + places[0]
-        padding = int(model.get_input_embeddings().weight.shape[0]) - 1
-        image = getattr(model.config, "image_token_id", None)
-        filled = ids.new_full((len(lengths) * longest,), padding - (padding == image))
-        filled = filled.index_copy(0, at, ids[0]).view(len(lengths), longest)
-        hidden: Tensor = model.base_model(filled, use_cache=False, **pictures).last_hidden_state
+        longest, own = max(lengths), torch.tensor(lengths)
+        row = torch.arange(len(lengths)).repeat_interleave(own).to(ids.device)  # (T,)
+        at = row * longest + places[0]
+        padding = 1 if getattr(self.llava.config, "image_token_id", None) == 0 else 0
+        laid = ids.new_full((len(lengths) * longest,), padding).index_copy(0, at, ids[0])
+        hidden: Tensor = self.llava.base_model(
+            laid.view(len(lengths), longest), use_cache=False, **pictures
+        ).last_hidden_state
         return hidden.flatten(0, 1).index_select(0, at)
-
-
-def bare(model: Any) -> Any:
-    """The Llava or causal LLM itself, in which adapters may have been put."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def cross_entropy(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
