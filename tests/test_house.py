@@ -68,6 +68,8 @@ TABLE = (
     "model.adapting",
     "model.llava",
     "model.mllm",
+    "model.rows",
+    "model.answering",
     "convert",
     "objective",
     "data",
