@@ -87,6 +87,7 @@ TABLE = (
     "run",
     "problems",
     "stand_ins",
+    "plan_talks",
     "plan",
     "plan_text",
     "seeing",
