@@ -89,6 +89,7 @@ TABLE = (
     "run",
     "problems",
     "stand_ins",
+    "plan_talks",
     "plan",
     "plan_text",
     "seeing",
