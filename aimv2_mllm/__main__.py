@@ -235,6 +235,15 @@ def convert(args: argparse.Namespace) -> None:
     print(write(args.source, Path(args.destination), **words, narrate=_note))
 
 
+def evaluate(args: argparse.Namespace) -> None:
+    """Print what a model's answers to the questions of a data set are worth; write a report."""
+    from aimv2_mllm.evaluate import as_table
+    from aimv2_mllm.evaluate import evaluate as judge
+
+    print(as_table(judge(args)))
+    print(f"\nreport: {Path(args.out) / 'report.md'}")
+
+
 def export(args: argparse.Namespace) -> None:
     """Write a finished result as a folder that other tools load."""
     from aimv2_mllm.export.formats import export as write
@@ -259,6 +268,7 @@ VERBS = {
     "probe": probe,
     "dream": dream,
     "convert": convert,
+    "evaluate": evaluate,
     "export": export,
     "verify-export": verify_export,
 }

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from aimv2_mllm.data.feature_shards import picture_key
-from aimv2_mllm.data.feature_store import SHARD_BYTES, FeatureStore
+from aimv2_mllm.data.feature_store import SHARD_BYTES, FeatureStore, warn
 from aimv2_mllm.data.files import Unusable
 from aimv2_mllm.data.talk_batches import BLANK, TalkBatches
 from aimv2_mllm.engine.distributed import Ranks
@@ -104,11 +104,14 @@ def keep_features(
     tower = FrozenTower(llava.model, torch.bfloat16 if half else torch.float32)
     about = tower.about(batches.preprocessing)
     store = FeatureStore(data.features.folder, digest_of(about), data.features.max_gib)
-    store.open(about, narrate)
+    tell = narrate if ranks.is_first else warn  # what is damaged is told by who finds it first
+    store.open(about, tell)
     work = Pass(batches, store, train.steps * train.batch_size)
     facts = store.noted(work.name)
-    if facts is None or not all(ranks.gather(facts is not None)):
-        facts = _filled(work, tower, device, data.workers, ranks, narrate)
+    if not all(ranks.gather(facts is not None)):
+        filler = _Filler(store, tower, device, tell)
+        facts = _filled(work, filler, workers=data.workers, ranks=ranks, narrate=narrate)
+    assert facts is not None
     rest = "" if facts["whole"] else "; no more fit into max_gib, and the others are computed anew"
     kept = f"{facts['kept']:,} of {facts['pictures']:,} pictures"
     narrate(f"features: {kept} are kept in {store.own} ({store.gib:.3f} GiB){rest}")
@@ -127,68 +130,74 @@ def keep_features(
     return ended
 
 
+class _Filler:
+    """Computes features and hands them to the store, shard by shard."""
+
+    def __init__(
+        self, store: FeatureStore, tower: FrozenTower, device: torch.device, tell: Narrate
+    ) -> None:
+        self._store, self._tower, self._tell = store, tower, tell
+        self.device, self._at_once = device, tower.at_once(device)
+        self._waiting: dict[bytes, Tensor] = {}  # pixels, until they are enough for the tower
+        self._rows: dict[bytes, Tensor] = {}  # features, until they are enough for a shard
+        self.computed, self.is_full = 0, False
+
+    def take(self, keys: Sequence[bytes], pixel_values: Tensor) -> bool:
+        """Compute what of these pictures is not kept; False once nothing more fits."""
+        for key, pixels in zip(keys, pixel_values, strict=True):
+            if key not in self._store and key not in self._rows:
+                self._waiting[key] = pixels
+        while len(self._waiting) >= self._at_once:
+            self._compute()
+        return not self.is_full
+
+    def finish(self) -> None:
+        """Compute and hand over what is left."""
+        if self._waiting:
+            self._compute()
+        self._hand_over()
+
+    def _compute(self) -> None:
+        keys = list(self._waiting)[: self._at_once]
+        pixels = torch.stack([self._waiting.pop(key) for key in keys])
+        features = self._tower.read(pixels.to(self.device)).cpu()
+        self._rows |= zip(keys, features, strict=True)
+        self.computed += len(keys)
+        if sum(row.nbytes for row in self._rows.values()) >= SHARD_BYTES:
+            self._hand_over()
+
+    def _hand_over(self) -> None:
+        if self._rows and not self.is_full:
+            self.is_full = not self._store.add(self._rows, self._tell)
+        self._rows = {}
+
+
 def _filled(
-    work: Pass,
-    tower: FrozenTower,
-    device: torch.device,
-    workers: int,
-    ranks: Ranks,
-    narrate: Narrate,
+    work: Pass, filler: _Filler, *, workers: int, ranks: Ranks, narrate: Narrate
 ) -> dict[str, Any]:
     """What of the pictures is kept in the end, by all ranks together."""
-    filler = _Filler(work.store, tower, device, narrate)
     chunks, seen = work.num_chunks, set[bytes]()
     bar = Progress(chunks, shown=ranks.is_first)
-    made = upcoming_steps(work, 0, chunks, device=device, workers=workers)
+    made = upcoming_steps(work, 0, chunks, device=filler.device, workers=workers)
     with closing(made):
         for chunk, [batch] in made:
             seen.update(batch["all"])
             if not filler.take(batch["keys"], batch["pixel_values"]):
                 break
             bar.show(chunk + 1, len(seen), filler.computed)
-    filler.flush()
+    filler.finish()
     bar.close()
-    ranks.gather(None)
+    ranks.gather(None)  # until all have written
     work.store.refresh(narrate)
     kept = sum(key in work.store for key in seen)
-    pictures, kept, computed, full = ranks.add_up(
-        [len(seen), kept, filler.computed, int(filler.is_full)]
-    )
-    facts = {"pictures": pictures, "kept": kept, "whole": not full}
+    counts = [len(seen), kept, filler.computed, int(filler.is_full)]
+    pictures, kept, computed, full = ranks.add_up(counts)
     if computed:
         narrate(f"features: {computed:,} pictures computed in {bar.seconds:.0f} s")
+    facts = {"pictures": pictures, "kept": kept, "whole": not full}
     if ranks.is_first:
         work.store.note_pass(work.name, facts)
     return facts
-
-
-class _Filler:
-    """Computes features and hands them to the store, shard by shard."""
-
-    def __init__(
-        self, store: FeatureStore, tower: FrozenTower, device: torch.device, narrate: Narrate
-    ) -> None:
-        self._store, self._tower, self._device, self._narrate = store, tower, device, narrate
-        self._rows: dict[bytes, Tensor] = {}
-        self.computed, self.is_full = 0, False
-
-    def take(self, keys: Sequence[bytes], pixel_values: Tensor) -> bool:
-        """Compute what of these pictures is not kept; False once nothing more fits."""
-        new = [n for n, key in enumerate(keys) if key not in self._store and key not in self._rows]
-        if new:
-            pixels = pixel_values[new].to(self._device, non_blocking=True)
-            features = self._tower.read(pixels).cpu()
-            self._rows |= {keys[n]: row for n, row in zip(new, features, strict=True)}
-            self.computed += len(new)
-            if sum(row.nbytes for row in self._rows.values()) >= SHARD_BYTES:
-                self.flush()
-        return not self.is_full
-
-    def flush(self) -> None:
-        """Hand over what there is."""
-        if self._rows and not self.is_full:
-            self.is_full = not self._store.add(self._rows, self._narrate)
-        self._rows = {}
 
 
 class Progress:

@@ -13,10 +13,12 @@ SMALLEST_SHEET, LARGEST_SHEET = 28, 4096  # pixels, the sides of images that a r
 MOST_NEW_TOKENS, MOST_SEED, MOST_PICTURES = 100_000, 2**63 - 1, 10**9
 MOST_DEVICES = 100_000
 ACCELERATORS = (
-    "a100-40", "a100", "h100", "h100-pcie", "h200", "gh200", "b200", "l40s", "l4",
+    "a100-40", "a100", "h100", "h100-pcie", "h200", "gh200", "b200", "l40s", "l4", "rtx4090",
+    "rtx3090",
 )  # fmt: skip
 PROBES = ("knn", "linear", "attentive", "all", "zeroshot")
 STATISTICS = ("true", "previous", "prefix")
+METRICS = ("exact", "vqa", "choice", "yesno", "anls", "relaxed", "caption")
 FORMATS = ("llava", "adapter", "original-llava", "encoder")
 LAYOUTS, DTYPES = ("original", "transformers", "timm"), ("fp32", "bf16")
 
@@ -83,6 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_probe(verbs)
     _add_dream(verbs)
     _add_convert(verbs)
+    _add_evaluate(verbs)
     _add_export(verbs)
     for parsed in (parser, *verbs.choices.values()):
         parsed.allow_abbrev = False
@@ -221,6 +224,54 @@ def _add_dream(verbs: Any) -> None:
     )
     words.add_argument(
         "--out", metavar="FILE", default="dream.png", help="the picture to write (dream.png)"
+    )
+
+
+def _add_evaluate(verbs: Any) -> None:
+    words = verbs.add_parser("evaluate", help="ask a model the questions of a data set, and judge")
+    words.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a run folder, or the folder or hub id of an image-text model",
+    )
+    words.add_argument(
+        "data",
+        metavar="DATA",
+        help="JSON lines with image, question and answers, a folder with questions.csv, or a "
+        "dataset of the datasets library, by folder or hub id",
+    )
+    words.add_argument(
+        "--metric", choices=METRICS, default="exact", help=f"{', '.join(METRICS)} (exact)"
+    )
+    words.add_argument(
+        "--prompt",
+        metavar="TEXT",
+        help="what is asked, with {question} and, where there are any, {choices} in it",
+    )
+    words.add_argument(
+        "--out", metavar="FOLDER", default="evaluation", help="answers and report (evaluation)"
+    )
+    words.add_argument("--root", metavar="FOLDER", help="where pictures lie (the file's folder)")
+    words.add_argument(
+        "--column",
+        metavar="FIELD=NAME",
+        action="append",
+        help="what image, question, answers, type, id or choices is called in the data; may be "
+        "given several times",
+    )
+    words.add_argument("--split", metavar="NAME", default="test", help="of a dataset (test)")
+    counts = (
+        ("--limit", MOST_PICTURES, None, "first so many questions (all)"),
+        ("--batch-size", 10_000, 8, "questions at once (8)"),
+        ("--max-new-tokens", MOST_NEW_TOKENS, 64, "longest answer, tokens (64)"),
+    )
+    for name, high, default, text in counts:
+        words.add_argument(name, metavar="N", type=_whole(1, high), default=default, help=text)
+    words.add_argument(
+        "--no-controls",
+        dest="controls",
+        action="store_false",
+        help="do not ask again without a picture and with another question's",
     )
 
 

@@ -85,9 +85,11 @@ TABLE = (
     "gallery",
     "page",
     "report",
+    "evaluation_page",
     "run",
     "problems",
     "stand_ins",
+    "plan_talks",
     "plan",
     "plan_text",
     "seeing",
@@ -95,7 +97,10 @@ TABLE = (
     "chatbot",
     "session",
     "chat",
+    "answerers",
+    "evaluate",
     "transcript",
+    "looking",
     "towers",
     "export",
     "doctor_samples",
@@ -143,7 +148,9 @@ ONLY = {
         "chatbot",
         "session",
     },
+    "answerers": {"errors", "data", "model", "folders", "chat"},
     "transcript": {"errors", "data", "prompts"},
+    "looking": {"errors", "model", "prompts", "chatbot", "session"},
     "towers": {"errors", "model", "towers"},
 }
 # What stands in the old environments of host toolkits, where towers live.
@@ -271,11 +278,16 @@ def test_the_hub_is_reached_only_where_it_is_asked_for() -> None:
 def test_the_command_line_offers_the_layouts_and_precisions_that_there_are() -> None:
     from aimv2_mllm import convert, parser
     from aimv2_mllm.engine.accelerators import ACCELERATORS
+    from aimv2_mllm.export import options
+    from aimv2_mllm.export.formats import FORMATS
+    from aimv2_mllm.export.verify import CHECKS
     from aimv2_mllm.model.layouts import LAYOUTS
 
     assert tuple(LAYOUTS) == parser.LAYOUTS
     assert tuple(ACCELERATORS) == parser.ACCELERATORS
-    assert tuple(convert.DTYPES) == parser.DTYPES
+    assert tuple(convert.DTYPES) == tuple(options.DTYPES) == parser.DTYPES
+    assert tuple(FORMATS) == parser.FORMATS
+    assert tuple(CHECKS) == parser.FORMATS
 
 
 def flags(parser: argparse.ArgumentParser) -> list[str]:
@@ -307,6 +319,10 @@ def test_verbs_and_flags_are_frozen() -> None:
             "--help", "MODEL", "--image", "--sheet", "--seed", "--prefix", "--statistics", "--out",
         ],
         "convert": ["--help", "SRC", "DST", "--layout", "--image-size", "--dtype"],
+        "evaluate": [
+            "--help", "MODEL", "DATA", "--metric", "--prompt", "--out", "--root", "--column",
+            "--split", "--limit", "--batch-size", "--max-new-tokens", "--no-controls",
+        ],
         "export": [
             "--help", "RUN", "DST", "--format", "--dtype", "--max-shard-size", "--layout",
         ],
@@ -321,6 +337,13 @@ def test_the_command_line_offers_the_probes_and_statistics_that_there_are() -> N
 
     assert (*probes.KINDS, "all", "zeroshot") == parser.PROBES
     assert tuple(dreams.STATISTICS) == parser.STATISTICS
+
+
+def test_the_command_line_offers_the_metrics_that_there_are() -> None:
+    from aimv2_mllm import parser
+    from aimv2_mllm.evaluation.metrics import METRICS
+
+    assert tuple(METRICS) == parser.METRICS
 
 
 def test_public_names_are_those_of_the_lazy_table() -> None:

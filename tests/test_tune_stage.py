@@ -9,13 +9,17 @@ from typing import Any
 import pytest
 import torch
 from test_corpus_run import Killed, die_in_step_5
+from test_plan import LARGE
 
 from aimv2_mllm import run as runs
 from aimv2_mllm.engine import metrics
+from aimv2_mllm.engine.flops import FlopCounter
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.job import Job, Place
 from aimv2_mllm.model.answering import Answering
 from aimv2_mllm.model.mllm import TINY_LLM
+from aimv2_mllm.model.quantising import num_bytes
+from aimv2_mllm.plan import plan
 from aimv2_mllm.recipe_file import load_recipe
 from aimv2_mllm.stages import STAGES
 
@@ -225,9 +229,8 @@ def test_a_run_of_bf16_leaves_bfloat16_and_another_stage_starts_from_it(
 
     bot = load_model(tmp_path / "second")
     assert {p.dtype for p in bot.model.parameters()} == {torch.float32}
-    assert isinstance(
-        answer(bot, [{"role": "user", "content": "Hello"}], [], max_new_tokens=2), str
-    )
+    question = {"role": "user", "content": [{"type": "text", "text": "Say a digit."}]}
+    assert isinstance(answer(bot, [question], [], max_new_tokens=2), str)
 
 
 def test_one_stage_assembles_and_tunes(tmp_path: Path, tiny_run: Path) -> None:
@@ -296,3 +299,22 @@ def test_weights_of_another_llm_are_refused(tmp_path: Path, start: Path) -> None
         source = start.parents[1] / part / "model" if part else TINY_LLM
         with pytest.raises(UsageError, match=rule):
             run(tmp_path, source, name)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_plan_knows_every_way_of_tuning(tmp_path: Path, start: Path, mode: str) -> None:
+    recipe = recipe_of(tmp_path, start, "plan", *MODES[mode])
+    found = plan(recipe, LARGE, 1)
+    assert not found.problems
+    [stage] = found.stages
+    job = built(tmp_path, start, *MODES[mode])
+    assert stage.table == job.table()
+    assert stage.memory
+    assert stage.memory.weights == sum(num_bytes(p) for p in job.model.parameters())
+    batches = job.batches(0)
+    with FlopCounter() as counter:
+        for batch in batches:
+            batch.pop("skipped", None)
+            job.objective(job.model, batch, job.objective.targets(batch))
+    assert stage.flops * 4 == counter.flops
+    assert stage.checkpoint == 3 * 4 * sum(count for _, count, trained in job.table() if trained)

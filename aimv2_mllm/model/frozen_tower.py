@@ -58,11 +58,16 @@ class FrozenTower:
         self._hook.remove()
         self._body.vision_tower = self._tower.to("cpu")
 
+    @staticmethod
+    def at_once(device: torch.device) -> int:
+        """How many pictures go through a tower on `device` together."""
+        return AT_ONCE.get(device.type, AT_ONCE_ELSEWHERE)
+
     @torch.no_grad()
     def read(self, pixel_values: Tensor) -> Tensor:
         """The features (B, N, D) of pixel_values (B, 3, H, W), on their device."""
         device = pixel_values.device
-        tower, size = self._tower.to(device), AT_ONCE.get(device.type, AT_ONCE_ELSEWHERE)
+        tower, size = self._tower.to(device), self.at_once(device)
         pixel_values = pixel_values.to(next(tower.parameters()).dtype)
         parts = []
         with torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
@@ -98,6 +103,8 @@ class FrozenTower:
         """Give the Llava's body embeddings in place of pictures."""
         from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+        if "is_cached" not in words:  # nobody sees anything
+            return args, words
         said = [words.pop(name, None) for name in ("features", "pixel_values", "is_cached")]
         embeddings = self.embedded(body.multi_modal_projector, *said)
         image = BaseModelOutputWithPooling(pooler_output=list(embeddings))
