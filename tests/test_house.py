@@ -68,6 +68,8 @@ TABLE = (
     "model.adapting",
     "model.llava",
     "model.mllm",
+    "model.rows",
+    "model.answering",
     "convert",
     "objective",
     "data",
@@ -87,6 +89,7 @@ TABLE = (
     "run",
     "problems",
     "stand_ins",
+    "plan_talks",
     "plan",
     "plan_text",
     "seeing",
@@ -97,6 +100,7 @@ TABLE = (
     "answerers",
     "evaluate",
     "transcript",
+    "looking",
     "towers",
     "export",
     "doctor_samples",
@@ -146,6 +150,7 @@ ONLY = {
     },
     "answerers": {"errors", "data", "model", "folders", "chat"},
     "transcript": {"errors", "data", "prompts"},
+    "looking": {"errors", "model", "prompts", "chatbot", "session"},
     "towers": {"errors", "model", "towers"},
 }
 # What stands in the old environments of host toolkits, where towers live.
