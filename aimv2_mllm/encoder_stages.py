@@ -177,4 +177,6 @@ def _facts(
     stage: PretrainStage | LitStage, batches: CaptionBatches, notes: Sequence[str] = ()
 ) -> DataFacts:
     data, corpus = stage.data, batches.corpus
-    return DataFacts(data.workers, data.max_skipped, corpus.digest, [*notes, *corpus.notes])
+    return DataFacts(
+        data.workers, data.max_skipped, corpus.digest, [*notes, *corpus.notes], corpus.num_rows
+    )

@@ -46,12 +46,14 @@ class Place:
 @dataclass(frozen=True)
 class DataFacts:
     """What of a stage's samples the loop must know, and the user: how many processes prepare them,
-    how many may be unusable, which they are (by a digest), and what is odd about them."""
+    how many may be unusable, which they are (by a digest), what is odd about them, and how many
+    rows each source has, None for one without end."""
 
     workers: int = 0
     max_skipped: float = 1.0
     digest: str = ""
     notes: Sequence[str] = ()
+    rows: Sequence[int | None] = ()
 
 
 Ended = Callable[[], dict[str, Any]]

@@ -144,7 +144,9 @@ def build_language(stage: LanguageStage, place: Place) -> Job:
 
 def _facts(stage: AlignStage | TuneStage | LanguageStage, batches: TalkBatches) -> DataFacts:
     corpus = batches.corpus
-    return DataFacts(stage.data.workers, stage.data.max_skipped, corpus.digest, corpus.notes)
+    return DataFacts(
+        stage.data.workers, stage.data.max_skipped, corpus.digest, corpus.notes, corpus.num_rows
+    )
 
 
 def check_connector(stage: AlignStage | TuneStage, place: Place) -> None:

@@ -116,6 +116,7 @@ def run_stage(
         "parents": inputs(stage, place) + _earlier(name, place),
         "parts": [list(row) for row in table],
         "seconds": round(outcome["seconds"], 1),
+        "rows": list(job.data.rows),
         "last": outcome["last"],
         **ended(),
         "versions": versions,

@@ -275,7 +275,8 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
 
 def test_what_is_no_export_is_refused(copy: Path, tmp_path: Path, said: Said) -> None:
     assert "is no export, for it has no aimv2_mllm.json" in refused(said, "verify-export", tmp_path)
-    for text in ("", "[]", "{}", '{"format": "llava"}', '{"format": 3, "files": {"a": ""}}'):
+    half = {"format": "llava", "files": {"a": ""}, "reference": {"tokens": []}}
+    for text in ("", "[]", "{}", '{"format": "llava"}', '{"format": 3}', json.dumps(half)):
         (copy / "aimv2_mllm.json").write_text(text)
         assert "aimv2_mllm.json: is damaged" in refused(said, "verify-export", copy)
     other = {"format": "gguf", "files": {"a": ""}, "reference": {"a": 1}}

@@ -74,52 +74,34 @@ def test_what_has_no_aimv2_encoder_is_refused(tiny_run: Path, tmp_path: Path, sa
     assert not (tmp_path / "new").exists()
 
 
-def adapted(run: Path, *, tower: bool = False) -> Path:
-    """`run` with its tune stage as if it had trained these adapters, connector and tower."""
-    from peft import LoraConfig, get_peft_model
+@pytest.fixture(scope="module")
+def tower_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose tune stage trained the tower's last block too."""
+    from aimv2_mllm.run import run
 
-    from aimv2_mllm.model import mllm
-
-    out = run / "tune" / "model"
-    model, _ = mllm.load_llava(run / "align" / "model")
-    torch.manual_seed(0)
-    targets = r".*\.language_model\..*\.(q_proj|up_proj)"
-    wrapped = get_peft_model(model, LoraConfig(r=4, target_modules=targets))
-    parts = ["lora_B", "multi_modal_projector", *["vision_tower"] * tower]
-    for name, parameter in wrapped.named_parameters():
-        if any(part in name for part in parts):
-            parameter.data += 0.05 * torch.randn_like(parameter)
-    wrapped.save_pretrained(out / "adapter", save_embedding_layers=False)
-    if tower:
-        save_file({"x": torch.zeros(1)}, out / "adapter" / "tower.safetensors")
-    wrapped.merge_and_unload().save_pretrained(out)
-    record = json.loads((out / "stage.json").read_text())
-    made = json.loads((run / "align" / "model" / "stage.json").read_text())["fingerprint"]
-    record["base"] = {"stage": "align", "fingerprint": made}
-    (out / "stage.json").write_text(json.dumps(record))
-    return run
+    folder = tmp_path_factory.mktemp("tower") / "run"
+    return run(tiny_recipe(folder, "stages.tune.tower_blocks=1"), lambda _: None)
 
 
-@pytest.mark.parametrize("tower", [False, True])
+@pytest.mark.parametrize("made", ["tiny_run", "tower_run"])
 def test_adapters_on_their_base_are_the_tuned_model(
-    tiny_run: Path, tmp_path: Path, said: Said, tower: bool
+    request: pytest.FixtureRequest, tmp_path: Path, said: Said, made: str
 ) -> None:
-    run = adapted(shutil.copytree(tiny_run, tmp_path / "run"), tower=tower)
+    run = shutil.copytree(request.getfixturevalue(made), tmp_path / "run")
     folder = tmp_path / "adapter"
     assert said("export", run, folder, "--format", "adapter")[0] == 0
     code, out, _ = said("verify-export", folder, run)
     assert code == 0, out
     assert "ok    base: stage align\n" in out
     names = load_file(folder / "adapter_model.safetensors")
-    assert any("vision_tower" in name for name in names) == tower
+    assert any("vision_tower" in name for name in names) == (made == "tower_run")
     assert "its base is the stage align of its run: give" in refused(said, "verify-export", folder)
     (run / "align" / "model" / "stage.json").write_text('{"fingerprint": "other"}')
     assert "is not the base that was tuned" in refused(said, "verify-export", folder, run)
 
 
 def test_a_tampered_adapter_is_found(tiny_run: Path, tmp_path: Path, said: Said) -> None:
-    run = adapted(shutil.copytree(tiny_run, tmp_path / "run"))
-    folder = tmp_path / "adapter"
+    run, folder = tiny_run, tmp_path / "adapter"
     assert said("export", run, folder, "--format", "adapter")[0] == 0
     path = folder / "adapter_model.safetensors"
     weights = load_file(path)

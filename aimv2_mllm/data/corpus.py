@@ -41,6 +41,7 @@ class Corpus:
         self._sources = open_sources(data)
         self._drawing = Drawing(self._sources, [config.weight for config in data.sources], seed)
         self.notes, self.digest = self._drawing.notes, self._drawing.digest
+        self.num_rows = self._drawing.num_rows
 
     def sample(self, number: int, skipped: Skipped, fit: Fit | None = None) -> Sample:
         """Sample `number`; rows that had to be left out for it are added to `skipped`.

@@ -40,6 +40,7 @@ class Drawing:
             None if source is None else EpochOrder(source.groups, mixed(seed, 1, number))
             for number, source in enumerate(sources)
         ]
+        self.num_rows = [None if source is None else sum(source.groups) for source in sources]
         opened = [source for source in sources if source is not None]
         self.notes = [f"{sum(s.groups):,} rows, the first is {s.name(0)}" for s in opened]
         self.notes += [note for source in opened for note in source.notes]

@@ -47,6 +47,7 @@ class TalkCorpus:
         opened = [None if isinstance(s, HandwritingTalks) else s for s in self._sources]
         self._drawing = Drawing(opened, [config.weight for config in data.sources], seed)
         self.notes, self.digest = self._drawing.notes, self._drawing.digest
+        self.num_rows = self._drawing.num_rows
 
     @property
     def max_tokens(self) -> int:

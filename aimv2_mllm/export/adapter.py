@@ -22,7 +22,9 @@ from aimv2_mllm.model.shards import num_bytes, read_tensors, write_json
 
 FOLDER, CONFIG, WEIGHTS = "adapter", "adapter_config.json", "adapter_model.safetensors"
 TOWER_FILE = "tower.safetensors"  # beside the adapters where the tower was tuned
-PEFT = "base_model.model.model."  # before the names of a Llava's parts in peft's files
+# Before the names in peft's files: of a Llava's own parameters, and of its parts.
+WRAPPER = "base_model.model."
+PEFT = f"{WRAPPER}model."
 MODULES = {"connector": "multi_modal_projector", "tower": "vision_tower"}
 
 
@@ -35,15 +37,15 @@ def write_adapter(name: str, folder: Path, options: Options) -> tuple[Source, di
 
     source = talking(name)
     demand_stock(source)
-    config, adapters = _read(source)
+    config, adapters, trained = _read(source)
     parts = ["connector"] + ["tower"] * isfile(source.folder / FOLDER / TOWER_FILE)
     modules = [MODULES[part] for part in parts]
     merged = read_tensors(source.folder)
-    # The merged model has the parts as they were trained, in the names of stock checkpoints.
+    # The merged model has all of the parts, perhaps rounded; what was trained lies beside.
     whole = {
         f"{PEFT}{name}": tensor for name, tensor in merged.items() if name.split(".")[0] in modules
     }
-    state = {**adapters, **whole}
+    state = {**adapters, **whole, **trained}
     demand_room(options.destination, sum(num_bytes(tensor) for tensor in state.values()))
     save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
     base = dict(source.record.get("base") or {})
@@ -62,9 +64,9 @@ def write_adapter(name: str, folder: Path, options: Options) -> tuple[Source, di
     }
 
 
-def _read(source: Source) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
-    """The adapters' configuration and tensors, as peft wrote them; UsageError where there are
-    none."""
+def _read(source: Source) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
+    """The adapters' configuration and tensors, as peft wrote them, and what else was trained, under
+    peft's names; UsageError where there are none."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -81,7 +83,10 @@ def _read(source: Source) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
         )
     try:
         config = dict(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
-        return config, load_file(folder / WEIGHTS)
+        beside = [folder / f"{part}.safetensors" for part in MODULES]
+        trained = [load_file(path) for path in beside if path.is_file()]
+        named = {f"{WRAPPER}{name}": t for part in trained for name, t in part.items()}
+        return config, load_file(folder / WEIGHTS), named
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise UsageError(f"{folder}: is not peft's adapter ({error})") from None
 

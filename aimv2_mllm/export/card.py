@@ -94,12 +94,12 @@ def _records(source: Source) -> list[dict[str, Any]]:
 
 def _data(record: Mapping[str, Any]) -> str:
     """The stage's sources, a line each."""
-    rows = record.get("rows") or {}
+    rows = dict(enumerate(record.get("rows") or []))
     lines = []
     for number, one in enumerate(record["recipe"].get("data", {}).get("sources", [])):
         named = [str(one[key]) for key in ("file", "dataset", "folder", "urls") if one.get(key)]
         name = ", ".join(PurePath(text).name if text[0] in "/~" else text for text in named)
-        count = rows.get(str(number))
+        count = rows.get(number)
         counted = f", {count:,} rows" if count else ""
         lines.append(f"- {one.get('kind')} {name}".rstrip() + f"{counted}, weight {one['weight']}")
     return "Data:\n\n" + "\n".join(lines) if lines else "Data: not recorded."

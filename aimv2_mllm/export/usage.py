@@ -33,6 +33,9 @@ Not run here: vLLM (`vllm serve {name} --model-impl transformers`) and SGLang
 (`python -m sglang.launch_server --model-path {name} --model-impl transformers`). Their own
 implementations of Llava know no AIMv2 tower, so the flag is needed.
 
+`transformers serve {name}` (`pip install 'transformers[serving]'`) answers OpenAI's
+`/v1/chat/completions`, with pictures as `image_url` (a data URL), streamed or not.
+
 `aimv2-mllm verify-export {name}` loads the folder by transformers alone, and compares logits and
 greedy tokens with those of the run, which are in `aimv2_mllm.json`."""
 

@@ -22,8 +22,10 @@ from aimv2_mllm.export.writing import digests
 # Of float32 sums in another order, as a share of the largest logit.
 TOLERANCE = 1e-4
 ROUNDED = 3e-2  # where what is compared was rounded to bfloat16, which has 8 bits
-SETTINGS = {"vision_feature_select_strategy": "full"}
 Check = tuple[bool, str]
+# What a reference must have: of an encoder, and of what talks.
+SEEN = {"picture", "pixels", "shape", "features"}
+SAID = {"picture", "pixels", "input_ids", "tokens", "columns", "logits"}
 
 
 def verify(folder: Path, run: str | None, say: Callable[[str], None]) -> None:
@@ -48,7 +50,10 @@ def read_sidecar(folder: Path) -> dict[str, Any]:
         raise UsageError(f"{folder}: is no export, for it has no {SIDECAR}; make one by export")
     try:
         told = dict(json.loads(path.read_text(encoding="utf-8")))
-        known = told["format"] in CHECKS and dict(told["files"]) and dict(told["reference"])
+        known, said = told["format"] in CHECKS, {*dict(told["reference"])}
+        needed = SEEN if told["format"] == "encoder" else SAID
+        if not dict(told["files"]) or (known and needed - said):
+            raise ValueError(f"it lacks {', '.join(sorted(needed - said)) or 'files'}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path}: is damaged ({error!r}); export again") from None
     if not known:
