@@ -1,4 +1,4 @@
-"""What is trained on conversations: packed they count as each would alone, no scores are kept."""
+"""What is trained on conversations: packed they count as each alone, and no scores are kept."""
 
 import json
 from pathlib import Path
