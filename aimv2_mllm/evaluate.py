@@ -58,7 +58,7 @@ def evaluate(args: Namespace) -> dict[str, Any]:
     numbers |= summary(judged, metric)
     packages = {name: version(name) for name in ("torch", "transformers", "aimv2-mllm")}
     numbers |= {
-        "left_out": [*asked.left_out, *answers.unusable.values()],
+        "left_out": [*asked.left_out, *answers.left_out()],
         "prompt": args.prompt,
         "asked": identity,
         "command": _command(args),

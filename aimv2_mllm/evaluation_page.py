@@ -117,7 +117,7 @@ def _table(numbers: Mapping[str, Any]) -> dict[str, Any]:
             {
                 "name": kind.replace("_", " "),
                 "count": f"{one['count']:,}",
-                "interval": _interval(one),
+                "interval": _ends(one),
                 "shares": [_percent(score) for score in scores],
                 "is_sum": kind == "all",
             }
@@ -132,7 +132,7 @@ def _gallery(numbers: Mapping[str, Any], judged: Judged, asked: Asked) -> list[d
     answered = [
         Shown(
             question.picture,
-            f"{question.kind} {_percent(score)} %".strip(),
+            question.kind if score in (0, 1) else f"{question.kind} {_percent(score)}".strip(),
             question.text,
             text,
             _truth(question),
@@ -164,8 +164,12 @@ def _png(picture: Image.Image) -> bytes:
 
 
 def _interval(told: Mapping[str, Any]) -> str:
+    return f"95 % interval {_ends(told)}"
+
+
+def _ends(told: Mapping[str, Any]) -> str:
     low, high = (_percent(end) for end in told["interval"])
-    return f"95 % interval {low} to {high}"
+    return f"{low} to {high}"
 
 
 def _percent(share: float) -> str:
