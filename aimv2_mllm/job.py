@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from aimv2_mllm.data.batches import EVERYTHING, Share
+from aimv2_mllm.engine.distributed import Ranks
 from aimv2_mllm.engine.optimizer import Parts
 from aimv2_mllm.model.quantising import num_weights
 from aimv2_mllm.recipe import Recipe
@@ -53,6 +54,9 @@ class DataFacts:
     notes: Sequence[str] = ()
 
 
+Ended = Callable[[], dict[str, Any]]
+
+
 @dataclass
 class Job:
     """A stage ready to be trained: a model, its trainable parts by name, what is minimised, on
@@ -60,6 +64,8 @@ class Job:
 
     `save` writes the result into a folder; it may change the model, for nothing comes after it.
     `record` is what its stage.json says besides.
+    `prepare` is called right before the training, on every rank, with a function that narrates; it
+    may change the job, and gives what ends that after the training, with facts to be recorded.
     """
 
     model: nn.Module
@@ -69,6 +75,7 @@ class Job:
     save: Callable[[Path], None]
     data: DataFacts = DataFacts()
     record: dict[str, Any] = field(default_factory=dict)
+    prepare: Callable[["Job", Ranks, Callable[[str], None]], Ended] | None = None
 
     def table(self) -> list[tuple[str, int, bool]]:
         """The parts of the model as (name, number of parameters, trainable or not)."""

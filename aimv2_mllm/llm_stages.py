@@ -1,5 +1,6 @@
 """The stages that make a model talk: a connector aligned, and a small LLM from nothing."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ from aimv2_mllm.data.templates import V1_CHAT_TEMPLATE
 from aimv2_mllm.data.tokenizer import train_tokenizer
 from aimv2_mllm.engine.optimizer import Parts
 from aimv2_mllm.engine.precision import held_dtype
+from aimv2_mllm.errors import UsageError
+from aimv2_mllm.feature_pass import keep_features
 from aimv2_mllm.job import DataFacts, Job, Place, named_parts
 from aimv2_mllm.model import adapting, mllm
+from aimv2_mllm.model.answering import Answering
 from aimv2_mllm.model.connectors import build_connector
 from aimv2_mllm.model.encoder import SIZES
 from aimv2_mllm.model.grids import Grid
@@ -27,6 +31,7 @@ from aimv2_mllm.recipe_stages import PATCH, AlignStage, LanguageStage, PretrainS
 from aimv2_mllm.recipe_tune import TuneStage
 
 TOKENIZER_TEXTS = 3000  # conversations from which a tokenizer is learned
+SHORT_TALK = 16  # tokens of a question with a short answer, and of what a template puts around them
 
 
 def build_align(stage: AlignStage, place: Place) -> Job:
@@ -80,8 +85,10 @@ def conversation_job(
         result.save(folder)
         processor.save_pretrained(folder)
 
+    llava: Any = model
+    most = min(stage.data.max_tokens, mllm.room_of(llava.config.text_config))
     batches = conversation_batches(
-        stage.data,
+        stage.data.model_copy(update={"max_tokens": most}),
         stage.train,
         seed=place.recipe.seed,
         tokenizer=processor.tokenizer,
@@ -89,7 +96,12 @@ def conversation_job(
         num_image_tokens=num_image_tokens,
         share=place.share,
     )
-    return Job(model, parts, AnswerObjective(), batches, save, _facts(stage, batches))
+    inside = {part: [(f"llava.{n}", p) for n, p in named] for part, named in parts.items()}
+    facts = _facts(stage, batches)
+    job = Job(Answering(model), inside, AnswerObjective(), batches, save, facts)
+    if stage.data.features is not None:
+        job.prepare = partial(keep_features, llava=model, data=stage.data, train=stage.train)
+    return job
 
 
 def build_language(stage: LanguageStage, place: Place) -> Job:
@@ -125,8 +137,9 @@ def build_language(stage: LanguageStage, place: Place) -> Job:
         preprocessing=None,
         share=place.share,
     )
-    parts = {"llm": list(model.named_parameters())}
-    return Job(model, parts, AnswerObjective(), batches, save, _facts(stage, batches))
+    answering = Answering(model)
+    parts = {"llm": list(answering.named_parameters())}
+    return Job(answering, parts, AnswerObjective(), batches, save, _facts(stage, batches))
 
 
 def _facts(stage: AlignStage | TuneStage | LanguageStage, batches: TalkBatches) -> DataFacts:
@@ -136,15 +149,24 @@ def _facts(stage: AlignStage | TuneStage | LanguageStage, batches: TalkBatches) 
 
 def check_connector(stage: AlignStage | TuneStage, place: Place) -> None:
     """UsageError unless the stage's tower can be loaded, where it comes from outside, and its
-    connector serves the grid of that tower and the width of the LLM."""
+    connector serves the grid of that tower and the width of the LLM, which has room for that."""
     grid, width, _ = tower_sizes(str(stage.tower), place)
     read = place.recipe.stages.get(str(stage.llm))
-    own = read.model.hidden_size if isinstance(read, LanguageStage) else None
-    out = own or mllm.width_of(str(stage.llm))
+    if isinstance(read, LanguageStage):
+        out, room = read.model.hidden_size, read.model.max_position_embeddings
+    else:
+        out, room = mllm.sizes_of(str(stage.llm))
     choice = stage.connector or MlpChoice()
     with torch.device("meta"):
         connector = build_connector(choice.name, width, out, **choice.options())
-    connector.num_tokens(grid)
+    count = connector.num_tokens(grid)
+    if count + SHORT_TALK > room:
+        raise UsageError(
+            f"llm: {stage.llm} has room for {room:,} tokens (max_position_embeddings), and a"
+            f" picture becomes {count:,}, which leaves none for a question and its answer: choose"
+            " a connector that makes fewer (pixel_shuffle, average_pool, resampler), a tower for"
+            " smaller pictures, or another LLM"
+        )
 
 
 def tower_sizes(name: str, place: Place) -> tuple[Grid, int, int]:

@@ -13,7 +13,8 @@ SMALLEST_SHEET, LARGEST_SHEET = 28, 4096  # pixels, the sides of images that a r
 MOST_NEW_TOKENS, MOST_SEED, MOST_PICTURES = 100_000, 2**63 - 1, 10**9
 MOST_DEVICES = 100_000
 ACCELERATORS = (
-    "a100-40", "a100", "h100", "h100-pcie", "h200", "gh200", "b200", "l40s", "l4",
+    "a100-40", "a100", "h100", "h100-pcie", "h200", "gh200", "b200", "l40s", "l4", "rtx4090",
+    "rtx3090",
 )  # fmt: skip
 PROBES = ("knn", "linear", "attentive", "all", "zeroshot")
 STATISTICS = ("true", "previous", "prefix")

@@ -32,7 +32,7 @@ EXECUTION_KEYS = {
             "trackers",
         }
     ),
-    "data": frozenset({"workers", "cache", "cache_gib"}),
+    "data": frozenset({"workers", "cache", "cache_gib", "features"}),
 }
 
 Place = tuple[str, ...]  # the keys that lead to a value, outermost first

@@ -217,6 +217,13 @@ class LanguageStage(StageSection):
     data: ConversationData = Field(default=ConversationData(), description="the samples")
     train: TrainConfig = Field(description="how it is optimised")
 
+    @field_validator("data")
+    @classmethod
+    def _has_no_tower(cls, value: ConversationData) -> ConversationData:
+        if value.features is not None:
+            raise ValueError("must have no features: a language stage has no tower")
+        return value
+
 
 Stage = PretrainStage | LitStage | AlignStage | TuneStage | LanguageStage
 STAGES: dict[str, type[Stage]] = {

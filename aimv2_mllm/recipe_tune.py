@@ -136,7 +136,16 @@ class TuneStage(StageSection):
         lora = info.data.get("lora")
         if value == "int8" and lora is not None and lora.dora:
             raise ValueError(
-                "must be nf4 or null where lora.dora is true: peft (seen with 0.21, on a CPU) loses "
-                "the scales of int8 weights there"
+                "must be nf4 or null where lora.dora is true: peft loses the scales of int8 "
+                "weights there (0.21, on a CPU)"
             )
+        return value
+
+    @field_validator("data")
+    @classmethod
+    def _keeps_features_of_a_frozen_tower(
+        cls, value: ConversationData, info: ValidationInfo
+    ) -> ConversationData:
+        if value.features is not None and info.data.get("tower_blocks"):
+            raise ValueError("must have no features where tower_blocks are trained: they change")
         return value

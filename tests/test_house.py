@@ -62,16 +62,20 @@ TABLE = (
     "model.families",
     "model.foreign",
     "model.towers",
+    "model.frozen_tower",
     "model.stock",
     "model.quantising",
     "model.adapting",
     "model.llava",
     "model.mllm",
+    "model.rows",
+    "model.answering",
     "convert",
     "objective",
     "data",
     "engine",
     "job",
+    "feature_pass",
     "encoder_stages",
     "llm_stages",
     "tune_stage",
@@ -85,6 +89,7 @@ TABLE = (
     "run",
     "problems",
     "stand_ins",
+    "plan_talks",
     "plan",
     "plan_text",
     "seeing",
@@ -95,8 +100,9 @@ TABLE = (
     "answerers",
     "evaluate",
     "transcript",
-    "export",
+    "looking",
     "towers",
+    "export",
     "doctor_samples",
     "doctor",
     "terminal",
@@ -144,6 +150,7 @@ ONLY = {
     },
     "answerers": {"errors", "data", "model", "folders", "chat"},
     "transcript": {"errors", "data", "prompts"},
+    "looking": {"errors", "model", "prompts", "chatbot", "session"},
     "towers": {"errors", "model", "towers"},
 }
 # What stands in the old environments of host toolkits, where towers live.
@@ -271,11 +278,16 @@ def test_the_hub_is_reached_only_where_it_is_asked_for() -> None:
 def test_the_command_line_offers_the_layouts_and_precisions_that_there_are() -> None:
     from aimv2_mllm import convert, parser
     from aimv2_mllm.engine.accelerators import ACCELERATORS
+    from aimv2_mllm.export import options
+    from aimv2_mllm.export.formats import FORMATS
+    from aimv2_mllm.export.verify import CHECKS
     from aimv2_mllm.model.layouts import LAYOUTS
 
     assert tuple(LAYOUTS) == parser.LAYOUTS
     assert tuple(ACCELERATORS) == parser.ACCELERATORS
-    assert tuple(convert.DTYPES) == parser.DTYPES
+    assert tuple(convert.DTYPES) == tuple(options.DTYPES) == parser.DTYPES
+    assert tuple(FORMATS) == parser.FORMATS
+    assert tuple(CHECKS) == parser.FORMATS
 
 
 def flags(parser: argparse.ArgumentParser) -> list[str]:

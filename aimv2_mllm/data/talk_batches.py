@@ -6,16 +6,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from aimv2_mllm.data.batches import EVERYTHING, Share, micro_batches, world_seed
 from aimv2_mllm.data.conversations import IGNORED
 from aimv2_mllm.data.drawing import Skipped
-from aimv2_mllm.data.talks import TalkCorpus, TalkSample
+from aimv2_mllm.data.feature_shards import picture_key
+from aimv2_mllm.data.feature_store import FeatureStore
+from aimv2_mllm.data.talks import Seen, TalkCorpus, TalkSample
 from aimv2_mllm.data.templates import Encoded, Writer
 from aimv2_mllm.model.preprocessing import Preprocessing
 from aimv2_mllm.objective import ConversationBatch
 from aimv2_mllm.recipe_data import ConversationData
 from aimv2_mllm.recipe_train import TrainConfig
+
+BLANK = b"blank"  # in place of an encoded picture: one that is black
 
 
 class TalkBatch(ConversationBatch, total=False):
@@ -32,16 +37,16 @@ class TalkBatches:
     corpus: TalkCorpus
     train: TrainConfig
     writer: Writer
-    pad_token_id: int
     preprocessing: Preprocessing | None
     share: Share = EVERYTHING
+    features: FeatureStore | None = None  # of the pictures, where they are kept
 
     def __call__(self, step: int) -> list[TalkBatch]:
         """The rank's share of the step's samples in micro-batches of like length."""
         skipped = Skipped()
 
         def read(numbers: Sequence[int]) -> list[TalkSample]:
-            return [self.corpus.sample(number, self.writer, skipped) for number in numbers]
+            return [self.corpus.sample(n, self.writer, skipped, self._see) for n in numbers]
 
         def length(sample: TalkSample) -> int:
             return len(sample.encoded.ids)
@@ -58,17 +63,43 @@ class TalkBatches:
         rows = [sample.encoded for sample in samples]
         pictures = [picture for sample in samples for picture in sample.pictures]
         if self.preprocessing is None:
-            return pad(rows, self.pad_token_id)
+            return pack(rows)
         if not pictures:
             # Where nobody sees anything the connector would get no gradient at all, and neither
             # other ranks nor a model of which nothing else is trained could do with that. A blank
-            # picture with nothing to learn gives it one of zeros.
-            rows.append(self.writer.blank())
-            size = self.preprocessing.image_size
-            pictures.append(np.zeros((size, size, 3), np.uint8))
-        batch = pad(rows, self.pad_token_id)
-        batch["pixel_values"] = self.preprocessing.normalise(np.stack(pictures))
+            # picture after the last word, where nothing is left to learn, gives it one of zeros.
+            last, blank = rows[-1], self.writer.blank()
+            rows[-1] = Encoded(
+                np.concatenate([last.ids, blank.ids]), np.concatenate([last.labels, blank.labels])
+            )
+            pictures.append(self._see(BLANK))
+        batch = pack(rows)
+        kept = [picture for picture in pictures if isinstance(picture, Tensor)]
+        others = [picture for picture in pictures if not isinstance(picture, Tensor)]
+        if others:
+            batch["pixel_values"] = self.preprocessing.normalise(np.stack(others))
+        if kept:
+            batch["features"] = torch.stack(kept)
+        if self.features is not None:
+            batch["is_cached"] = torch.tensor([isinstance(one, Tensor) for one in pictures])
         return batch
+
+    def _see(self, content: bytes) -> Seen:
+        """An encoded picture, or BLANK, as pixels, or its features where they are kept."""
+        if self.features is not None:
+            key = picture_key(content, self.corpus.image_aspect)
+            features = self.features.get(key)
+            if features is not None:
+                return features
+        return self.pixels(content)
+
+    def pixels(self, content: bytes) -> np.ndarray:
+        """An encoded picture, or BLANK, as (S, S, 3) uint8; `Unusable` where it is neither."""
+        assert self.preprocessing is not None
+        if content == BLANK:
+            size = self.preprocessing.image_size
+            return np.zeros((size, size, 3), np.uint8)
+        return self.corpus.pixels(content)
 
 
 def conversation_batches(
@@ -90,21 +121,16 @@ def conversation_batches(
     """
     writer = Writer(tokenizer, data.template, num_image_tokens=num_image_tokens)
     corpus = TalkCorpus(data, world_seed(seed, data), preprocessing)
-    return TalkBatches(corpus, train, writer, tokenizer.pad_token_id, preprocessing, share)
+    return TalkBatches(corpus, train, writer, preprocessing, share)
 
 
-def pad(rows: Sequence[Encoded], pad_token_id: int) -> ConversationBatch:
-    """`rows` as one right-padded batch: input_ids, attention_mask and labels, each (B, L) int64."""
-    length = max(len(row.ids) for row in rows)
-    input_ids = np.full((len(rows), length), pad_token_id)
-    labels = np.full((len(rows), length), IGNORED)
-    attention_mask = np.zeros((len(rows), length), dtype=np.int64)
-    for number, row in enumerate(rows):
-        input_ids[number, : len(row.ids)] = row.ids
-        attention_mask[number, : len(row.ids)] = 1
-        labels[number, : len(row.ids)] = row.labels
+def pack(rows: Sequence[Encoded]) -> ConversationBatch:
+    """`rows` one after the other, as the text of a batch."""
+    lengths = [len(row.ids) for row in rows]
+    labels = [np.concatenate([[IGNORED], row.labels[1:]]) for row in rows]
     return ConversationBatch(
-        input_ids=torch.from_numpy(input_ids),
-        attention_mask=torch.from_numpy(attention_mask),
-        labels=torch.from_numpy(labels),
+        lengths=torch.tensor(lengths),
+        input_ids=torch.from_numpy(np.concatenate([row.ids for row in rows]))[None],
+        position_ids=torch.from_numpy(np.concatenate([np.arange(n) for n in lengths]))[None],
+        labels=torch.from_numpy(np.concatenate(labels))[None],
     )

@@ -80,12 +80,13 @@ def _added(bucket: Any) -> Any:
 
 
 def fsdp2(model: nn.Module, config: TrainConfig, device: torch.device) -> Placed:
-    """A copy of the model of which every rank has some rows of each parameter, quantised ones aside.
+    """A copy of the model of which every rank has some rows of each parameter.
 
-    The model itself is left as it is: what shards a module also changes its class.
+    What is quantised is whole on every rank. The model itself is left as it is: what shards a
+    module also changes its class.
     """
     # The copy begins with the same memory, so that there are never two models. What is quantised is
-    # a class of its own, whose scales lie beside it: it stays itself, and whole on every rank.
+    # of a class of its own, with its scales beside it, and stays itself.
     kept = {p for p in model.parameters() if type(p) is not nn.Parameter}
     shared = {
         id(p): p if p in kept else nn.Parameter(p.detach(), p.requires_grad)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from aimv2_mllm.errors import UsageError
+from aimv2_mllm.export.adapter import write_adapter
 from aimv2_mllm.export.card import write_card
 from aimv2_mllm.export.encoder import write_encoder
 from aimv2_mllm.export.llava import write_llava
@@ -28,6 +29,7 @@ class Format(NamedTuple):
 
 FORMATS: dict[str, Format] = {
     "llava": Format(write_llava, ("dtype", "max-shard-size")),
+    "adapter": Format(write_adapter, ()),
     "original-llava": Format(write_original, ("max-shard-size",)),
     "encoder": Format(write_encoder, ("dtype", "layout")),
 }

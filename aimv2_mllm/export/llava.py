@@ -86,16 +86,12 @@ def in_dtype(config: Mapping[str, Any], name: str | None) -> dict[str, Any]:
 
 def as_trained(bot: Any) -> Any:
     """The reference question in the tokens of the training, (1, L)."""
+    import torch
+
+    from aimv2_mllm.chatbot import prompt_of
     from aimv2_mllm.data.conversations import turn
     from aimv2_mllm.export.answers import QUESTION, asked
-    from aimv2_mllm.prompts import fitting_inputs
 
-    inputs, _ = fitting_inputs(
-        bot.processor,
-        turn(QUESTION, "", image=True)[:1],
-        [asked(bot.processor)[1]],
-        limit=bot.limit,
-        max_new_tokens=1,
-        data=bot.data,
-    )
-    return inputs["input_ids"]
+    messages = turn(QUESTION, "", image=True)[:1]
+    prompt = prompt_of(bot, messages, [asked(bot.processor)[1]], 1, {})
+    return torch.tensor([prompt.ids])

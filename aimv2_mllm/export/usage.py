@@ -36,8 +36,29 @@ implementations of Llava know no AIMv2 tower, so the flag is needed.
 `aimv2-mllm verify-export {name}` loads the folder by transformers alone, and compares logits and
 greedy tokens with those of the run, which are in `aimv2_mllm.json`."""
 
+ADAPTER = """\
+On its base, {base}; transformers {minimum} or newer:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+base = AutoModelForImageTextToText.from_pretrained("BASE")
+model = PeftModel.from_pretrained(base, "{name}")  # the connector{tower} too
+processor = AutoProcessor.from_pretrained("{name}")
+```"""
+ASSEMBLED = """
+There is no such base as a folder. This package puts it together (its connector is replaced by
+that of the adapter):
+
+```python
+from pathlib import Path
+from aimv2_mllm.export.adapter import assemble_base
+
+assemble_base("{tower}", "{llm}", Path("BASE"))
+```"""
 ORIGINAL = """\
-LLaVA with this package beside it (`pip install --no-deps llava-torch==1.2.2.post1`, see its README):
+LLaVA with this package beside it (`pip install --no-deps llava-torch==1.2.2.post1`, see README):
 
 ```sh
 aimv2-llava chat --model-path {name} --image-file picture.png --conv-mode {mode}
@@ -76,11 +97,18 @@ encoder = timm.create_model("local-dir:{name}", num_classes=0)
 
 def usage(name: str, told: Mapping[str, Any]) -> str:
     """How the export called `name`, of which the sidecar says `told`, is used."""
-    texts = {"llava": LLAVA, "original-llava": ORIGINAL}
+    texts = {"llava": LLAVA, "original-llava": ORIGINAL, "adapter": ADAPTER}
     texts["encoder"] = ENCODERS.get(told.get("layout", ""), "")
     mode = {"v1": "llava_v1", "plain": "plain"}.get(told.get("template", ""))
     words = {"name": name, "minimum": told["min_transformers"], "mode": mode}
+    base = told.get("base") or {}
+    words["base"] = " and ".join(str(value) for value in base.values())
+    if "stage" in base:
+        words["base"] = f"`aimv2-mllm export RUN/{base['stage']}/model BASE`"
+    words["tower"] = " and the tower" if told.get("tower_tuned") else ""
     text = texts[told["format"]].format(**words)
+    if "llm" in base:
+        text += "\n" + ASSEMBLED.format(**base)
     if told.get("not_on_4_37"):
         text += f"\n\nLLaVA's own transformers 4.37 cannot: {', '.join(told['not_on_4_37'])}."
     if told.get("prompt_as_trained") is False:

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from aimv2_mllm.errors import RunFailed, UsageError
-from aimv2_mllm.export import answers, encoder, llava_answers
+from aimv2_mllm.export import adapter, answers, encoder, llava_answers
 from aimv2_mllm.export.answers import SIDECAR
 from aimv2_mllm.export.options import Options
 from aimv2_mllm.export.writing import digests
 
 # Of float32 sums in another order, as a share of the largest logit.
 TOLERANCE = 1e-4
+ROUNDED = 3e-2  # where what is compared was rounded to bfloat16, which has 8 bits
 SETTINGS = {"vision_feature_select_strategy": "full"}
 Check = tuple[bool, str]
 
@@ -95,11 +96,11 @@ def _of_run(run: str, told: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
-def alone(kind: str, folder: Path, base: Path | None = None) -> dict[str, Any]:
+def alone(kind: str, folder: Path, base: str = "") -> dict[str, Any]:
     """What a fresh process finds in which `aimv2_mllm` cannot be imported; see `answers.main`."""
     with tempfile.TemporaryDirectory() as place:
         out = Path(place) / "found.json"
-        words = [kind, str(folder), str(out), *([str(base)] if base else [])]
+        words = [kind, str(folder), str(out), base]
         return ended([sys.executable, "-P", answers.__file__, *words], out)
 
 
@@ -140,11 +141,13 @@ def _loaded(found: Mapping[str, Any], wanted: str) -> list[Check]:
     ]
 
 
-def compared(found: Mapping[str, Any], other: Mapping[str, Any], whose: str) -> list[Check]:
+def compared(
+    found: Mapping[str, Any], other: Mapping[str, Any], whose: str, tolerance: float = TOLERANCE
+) -> list[Check]:
     """The checks that `found` and the `other` answers are the same."""
     off = _farthest(found["pixels"], other["pixels"])
     largest = max((abs(x) for row in other["logits"] for x in row), default=0.0)
-    bound = TOLERANCE * max(1.0, largest)
+    bound = tolerance * max(1.0, largest)
     far = max(
         (_farthest(a, b) for a, b in zip(found["logits"], other["logits"], strict=True)),
         default=float("inf"),
@@ -207,6 +210,23 @@ def _seen_alike(found: Mapping[str, Any], other: Mapping[str, Any], whose: str) 
     ]
 
 
+def _adapter(folder: Path, told: Mapping[str, Any], run: str | None) -> list[Check]:
+    """On its base, loaded by transformers and peft alone."""
+    with tempfile.TemporaryDirectory() as place:
+        base, what = adapter.base_of(told, run, Path(place))
+        found = alone("adapter", folder, base)
+    checks = [_version(found["transformers"], told["min_transformers"])]
+    if "error" in found:
+        return [*checks, (False, f"loads without aimv2_mllm, on its {what}: {found['error']}")]
+    checks += [(True, what), *_loaded(found, "LlavaForConditionalGeneration")]
+    # The run's own model is the adapters merged, and then rounded to what it was trained in.
+    tolerance = TOLERANCE if told["merged_in"] == "float32" else ROUNDED
+    checks += compared(found, told["reference"], "the reference", tolerance)
+    if run is not None:
+        checks += compared(found, _of_run(run, told), run, tolerance)
+    return checks
+
+
 def _original(folder: Path, told: Mapping[str, Any], run: str | None) -> list[Check]:
     """By LLaVA's own loader, which needs our towers."""
     with tempfile.TemporaryDirectory() as place:
@@ -229,6 +249,7 @@ def _original(folder: Path, told: Mapping[str, Any], run: str | None) -> list[Ch
 
 CHECKS: dict[str, Callable[[Path, Mapping[str, Any], str | None], list[Check]]] = {
     "llava": _llava,
+    "adapter": _adapter,
     "original-llava": _original,
     "encoder": _encoder,
 }

@@ -116,7 +116,8 @@ def tower_names(model: Any, num_blocks: int | str) -> list[str]:
     check_depth(num_blocks, count)
     norm = TOWERS[family_of(vision.model_type, "the tower")].norm
     last = {n for n, place in places.items() if place >= count - int(num_blocks)}
-    behind = {n for n in used if n not in places and norm in n.removeprefix(TOWER).split(".")}
+    # Some families have their network one level deeper.
+    behind = {n for n in used if n.startswith((f"{TOWER}{norm}.", f"{TOWER}vision_model.{norm}."))}
     return [n for n in used if n in last | behind]
 
 

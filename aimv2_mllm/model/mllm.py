@@ -5,6 +5,7 @@ Llava folder, which other tools load without us; any other pair is saved as our 
 and says so. A connector reads patches and nothing else, of AIMv2 after its final norm.
 """
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,9 +90,16 @@ def load_llm(name: str, dtype: torch.dtype = torch.float32) -> "PreTrainedModel"
     return model
 
 
-def width_of(name: str) -> int:
-    """The width of the LLM's embeddings, without loading its weights."""
-    return int(_config(name).hidden_size)
+def sizes_of(name: str) -> tuple[int, int]:
+    """The width of the LLM's embeddings and how many tokens it has room for, without loading its
+    weights."""
+    config = _config(name)
+    return int(config.hidden_size), room_of(config)
+
+
+def room_of(config: Any) -> int:
+    """How many tokens an LLM of that config has room for."""
+    return int(getattr(config, "max_position_embeddings", None) or sys.maxsize)
 
 
 def _config(name: str) -> Any:

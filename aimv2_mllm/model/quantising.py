@@ -75,6 +75,15 @@ def is_quantised(parameter: torch.Tensor) -> bool:
     return type(parameter).__name__ in ("Params4bit", "Int8Params")
 
 
+def num_bytes(parameter: torch.Tensor) -> int:
+    """The bytes that `parameter` takes, with its scales where it is quantised."""
+    state, rows = getattr(parameter, "quant_state", None), getattr(parameter, "SCB", None)
+    scales = [rows]
+    while state is not None:  # those of nf4 are quantised themselves
+        scales, state = [*scales, state.absmax], state.state2
+    return sum(int(t.nbytes) for t in (parameter, *scales) if t is not None)
+
+
 def num_weights(parameter: torch.Tensor) -> int:
     """How many weights `parameter` stands for, of which several may lie in one number."""
     state = getattr(parameter, "quant_state", None)
