@@ -74,7 +74,8 @@ def _last(name: str) -> str:
 
 
 def _headline(numbers: Mapping[str, Any]) -> list[dict[str, str]]:
-    title = METRICS[numbers["metric"]].title
+    metric = METRICS[numbers["metric"]]
+    title = f"{metric.title}, {metric.unit}"
     rows = [(title, _percent(numbers["score"]), f"of {numbers['num_questions']:,} questions")]
     rows[0] = (*rows[0][:2], f"{rows[0][2]}; {_interval(numbers)}")
     for name, told in numbers.get("controls", {}).items():
