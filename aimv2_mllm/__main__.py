@@ -237,6 +237,10 @@ def convert(args: argparse.Namespace) -> None:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Print what a model's answers to the questions of a data set are worth; write a report."""
+    from aimv2_mllm.model.hub import stay_offline_unless_reached
+
+    if not os.path.exists(args.model) or not os.path.exists(args.data):
+        stay_offline_unless_reached()
     from aimv2_mllm.evaluate import as_table
     from aimv2_mllm.evaluate import evaluate as judge
 

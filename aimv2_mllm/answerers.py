@@ -42,7 +42,7 @@ def load_answerer(source: str) -> Answerer:
     if not isdir(source):
         if exists(source):
             raise UsageError(f"{source}: is a file; {GIVE}")
-        if not HUB_ID.fullmatch(source) or source.startswith("runs/"):
+        if not HUB_ID.fullmatch(source):
             raise UsageError(f"{source}: there is no such folder; {GIVE}")
         return Foreign(source)
     folder = talking_folder(Path(source))
@@ -185,8 +185,9 @@ def _load(source: str) -> tuple[Any, Any]:
         raise UsageError(f"{source}: its weights are damaged or cut off ({error})") from None
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         said = " ".join(str(error).split())[:200]
+        where = "there" if isdir(source) else "the hub, and there is no such folder"
         raise UsageError(
-            f"{source}: no image-text model can be loaded from there: {said}"
+            f"{source}: no image-text model can be loaded from {where}: {said}"
         ) from None
     demand_whole(report, source)
     old = model.generation_config

@@ -58,7 +58,7 @@ def evaluate(args: Namespace) -> dict[str, Any]:
     numbers |= summary(judged, metric)
     packages = {name: version(name) for name in ("torch", "transformers", "aimv2-mllm")}
     numbers |= {
-        "left_out": [*asked.left_out, *answers.unusable.values()],
+        "left_out": [*asked.left_out, *answers.left_out()],
         "prompt": args.prompt,
         "asked": identity,
         "command": _command(args),
@@ -150,7 +150,7 @@ def as_table(numbers: dict[str, Any]) -> str:
         f"model    {numbers['model']}",
         f"data     {numbers['source']}: {numbers['num_questions']:,} questions{more}",
         "",
-        f"{metric.title + ', %':<34}{'mean':>9}   95 % interval",
+        f"{f'{metric.title}, {metric.unit}':<34}{'mean':>9}   95 % interval",
     ]
     rows = [("all", numbers)]
     if len(numbers["by_type"]) > 1:

@@ -74,7 +74,8 @@ def _last(name: str) -> str:
 
 
 def _headline(numbers: Mapping[str, Any]) -> list[dict[str, str]]:
-    title = METRICS[numbers["metric"]].title
+    metric = METRICS[numbers["metric"]]
+    title = f"{metric.title}, {metric.unit}"
     rows = [(title, _percent(numbers["score"]), f"of {numbers['num_questions']:,} questions")]
     rows[0] = (*rows[0][:2], f"{rows[0][2]}; {_interval(numbers)}")
     for name, told in numbers.get("controls", {}).items():
@@ -117,7 +118,7 @@ def _table(numbers: Mapping[str, Any]) -> dict[str, Any]:
             {
                 "name": kind.replace("_", " "),
                 "count": f"{one['count']:,}",
-                "interval": _interval(one),
+                "interval": _ends(one),
                 "shares": [_percent(score) for score in scores],
                 "is_sum": kind == "all",
             }
@@ -132,7 +133,7 @@ def _gallery(numbers: Mapping[str, Any], judged: Judged, asked: Asked) -> list[d
     answered = [
         Shown(
             question.picture,
-            f"{question.kind} {_percent(score)} %".strip(),
+            question.kind if score in (0, 1) else f"{question.kind} {_percent(score)}".strip(),
             question.text,
             text,
             _truth(question),
@@ -164,8 +165,12 @@ def _png(picture: Image.Image) -> bytes:
 
 
 def _interval(told: Mapping[str, Any]) -> str:
+    return f"95 % interval {_ends(told)}"
+
+
+def _ends(told: Mapping[str, Any]) -> str:
     low, high = (_percent(end) for end in told["interval"])
-    return f"95 % interval {low} to {high}"
+    return f"{low} to {high}"
 
 
 def _percent(share: float) -> str:

@@ -166,3 +166,20 @@ def test_a_result_and_a_checkpoint_of_another_llm_are_found_before_the_run(
     code, [line] = told(capsys, "run")
     assert code == 2
     assert "belongs to another run" in line
+
+
+def test_a_plan_without_the_rows_counts_long_ones_and_kept_features_spare_the_tower(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def planned(*words: str) -> str:
+        cli.main(["run", "recipe.yaml", "stages.align.data.max_tokens=300", *words, "--dry-run"])
+        return capsys.readouterr().out
+
+    kept = planned("stages.align.data.features={folder: kept}")
+    assert "features 4x4x" in kept
+    assert "pixel_values" not in kept
+    assert "features of all pictures are counted as kept" in kept
+    (folder / "rows.jsonl").unlink()
+    long = planned()
+    assert "input_ids 1x1200" in long
+    assert "no conversations at hand: all are counted with 300 tokens" in long

@@ -69,6 +69,10 @@ class Answers:
         if line["answer"] is None:
             self.unusable[line["id"]] = line["why"]
 
+    def left_out(self) -> list[str]:
+        """Which questions are not judged, and why."""
+        return [f"question {name}: {why}" for name, why in self.unusable.items()]
+
     def add(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Write a batch down; it is on the disk when this returns."""
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
@@ -94,16 +98,17 @@ def ask_all(
 
     UsageError where too many pictures cannot be decoded, or only one is left for the controls.
     """
-    _ask_pass(SEEN, asked, prompts, ask, answers, batch)
-    first = next(iter(answers.unusable.values()), "")
-    if len(answers.unusable) > MOST_LEFT_OUT * len(asked.questions):
+    for name in (SEEN, *(SHOWN if controls else ())):
+        _ask_pass(name, asked, prompts, ask, answers, batch)
+
+
+def _demand_sound(answers: Answers, count: int) -> None:
+    unusable = len(answers.unusable)
+    if unusable > MOST_LEFT_OUT * count:
         raise UsageError(
-            f"{len(answers.unusable):,} of {len(asked.questions):,} pictures cannot be decoded, "
-            f"and {MOST_LEFT_OUT:.0%} are the most; the first: {first}"
+            f"{unusable:,} of {count:,} pictures cannot be decoded, and {MOST_LEFT_OUT:.0%} are "
+            f"the most; the first: {answers.left_out()[0]}"
         )
-    if controls:
-        for name in SHOWN:
-            _ask_pass(name, asked, prompts, ask, answers, batch)
 
 
 def _ask_pass(
@@ -118,18 +123,14 @@ def _ask_pass(
         # The whole batch again, so that it is computed as in one go.
         lines, numbers, pictures = list[dict[str, Any]](), list[int](), list[Image.Image | None]()
         for number in here:
-            if name != SEEN and ids[number] in answers.unusable:
-                lines.append({"pass": name, "id": ids[number], "answer": None, "why": "as seen"})
-                continue
+            about = shown[number]
             try:
-                about = shown[number]
-                picture = None if about is None else asked.open(about)
+                if ids[number] in answers.unusable:
+                    raise Unusable("undecodable", answers.unusable[ids[number]])
+                pictures.append(None if about is None else asked.open(about))
+                numbers.append(number)
             except Unusable as error:
-                why = f"{ids[number]}: {error}"
-                lines.append({"pass": name, "id": ids[number], "answer": None, "why": why})
-                continue
-            numbers.append(number)
-            pictures.append(picture)
+                lines.append({"pass": name, "id": ids[number], "answer": None, "why": str(error)})
         try:
             given = ask([(prompts[n], p) for n, p in zip(numbers, pictures, strict=True)])
         except UsageError as error:
@@ -139,6 +140,7 @@ def _ask_pass(
             for number, text in zip(numbers, given, strict=True)
         ]
         answers.add(lines)
+        _demand_sound(answers, len(ids))
 
 
 def _shown(name: str, asked: Asked, answers: Answers) -> list[int | None]:

@@ -37,6 +37,11 @@ class Metric:
     more: Callable[[Sequence[Question], Sequence[str]], dict[str, float]] = lambda q, a: {}
     is_of_captions: bool = False
 
+    @property
+    def unit(self) -> str:
+        """In what the hundredfold of a score is."""
+        return "of 1,000" if self.is_of_captions else "%"
+
 
 def exact(question: Question, given: str) -> float:
     """1 where `given` is one of the answers, but for case, width, space, and marks around it."""

@@ -41,6 +41,10 @@ def _nf4(library: Any, layer: nn.Linear) -> Any:
     """`layer` in nf4 with doubly quantised scales, 4.13 bits a weight (arXiv 2305.14314)."""
     shape, has_bias = (layer.in_features, layer.out_features), layer.bias is not None
     made = library.nn.Linear4bit(*shape, bias=has_bias, quant_type="nf4", device="meta")
+    tables = library.functional.name2qmap
+    if "dynamic" not in tables:
+        with torch.device("cpu"):  # else made of shapes alone where models are, and kept for all
+            tables["dynamic"] = library.functional.create_dynamic_map()
     data, state = library.functional.quantize_4bit(
         layer.weight.data.contiguous(), compress_statistics=True, quant_type="nf4"
     )

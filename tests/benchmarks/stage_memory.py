@@ -4,8 +4,8 @@
     python tests/benchmarks/stage_memory.py --cases lora,nf4 --llm 0.5b --tower large
 
 The plan is that of `run --dry-run`. Beside it, on a CPU, what torch allocates at most in the second
-micro-batch of a step, as its profiler has it, with weights and optimiser; and what the process grew
-by. Each row is a process of its own; rows are those of `llava_shaped`.
+micro-batch of a step, as its profiler has it, with weights and optimiser. Each
+row is a process of its own; rows are those of `llava_shaped`.
 """
 
 import argparse
@@ -80,18 +80,11 @@ def recipe_of(args: argparse.Namespace, case: str, checkpointing: bool, folder: 
     return Recipe.model_validate(plain)
 
 
-def resident(key: str) -> int:
-    """Bytes of this process, now (VmRSS) or at most (VmHWM)."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split(f"{key}:")[1].split()[0]) * 1024
-
-
 def measured(args: argparse.Namespace, case: str, checkpointing: bool, folder: Path) -> Any:
-    """GiB that torch allocates at most, and that the process grew by, in a second micro-batch."""
+    """GiB that torch allocates at most in a second micro-batch."""
     recipe = recipe_of(args, case, checkpointing, folder)
     stage = recipe.stages["stage"]
     keep_freed_memory()
-    before = resident("VmRSS")
     job = STAGES[stage.kind].build(stage, Place(recipe, recipe.output))
     if job.prepare is not None:
         job.prepare(job, Ranks(), lambda _: None)
@@ -104,12 +97,10 @@ def measured(args: argparse.Namespace, case: str, checkpointing: bool, folder: P
     totals = job.objective.targets(batch)
     job.objective(model, batch, totals).total.backward()
     optimizer.step()
-    Path("/proc/self/clear_refs").write_text("5")  # the record of the most memory begins anew
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profiled:
         job.objective(model, batch, totals).total.backward()
-    grown = resident("VmHWM") - before
     events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = most = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
@@ -118,7 +109,7 @@ def measured(args: argparse.Namespace, case: str, checkpointing: bool, folder: P
     trained = sum(p.nbytes for named in job.parts.values() for _, p in named)
     kept = sum(map(num_bytes, model.parameters())) + 3 * trained
     kept += sum(t.nbytes for t in batch.values())
-    return {"torch": (kept + most) / GIB, "process": grown / GIB}
+    return {"torch": (kept + most) / GIB}
 
 
 def main() -> None:
@@ -130,7 +121,7 @@ def main() -> None:
         return
     print(f"aimv2_{args.tower} at {args.image_size} px, LLM {args.llm}, {args.micro_batch} rows at "
           "once, fp32, cpu; GiB")  # fmt: skip
-    print("case       checkpointing  plan   torch  process  plan/torch  plan/process")
+    print("case       checkpointing  plan   torch  plan/torch")
     with TemporaryDirectory() as name:
         folder = Path(name)
         write_rows(folder, 16)
@@ -142,9 +133,9 @@ def main() -> None:
                 memory = planned.stages[0].memory
                 assert memory is not None, [str(problem) for problem in planned.problems]
                 foretold = memory.total / GIB
-                print(f"{case:10}{word:>13}{foretold:7.3f}{found['torch']:8.3f}"
-                      f"{found['process']:9.3f}{foretold / found['torch']:12.3f}"
-                      f"{foretold / found['process']:14.3f}", flush=True)  # fmt: skip
+                ratio = foretold / found["torch"]
+                print(f"{case:10}{word:>13}{foretold:7.3f}{found['torch']:8.3f}{ratio:12.3f}",
+                      flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":
