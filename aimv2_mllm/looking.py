@@ -124,10 +124,10 @@ def heat_map(seen: Seen, shares: np.ndarray) -> Image.Image:
     assert shares.size == seen.tokens[0] * seen.tokens[1], (shares.shape, seen.tokens)
     picture = _enlarged(seen.picture)
     top = float(shares.max()) or 1.0
-    heat = Image.fromarray(np.float32(shares.reshape(seen.tokens) / top))
+    heat = Image.fromarray((shares.reshape(seen.tokens) / top).astype(np.float32))
     heat = heat.resize(picture.size, Image.Resampling.NEAREST)
     ramp = np.asarray(heat)[..., None] * 3 - np.array([0, 1, 2])  # (H, W, 3)
-    colours = Image.fromarray(np.uint8(ramp.clip(0, 1) * 255))
+    colours = Image.fromarray((ramp.clip(0, 1) * 255).astype(np.uint8))
     return Image.blend(picture.convert("L").convert("RGB"), colours, 0.6)
 
 

@@ -102,7 +102,7 @@ def test_a_picture_is_given_as_training_gave_it(aspect: str) -> None:
     PICTURE.save(buffer, "PNG")
     corpus = object.__new__(TalkCorpus)  # its files are of no concern
     corpus._data, corpus._preprocessing = data, PREPROCESSING
-    trained = PREPROCESSING.normalise(corpus._pixels(buffer.getvalue())[None])
+    trained = PREPROCESSING.normalise(corpus.pixels(buffer.getvalue())[None])
     processor = processor_of(llama(CHATML))
     record = data.model_dump(mode="json")
     pixels = seen(processor, record)
