@@ -125,6 +125,7 @@ def chat(args: argparse.Namespace) -> None:
     """Answer one question about a picture, or as many as are asked."""
     from aimv2_mllm.data.images import open_image
     from aimv2_mllm.folders import talking_folder
+    from aimv2_mllm.sampling import Sampling
 
     if args.image is None:
         raise UsageError(
@@ -133,18 +134,25 @@ def chat(args: argparse.Namespace) -> None:
         )
     if args.prompt is not None and not args.prompt.strip():
         raise UsageError("--prompt is empty: ask something, or leave it out to ask by keyboard")
-    picture = open_image(args.image)
+    if args.system is not None and not args.system.strip():
+        raise UsageError("--system is empty: say something, or leave it out")
+    pictures = [open_image(file) for file in args.image]
+    names = ("temperature", "top_p", "top_k", "seed")
+    words: dict[str, Any] = {name: getattr(args, name) for name in names}
+    sampling = Sampling(**words, stop=tuple(args.stop))
     talking_folder(Path(args.model))  # seconds before torch is there to load it
     from aimv2_mllm.chat import answer, load_model
-    from aimv2_mllm.data.conversations import turn
+    from aimv2_mllm.prompts import said
     from aimv2_mllm.terminal import talk
 
     bot = load_model(args.model)
     if args.prompt is None:
-        talk(bot, picture, args.max_new_tokens)
-    else:
-        question = turn(args.prompt, "", image=True)[:1]
-        print(answer(bot, question, [picture], max_new_tokens=args.max_new_tokens))
+        talk(bot, pictures, args.max_tokens, system=args.system, sampling=sampling)
+        return
+    system = [] if args.system is None else [said("system", args.system)]
+    asked = [*system, said("user", args.prompt, pictures=len(pictures))]
+    words = {"max_new_tokens": args.max_tokens, "sampling": sampling}
+    print(answer(bot, asked, pictures, **words))
 
 
 def demo(args: argparse.Namespace) -> None:
@@ -259,6 +267,31 @@ def convert(args: argparse.Namespace) -> None:
     print(write(args.source, Path(args.destination), **words, narrate=_note))
 
 
+def evaluate(args: argparse.Namespace) -> None:
+    """Print what a model's answers to the questions of a data set are worth; write a report."""
+    from aimv2_mllm.evaluate import as_table
+    from aimv2_mllm.evaluate import evaluate as judge
+
+    print(as_table(judge(args)))
+    print(f"\nreport: {Path(args.out) / 'report.md'}")
+
+
+def export(args: argparse.Namespace) -> None:
+    """Write a finished result as a folder that other tools load."""
+    from aimv2_mllm.export.formats import export as write
+
+    chosen = {"dtype": args.dtype, "max-shard-size": args.max_shard_size, "layout": args.layout}
+    words = {"format_": args.format, "narrate": _note, "chosen": chosen}
+    print(write(args.run, Path(args.destination), **words))
+
+
+def verify_export(args: argparse.Namespace) -> None:
+    """Load an export in a process of its own and print a line for each check."""
+    from aimv2_mllm.export.verify import verify
+
+    verify(Path(args.folder), args.run, print)
+
+
 VERBS = {
     "run": run,
     "doctor": doctor,
@@ -268,6 +301,9 @@ VERBS = {
     "probe": probe,
     "dream": dream,
     "convert": convert,
+    "evaluate": evaluate,
+    "export": export,
+    "verify-export": verify_export,
 }
 
 

@@ -88,7 +88,12 @@ def loss_curves(lines: Sequence[Mapping[str, Any]], palette: Palette) -> bytes:
     return _png(figure)
 
 
-def accuracy_bars(series: Mapping[str, Mapping[str, float]], palette: Palette) -> bytes:
+def accuracy_bars(
+    series: Mapping[str, Mapping[str, float]],
+    palette: Palette,
+    *,
+    label: str = "right answers, % of questions",
+) -> bytes:
     """Horizontal bars of accuracy, 0 to 100 %, as PNG: a group for each kind of question.
 
     `series` are the model and its controls: name -> kind -> share of right answers.
@@ -110,7 +115,7 @@ def accuracy_bars(series: Mapping[str, Mapping[str, float]], palette: Palette) -
     axes.set_yticks(range(len(kinds)), [kind.replace("_", " ") for kind in kinds])
     axes.invert_yaxis()
     axes.set_xlim(0, 106)
-    axes.set_xlabel("right answers, % of questions", fontsize=8)
+    axes.set_xlabel(label, fontsize=8)
     axes.grid(visible=False, axis="y")
     axes.legend(
         loc="lower left", bbox_to_anchor=(0, 1), ncols=len(series), frameon=False, fontsize=8,

@@ -68,7 +68,8 @@ def examine_talks(
     )  # fmt: skip
     if num_image_tokens is not None:
         _examine_places(here, samples, batches.writer.image_token_id, num_image_tokens, report)
-        _tell_pictures([picture for sample in samples for picture in sample.pictures], report)
+        pictures = [picture for sample in samples for picture in sample.pictures]
+        _tell_pictures([one for one in pictures if isinstance(one, np.ndarray)], report)
     _show_talk(rows[0], batches, report)
 
 

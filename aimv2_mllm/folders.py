@@ -82,6 +82,12 @@ def talking_folders(folder: Path) -> dict[str, Path]:
     return {f"{folder.resolve().name}/{one.parent.name}": one for one in reversed(found)}
 
 
+def talking_source(name: str) -> str:
+    """Where the Llava called `name` lies: of a folder that is a run, the result in it; else as
+    given, a folder or a hub id. UsageError for a folder without one."""
+    return str(talking_folder(Path(name))) if isdir(name) else name
+
+
 def pretrained_folder(folder: Path) -> Path:
     """The folder with the encoder: of a run, its last finished pretrain stage's result; else
     `folder` itself.

@@ -1,14 +1,16 @@
 """What a stage is, ready to be trained, and where it stands among the others of its recipe."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from aimv2_mllm.data.batches import EVERYTHING, Share
+from aimv2_mllm.engine.distributed import Ranks
 from aimv2_mllm.engine.optimizer import Parts
+from aimv2_mllm.model.quantising import num_weights
 from aimv2_mllm.recipe import Recipe
 
 # What a frozen parameter belongs to, by a piece of its name.
@@ -24,11 +26,12 @@ FROZEN_PARTS = {
 @dataclass(frozen=True)
 class Place:
     """Where a stage stands: the whole recipe, the run folder with the results of the stages before
-    it, and which share of its samples this process trains on."""
+    it, which share of its samples this process trains on, and on what."""
 
     recipe: Recipe
     folder: Path
     share: Share = EVERYTHING
+    has_bf16: bool | None = None  # whether what trains has it; None: as the device here
 
     def result(self, stage: str) -> Path:
         """The folder with the result of the stage of that name."""
@@ -51,12 +54,18 @@ class DataFacts:
     notes: Sequence[str] = ()
 
 
+Ended = Callable[[], dict[str, Any]]
+
+
 @dataclass
 class Job:
     """A stage ready to be trained: a model, its trainable parts by name, what is minimised, on
     which batches.
 
     `save` writes the result into a folder; it may change the model, for nothing comes after it.
+    `record` is what its stage.json says besides.
+    `prepare` is called right before the training, on every rank, with a function that narrates; it
+    may change the job, and gives what ends that after the training, with facts to be recorded.
     """
 
     model: nn.Module
@@ -65,6 +74,8 @@ class Job:
     batches: Callable[[int], list[Any]]
     save: Callable[[Path], None]
     data: DataFacts = DataFacts()
+    record: dict[str, Any] = field(default_factory=dict)
+    prepare: Callable[["Job", Ranks, Callable[[str], None]], Ended] | None = None
 
     def table(self) -> list[tuple[str, int, bool]]:
         """The parts of the model as (name, number of parameters, trainable or not)."""
@@ -74,7 +85,7 @@ class Job:
             frozen = (part for piece, part in FROZEN_PARTS.items() if piece in name.split("."))
             part = trained.get(id(parameter)) or next(frozen, "model")
             key = (part, id(parameter) in trained)
-            counts[key] = counts.get(key, 0) + parameter.numel()
+            counts[key] = counts.get(key, 0) + num_weights(parameter)
         return [(part, count, trainable) for (part, trainable), count in counts.items()]
 
 

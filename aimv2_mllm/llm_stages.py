@@ -1,6 +1,6 @@
-"""The stages whose models talk: a connector aligned, an LLM tuned, and a small LLM from nothing."""
+"""The stages that make a model talk: a connector aligned, and a small LLM from nothing."""
 
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,35 +14,49 @@ from aimv2_mllm.data.talks import TalkCorpus
 from aimv2_mllm.data.templates import V1_CHAT_TEMPLATE
 from aimv2_mllm.data.tokenizer import train_tokenizer
 from aimv2_mllm.engine.optimizer import Parts
-from aimv2_mllm.errors import UsageError, nearest
+from aimv2_mllm.engine.precision import held_dtype
+from aimv2_mllm.errors import UsageError
+from aimv2_mllm.feature_pass import keep_features
 from aimv2_mllm.job import DataFacts, Job, Place, named_parts
-from aimv2_mllm.model import mllm
+from aimv2_mllm.model import adapting, mllm
 from aimv2_mllm.model.connectors import build_connector
 from aimv2_mllm.model.encoder import SIZES
+from aimv2_mllm.model.grids import Grid
 from aimv2_mllm.model.towers import load_tower
 from aimv2_mllm.objective import AnswerObjective
+from aimv2_mllm.recipe_connectors import MlpChoice
 from aimv2_mllm.recipe_data import ConversationData
-from aimv2_mllm.recipe_stages import PATCH, AlignStage, LanguageStage, PretrainStage, TuneStage
+from aimv2_mllm.recipe_stages import PATCH, AlignStage, LanguageStage, PretrainStage
+from aimv2_mllm.recipe_tune import TuneStage
 
 TOKENIZER_TEXTS = 3000  # conversations from which a tokenizer is learned
+SHORT_TALK = 16  # tokens of a question with a short answer, and of what a template puts around them
 
 
 def build_align(stage: AlignStage, place: Place) -> Job:
     """A Llava of a frozen tower and a frozen LLM, with the connector between them trained."""
-    llm = place.source(stage.llm)
-    tower, tokenizer = load_tower(place.source(stage.tower)), load_talker(llm, stage.data)
-    model = mllm.assemble(
-        tower,
-        mllm.load_llm(llm),
-        tokenizer,
-        connector=stage.connector.name,
-        options=stage.connector.options(),
-    )
+    model, processor = assembled(stage, place)
     model.requires_grad_(False)
     model.model.multi_modal_projector.requires_grad_(True)
-    processor = mllm.build_processor(model, tokenizer, tower.preprocessing)
-    parts = named_parts(model, {"connector": ("model.multi_modal_projector.",)})
-    return _conversation_job(model, parts, stage, place, processor, lambda: model)
+    adapting.hold(model, held_dtype(stage.train, place.has_bf16))
+    parts = named_parts(model, {"connector": (adapting.CONNECTOR,)})
+    result = adapting.Result(model, adapting.SAVED[stage.train.precision])
+    return conversation_job(model, parts, stage, place, processor, result)
+
+
+def assembled(stage: AlignStage | TuneStage, place: Place) -> tuple[Any, Any]:
+    """A Llava of the stage's tower, its LLM and a new connector, and its processor."""
+    llm, choice = place.source(str(stage.llm)), stage.connector or MlpChoice()
+    tower = load_tower(place.source(str(stage.tower)))
+    tokenizer = load_talker(llm, stage.data)
+    model = mllm.assemble(
+        tower,
+        mllm.load_llm(llm, held_dtype(stage.train, place.has_bf16)),
+        tokenizer,
+        connector=choice.name,
+        options=choice.options(),
+    )
+    return model, mllm.build_processor(model, tokenizer, tower.preprocessing)
 
 
 def load_talker(llm: str, data: ConversationData) -> Any:
@@ -55,51 +69,25 @@ def load_talker(llm: str, data: ConversationData) -> Any:
     return tokenizer
 
 
-def build_tune(stage: TuneStage, place: Place) -> Job:
-    """The aligned Llava with low-rank adapters on the LLM; adapters and connector are trained, the
-    rest frozen.
-
-    The result has the adapters merged in: it is as stock a folder as the aligned one.
-    """
-    from peft import LoraConfig, get_peft_model
-
-    base, processor = mllm.load_llava(place.result(stage.start))
-    if stage.data.template == "v1":
-        processor.chat_template = processor.tokenizer.chat_template = V1_CHAT_TEMPLATE
-    check_targets(stage.lora.targets, mllm.linear_layers(base.model.language_model))
-    targets = "|".join(stage.lora.targets)
-    config = LoraConfig(
-        r=stage.lora.r,
-        lora_alpha=stage.lora.alpha,
-        lora_dropout=stage.lora.dropout,
-        # Whole names: the tower may have the same leaf names.
-        target_modules=rf".*\.language_model\..*\.({targets})",
-    )
-    model = get_peft_model(base, config)
-    base.model.multi_modal_projector.requires_grad_(True)
-    parts = {
-        "lora": [(n, p) for n, p in model.named_parameters() if "lora_" in n],
-        "connector": [(n, p) for n, p in model.named_parameters() if "multi_modal_projector" in n],
-    }
-    return _conversation_job(model, parts, stage, place, processor, model.merge_and_unload)
-
-
-def _conversation_job(
+def conversation_job(
     model: nn.Module,
     parts: Parts,
     stage: AlignStage | TuneStage,
     place: Place,
     processor: Any,
-    finished: Callable[[], Any],
+    result: adapting.Result,
 ) -> Job:
+    """The stage that trains `parts` of the Llava `model`, and leaves `result` and `processor`."""
     preprocessing, num_image_tokens = mllm.pictures_of(processor)
 
     def save(folder: Path) -> None:
-        finished().save_pretrained(folder)
+        result.save(folder)
         processor.save_pretrained(folder)
 
+    llava: Any = model
+    most = min(stage.data.max_tokens, mllm.room_of(llava.config.text_config))
     batches = conversation_batches(
-        stage.data,
+        stage.data.model_copy(update={"max_tokens": most}),
         stage.train,
         seed=place.recipe.seed,
         tokenizer=processor.tokenizer,
@@ -107,7 +95,10 @@ def _conversation_job(
         num_image_tokens=num_image_tokens,
         share=place.share,
     )
-    return Job(model, parts, AnswerObjective(), batches, save, _facts(stage, batches))
+    job = Job(model, parts, AnswerObjective(), batches, save, _facts(stage, batches))
+    if stage.data.features is not None:
+        job.prepare = partial(keep_features, llava=model, data=stage.data, train=stage.train)
+    return job
 
 
 def build_language(stage: LanguageStage, place: Place) -> Job:
@@ -152,31 +143,33 @@ def _facts(stage: AlignStage | TuneStage | LanguageStage, batches: TalkBatches) 
     return DataFacts(stage.data.workers, stage.data.max_skipped, corpus.digest, corpus.notes)
 
 
-def check_connector(stage: AlignStage, place: Place) -> None:
+def check_connector(stage: AlignStage | TuneStage, place: Place) -> None:
     """UsageError unless the stage's tower can be loaded, where it comes from outside, and its
-    connector serves the grid of that tower and the width of the LLM."""
-    stages = place.recipe.stages
-    if stage.tower in stages:
-        see = stages[stage.tower]
-        assert isinstance(see, PretrainStage), see
-        side, width = see.encoder.image_size // PATCH, SIZES[see.encoder.size]["hidden_size"]
-        grid = (side, side)
+    connector serves the grid of that tower and the width of the LLM, which has room for that."""
+    grid, width, _ = tower_sizes(str(stage.tower), place)
+    read = place.recipe.stages.get(str(stage.llm))
+    if isinstance(read, LanguageStage):
+        out, room = read.model.hidden_size, read.model.max_position_embeddings
     else:
-        tower = load_tower(stage.tower)
-        grid, width = tower.grid, tower.hidden_size
-    read = stages.get(stage.llm)
-    out = read.model.hidden_size if isinstance(read, LanguageStage) else mllm.width_of(stage.llm)
+        out, room = mllm.sizes_of(str(stage.llm))
+    choice = stage.connector or MlpChoice()
     with torch.device("meta"):
-        options = stage.connector.options()
-        connector = build_connector(stage.connector.name, width, out, **options)
-    connector.num_tokens(grid)
-
-
-def check_targets(targets: list[str], layers: list[str]) -> None:
-    """UsageError for a name in `lora.targets` that none of the LLM's `layers` has."""
-    unknown = [target for target in targets if target not in layers]
-    if unknown:
+        connector = build_connector(choice.name, width, out, **choice.options())
+    count = connector.num_tokens(grid)
+    if count + SHORT_TALK > room:
         raise UsageError(
-            f"lora.targets: the LLM has no {', '.join(unknown)}; its layers are "
-            f"{', '.join(layers)}{nearest(unknown[0], layers)}"
+            f"llm: {stage.llm} has room for {room:,} tokens (max_position_embeddings), and a"
+            f" picture becomes {count:,}, which leaves none for a question and its answer: choose"
+            " a connector that makes fewer (pixel_shuffle, average_pool, resampler), a tower for"
+            " smaller pictures, or another LLM"
         )
+
+
+def tower_sizes(name: str, place: Place) -> tuple[Grid, int, int]:
+    """The grid of patches, the width and the number of blocks of the tower called `name`."""
+    see = place.recipe.stages.get(name)
+    if isinstance(see, PretrainStage):
+        side, sizes = see.encoder.image_size // PATCH, SIZES[see.encoder.size]
+        return (side, side), sizes["hidden_size"], sizes["num_hidden_layers"]
+    tower = load_tower(name)
+    return tower.grid, tower.hidden_size, int(tower.config.num_hidden_layers)

@@ -44,6 +44,8 @@ class ConversationBatch(TypedDict):
     attention_mask: Tensor  # (B, L) int64
     labels: Tensor  # (B, L) int64
     pixel_values: NotRequired[Tensor]  # as the tower wants them
+    features: NotRequired[Tensor]  # (C, N, D), of the pictures that are kept; pixels of the others
+    is_cached: NotRequired[Tensor]  # (K,) bool: which of all pictures, in the order of the text
 
 
 class Loss(NamedTuple):

@@ -15,7 +15,7 @@ from aimv2_mllm.engine.metrics import METRICS
 from aimv2_mllm.evaluation import answers
 from aimv2_mllm.evaluation.summary import Findings, Painting, last_stage
 from aimv2_mllm.folders import STAGE_FILE
-from aimv2_mllm.gallery import gallery
+from aimv2_mllm.gallery import sheet_gallery
 from aimv2_mllm.job import Place
 
 # what was looked at -> its numbers: told by neighbours, told by a linear classifier
@@ -51,7 +51,7 @@ def describe(place: Place, findings: Findings) -> dict[str, Any]:
             charts.sheet_grid(findings.paintings) if findings.paintings else b"",
         ),
         **_questions(numbers),
-        "gallery": gallery(findings, config.seed),
+        "gallery": sheet_gallery(findings, config.seed),
         "probe": [
             {
                 "name": text,

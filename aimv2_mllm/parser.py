@@ -2,19 +2,24 @@
 
 import argparse
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NoReturn
 
 from aimv2_mllm.errors import UsageError
+from aimv2_mllm.sampling import RANGES
 
 PROGRAM = "aimv2-mllm"
 SMALLEST_SHEET, LARGEST_SHEET = 28, 4096  # pixels, the sides of images that a recipe allows
 MOST_NEW_TOKENS, MOST_SEED, MOST_PICTURES = 100_000, 2**63 - 1, 10**9
 MOST_DEVICES = 100_000
 ACCELERATORS = (
-    "a100-40", "a100", "h100", "h100-pcie", "h200", "gh200", "b200", "l40s", "l4",
+    "a100-40", "a100", "h100", "h100-pcie", "h200", "gh200", "b200", "l40s", "l4", "rtx4090",
+    "rtx3090",
 )  # fmt: skip
 PROBES = ("knn", "linear", "attentive", "all", "zeroshot")
 STATISTICS = ("true", "previous", "prefix")
+METRICS = ("exact", "vqa", "choice", "yesno", "anls", "relaxed", "caption")
+FORMATS = ("llava", "adapter", "original-llava", "encoder")
 LAYOUTS, DTYPES = ("original", "transformers", "timm"), ("fp32", "bf16")
 
 
@@ -63,18 +68,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_recipe(words)
 
-    words = verbs.add_parser("chat", help="ask a trained model about a picture")
-    words.add_argument("model", metavar="MODEL", help="a run folder, or a folder with a Llava")
-    words.add_argument("--image", metavar="FILE", help="the picture to talk about")
-    words.add_argument("--prompt", metavar="TEXT", help="ask only this, print the answer and exit")
-    words.add_argument(
-        "--max-new-tokens",
-        metavar="N",
-        type=_whole(1, MOST_NEW_TOKENS),
-        default=64,
-        help="longest answer, tokens (64)",
-    )
-
     words = verbs.add_parser("sample", help="write a picture that a model has never seen")
     words.add_argument("model", metavar="MODEL", help="a run folder, or a folder with a model")
     words.add_argument("out", metavar="OUT", help="the file to write, such as sheet.png")
@@ -88,10 +81,13 @@ def build_parser() -> argparse.ArgumentParser:
         default=336,
         help="its side (336)",
     )
+    _add_chat(verbs)
     _add_demo(verbs)
     _add_probe(verbs)
     _add_dream(verbs)
     _add_convert(verbs)
+    _add_evaluate(verbs)
+    _add_export(verbs)
     for parsed in (parser, *verbs.choices.values()):
         parsed.allow_abbrev = False
     return parser
@@ -104,6 +100,36 @@ def _add_recipe(words: argparse.ArgumentParser) -> None:
         metavar="key.sub=value",
         nargs="*",
         help="replaces a value, as in stages.tune.train.steps=100 or output=FOLDER",
+    )
+
+
+def _add_chat(verbs: Any) -> None:
+    words = verbs.add_parser("chat", help="ask a trained model about a picture")
+    words.add_argument("model", metavar="MODEL", help="a run folder, or a folder with a Llava")
+    words.add_argument(
+        "--image", metavar="FILE", action="append", help="the picture to talk about; once for each"
+    )
+    words.add_argument("--prompt", metavar="TEXT", help="ask only this, print the answer and exit")
+    words.add_argument("--system", metavar="TEXT", help="what the model is told before all else")
+    counts = _whole(1, MOST_NEW_TOKENS)
+    words.add_argument(
+        "--max-tokens", metavar="N", type=counts, default=64, help="longest answer, tokens (64)"
+    )
+    settings = (
+        ("--temperature", "T", float, 0.0, "how freely answers vary; 0: the likeliest (0)"),
+        ("--top-p", "P", float, 1.0, "draw from the likeliest that make up this share (1, all)"),
+        ("--top-k", "N", int, 0, "draw from so many likeliest tokens (0, all)"),
+        ("--seed", "N", int, None, "makes drawn answers repeatable (another each time)"),
+    )
+    for name, metavar, kind, default, text in settings:
+        parse = _setting(name, kind)
+        words.add_argument(name, metavar=metavar, type=parse, default=default, help=text)
+    words.add_argument(
+        "--stop",
+        metavar="TEXT",
+        action="append",
+        default=[],
+        help="an answer ends before this; once for each text",
     )
 
 
@@ -143,6 +169,29 @@ def _add_convert(verbs: Any) -> None:
         help="resize learned positions to images of this side (the source's)",
     )
     words.add_argument("--dtype", choices=DTYPES, help="precision: fp32, bf16 (the source's)")
+
+
+def _add_export(verbs: Any) -> None:
+    words = verbs.add_parser("export", help="write a result as a folder that other tools load")
+    words.add_argument("run", metavar="RUN", help="a run folder, or a stage's model folder")
+    words.add_argument("destination", metavar="DST", help="the folder to write, which is new")
+    words.add_argument(
+        "--format", choices=FORMATS, default="llava", help=f"{', '.join(FORMATS)} (llava)"
+    )
+    words.add_argument("--dtype", choices=DTYPES, help="precision: fp32, bf16 (the source's)")
+    words.add_argument(
+        "--max-shard-size", metavar="SIZE", help="of a file of weights, such as 2GB or 500MB (5GB)"
+    )
+    words.add_argument(
+        "--layout", choices=LAYOUTS, help=f"of an encoder: {', '.join(LAYOUTS)} (original)"
+    )
+    words = verbs.add_parser(
+        "verify-export", help="load an export without this package and compare what it says"
+    )
+    words.add_argument("folder", metavar="DST", help="what export wrote")
+    words.add_argument(
+        "run", metavar="RUN", nargs="?", help="what it was made of: compare with its model too"
+    )
 
 
 def _add_probe(verbs: Any) -> None:
@@ -199,6 +248,72 @@ def _add_dream(verbs: Any) -> None:
     words.add_argument(
         "--out", metavar="FILE", default="dream.png", help="the picture to write (dream.png)"
     )
+
+
+def _add_evaluate(verbs: Any) -> None:
+    words = verbs.add_parser("evaluate", help="ask a model the questions of a data set, and judge")
+    words.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a run folder, or the folder or hub id of an image-text model",
+    )
+    words.add_argument(
+        "data",
+        metavar="DATA",
+        help="JSON lines with image, question and answers, a folder with questions.csv, or a "
+        "dataset of the datasets library, by folder or hub id",
+    )
+    words.add_argument(
+        "--metric", choices=METRICS, default="exact", help=f"{', '.join(METRICS)} (exact)"
+    )
+    words.add_argument(
+        "--prompt",
+        metavar="TEXT",
+        help="what is asked, with {question} and, where there are any, {choices} in it",
+    )
+    words.add_argument(
+        "--out", metavar="FOLDER", default="evaluation", help="answers and report (evaluation)"
+    )
+    words.add_argument("--root", metavar="FOLDER", help="where pictures lie (the file's folder)")
+    words.add_argument(
+        "--column",
+        metavar="FIELD=NAME",
+        action="append",
+        help="what image, question, answers, type, id or choices is called in the data; may be "
+        "given several times",
+    )
+    words.add_argument("--split", metavar="NAME", default="test", help="of a dataset (test)")
+    counts = (
+        ("--limit", MOST_PICTURES, None, "first so many questions (all)"),
+        ("--batch-size", 10_000, 8, "questions at once (8)"),
+        ("--max-new-tokens", MOST_NEW_TOKENS, 64, "longest answer, tokens (64)"),
+    )
+    for name, high, default, text in counts:
+        words.add_argument(name, metavar="N", type=_whole(1, high), default=default, help=text)
+    words.add_argument(
+        "--no-controls",
+        dest="controls",
+        action="store_false",
+        help="do not ask again without a picture and with another question's",
+    )
+
+
+def _setting(flag: str, kind: type[int] | type[float]) -> Callable[[str], Any]:
+    """What reads the flag of one of the `RANGES` of sampling."""
+    name = flag.removeprefix("--").replace("-", "_")
+    low, high, allowed = RANGES[name]
+
+    def parse(text: str) -> Any:
+        value: float | None = None
+        if text.isascii() and "_" not in text:  # which Python's own numbers may have
+            with suppress(ValueError):
+                value = kind(text)
+        is_off = value == 0 and allowed.startswith("0 (")
+        if value is None or not (is_off or low <= value <= high):
+            raise argparse.ArgumentTypeError(f"is {text}, must be {allowed}")
+        return value
+
+    return parse
 
 
 def _whole(low: int, high: int) -> Callable[[str], int]:

@@ -20,6 +20,7 @@ from aimv2_mllm.engine.rehearsal import Footprint, rehearse
 from aimv2_mllm.engine.strategies import blocks
 from aimv2_mllm.errors import RunFailed, UsageError
 from aimv2_mllm.job import Job, Place
+from aimv2_mllm.model.quantising import is_quantised, num_bytes
 from aimv2_mllm.problems import Problem, find_problems
 from aimv2_mllm.recipe import Recipe
 from aimv2_mllm.recipe_stages import Stage
@@ -93,14 +94,17 @@ def plan(recipe: Recipe, device: Accelerator, num_devices: int) -> Plan:
     """The plan of `recipe` on `num_devices` of that kind; nothing is trained, loaded or written."""
     problems = find_problems(Place(recipe, recipe.output), num_devices)
     wrong = {problem.key for problem in problems}
-    stages = []
+    stages: list[StagePlan] = []
     with TemporaryDirectory() as folder:
-        sketch = Place(recipe, Path(folder))
+        sketch = Place(recipe, Path(folder), has_bf16=device.has_bf16)
         for name, stage in recipe.stages.items():
-            planned, unbuilt = _planned(name, stage, sketch, wrong, device, num_devices)
+            outline, is_missing = _outlined(name, stage, wrong, num_devices)
+            planned, unbuilt = outline, ""
+            if not _follows_on(stage, stages):
+                planned, unbuilt = _planned(outline, is_missing, sketch, wrong, device, num_devices)
             stages.append(planned)
             known = any(f"{key}.".startswith(f"stages.{name}.") for key in wrong)
-            if unbuilt and not known and not _follows_on(stage, stages):
+            if unbuilt and not known:
                 problems.append(Problem(f"stages.{name}", unbuilt))
     return Plan(stages, problems)
 
@@ -111,19 +115,31 @@ def _follows_on(stage: Stage, planned: Sequence[StagePlan]) -> bool:
     return bool(unknown & {str(getattr(stage, key, "")) for key in ("tower", "llm", "start")})
 
 
-def _planned(
-    name: str, stage: Stage, sketch: Place, wrong: set[str], device: Accelerator, num_devices: int
-) -> tuple[StagePlan, str]:
-    """The stage's plan, and why it could not be built, if so."""
+def _outlined(name: str, stage: Stage, wrong: set[str], num_devices: int) -> tuple[StagePlan, bool]:
+    """What of the stage's plan needs no model, and whether samples of it are not there."""
     count = max(stage.train.batch_size // num_devices, 1)
     micro = min(stage.train.micro_batch_size or count, count)
     sources, is_missing = _sources(f"stages.{name}", stage, wrong)
-    result = StagePlan(name, stage.kind, stage.train, micro, math.ceil(count / micro), sources)
+    whole = math.ceil(count / micro)
+    return StagePlan(name, stage.kind, stage.train, micro, whole, sources), is_missing
+
+
+def _planned(
+    outline: StagePlan,
+    is_missing: bool,
+    sketch: Place,
+    wrong: set[str],
+    device: Accelerator,
+    num_devices: int,
+) -> tuple[StagePlan, str]:
+    """The whole of an outlined plan, and why the stage could not be built, if so."""
+    name, micro = outline.name, outline.micro_batch
+    stage = sketch.recipe.stages[name]
     try:
         job = sketched(name, stage, sketch, wrong=wrong, micro=micro)
         batches = job.batches(0)
     except (UsageError, RunFailed) as error:
-        return result, str(error)
+        return outline, str(error)
     longest = longest_caption(stage) if is_missing else None
     full = [grown(dict(batch), micro, longest) for batch in batches]
     notes = []
@@ -133,9 +149,9 @@ def _planned(
         notes.append(f"no tokenizer at hand: counted with {WORDS.get(stage.kind, 0):,} words")
     table = job.table()
     trained = sum(p.nbytes for named in job.parts.values() for _, p in named)
-    memory, flops = _cost(job, stage.train, full, device, num_devices, result.num_micro_batches)
+    memory, flops = _cost(job, stage.train, full, device, num_devices, outline.num_micro_batches)
     return replace(
-        result,
+        outline,
         table=table,
         shapes={k: _shape(v) for k, v in _largest(full).items() if _shape(v)},
         memory=memory,
@@ -183,10 +199,10 @@ def _cost(
     half = train.precision == "bf16" and device.has_bf16
     is_sharded = num_devices > 1 and train.strategy == "fsdp2"
     model = job.model.train()
-    weights = sum(p.nbytes for p in model.parameters())
+    weights = sum(num_bytes(p) for p in model.parameters())
+    kept = sum(num_bytes(p) for p in model.parameters() if is_quantised(p))  # whole everywhere
     trained = sum(p.nbytes for named in job.parts.values() for _, p in named)
-    width = 2 if half else 4
-    unsharded = _gathered(model) if is_sharded else 0
+    gathered = _gathered(model, 2 if half else 4) if is_sharded else 0
     if is_sharded and half:
         model = model.to(torch.bfloat16)
     words = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
@@ -209,14 +225,22 @@ def _cost(
     if not is_sharded:
         return Memory(weights, most.gradients, 2 * trained, most.activations, most.logits), flops
     share = num_devices
-    gathered = unsharded * (width + 4)  # weights as they are multiplied, gradients as added
-    held = most.activations + gathered
     return Memory(
-        weights // share, trained // share, 2 * trained // share, held, most.logits
+        kept + (weights - kept) // share,
+        trained // share,
+        2 * trained // share,
+        most.activations + gathered,
+        most.logits,
     ), flops
 
 
-def _gathered(model: nn.Module) -> int:
-    """How many parameters FSDP2 holds whole at once: what is in no block, and two blocks."""
-    sizes = sorted(sum(p.numel() for p in block.parameters()) for block in blocks(model))
-    return sum(p.numel() for p in model.parameters()) - sum(sizes) + sum(sizes[-2:])
+def _gathered(model: nn.Module, width: int) -> int:
+    """The bytes that FSDP2 holds whole at once, of what is in no block and of two blocks: weights
+    as they are multiplied, in `width` bytes, and gradients of the trained as they are added."""
+
+    def size(part: nn.Module) -> int:
+        sharded = (p for p in part.parameters() if not is_quantised(p))
+        return sum(p.numel() * (width + 4 * p.requires_grad) for p in sharded)
+
+    sizes = sorted(size(block) for block in blocks(model))
+    return size(model) - sum(sizes) + sum(sizes[-2:])

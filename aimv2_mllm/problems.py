@@ -9,12 +9,14 @@ from typing import Any
 from aimv2_mllm.engine.trackers import require
 from aimv2_mllm.errors import RunFailed, UsageError
 from aimv2_mllm.job import Place
+from aimv2_mllm.llm_stages import load_talker
 from aimv2_mllm.model import mllm
 from aimv2_mllm.model.hub import locate
 from aimv2_mllm.model.shapes import only_shapes
 from aimv2_mllm.model.shards import weight_files
+from aimv2_mllm.recipe_data import ConversationData
 from aimv2_mllm.recipe_stages import Stage
-from aimv2_mllm.run import check_folder, check_shares
+from aimv2_mllm.run import check_begun, check_folder, check_shares
 from aimv2_mllm.stages import check_stage, opened
 
 
@@ -34,9 +36,10 @@ def find_problems(place: Place, num_devices: int) -> list[Problem]:
     """Every problem of the recipe, in the order of its stages; weights are not read."""
     found = list(_tried("output", lambda: check_folder(place)))
     for name, stage in place.recipe.stages.items():
+        here = f"stages.{name}"
+        found += _tried(here, partial(check_begun, name, place))
         if place.result(name).is_dir():
             continue
-        here = f"stages.{name}"
         of_stage = [*_data(here, stage), *_models(here, stage, place)]
         # It stops at the first problem, which may be one that is known.
         found += of_stage or _tried(here, partial(_checked, name, place))
@@ -64,16 +67,18 @@ def _data(here: str, stage: Stage) -> Iterator[Problem]:
 
 def _models(here: str, stage: Stage, place: Place) -> Iterator[Problem]:
     """The models from outside that are not there, each at its key."""
-    for key in ("tokenizer", "llm", "tower", "start.encoder", "start.decoder"):
+    for key in ("tokenizer", "llm", "tower", "start", "start.encoder", "start.decoder"):
         value: Any = stage
         for part in key.split("."):
             value = getattr(value, part, None)
         if not isinstance(value, str) or value in place.recipe.stages:
             continue
-        if key in ("tokenizer", "llm"):
-            yield from _tried(
-                f"{here}.{key}", partial(mllm.load_tokenizer, value, talks=key == "llm")
-            )
+        if key == "llm" and isinstance(stage.data, ConversationData):
+            yield from _tried(f"{here}.{key}", partial(load_talker, value, stage.data))
+        elif key == "tokenizer":
+            yield from _tried(f"{here}.{key}", partial(mllm.load_tokenizer, value, talks=False))
+        elif key == "start":
+            yield from _tried(f"{here}.{key}", partial(mllm.llava_config, value))
         else:
             yield from _tried(f"{here}.{key}", partial(_weights, value))
 

@@ -111,9 +111,10 @@ class Prompter:
                         f"the text {token!r} is a mark of this model: write it otherwise"
                     )
         if roles[0] == "system":
-            self._demand_system()
+            self.demand_system()
 
-    def _demand_system(self) -> None:
+    def demand_system(self) -> None:
+        """UsageError where the template has no place for a system prompt."""
         if self._has_system is None:
             self._has_system = self._writes_system()
         if not self._has_system:

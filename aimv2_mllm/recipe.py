@@ -32,7 +32,7 @@ EXECUTION_KEYS = {
             "trackers",
         }
     ),
-    "data": frozenset({"workers", "cache", "cache_gib"}),
+    "data": frozenset({"workers", "cache", "cache_gib", "features"}),
 }
 
 Place = tuple[str, ...]  # the keys that lead to a value, outermost first
@@ -148,16 +148,16 @@ def reference_mistakes(stages: Any) -> Iterator[Mistake]:
             said: Any = stage
             for part in key.split("."):
                 said = said.get(part) if isinstance(said, dict) else None
-            names = [other for other, its_kind in earlier.items() if its_kind == wanted]
+            names = [other for other, its_kind in earlier.items() if its_kind in wanted]
             if not isinstance(said, str) or said in names:
                 continue
             # a word is a stage, for an llm also a hub id; with a / it is a folder or a hub id
-            weights = key in ("tower", "start.encoder", "start.decoder")
-            if (key in ("llm", "tokenizer") and said not in stages) or (weights and "/" in said):
+            weights = key not in ("llm", "tokenizer")
+            if (not weights and said not in stages) or (weights and "/" in said):
                 continue
             folder = "; a folder is written with a /, as in ./NAME" if weights else ""
             known = f"there {'are' if names else 'is'} {', '.join(names) or 'none'}"
-            text = f"is {show(said)}, must be an earlier {wanted} stage: {known}"
+            text = f"is {show(said)}, must be an earlier {' or '.join(wanted)} stage: {known}"
             yield ("stages", name, *key.split(".")), f"{text}{folder}{nearest(said, names)}"
         earlier[name] = kind
 

@@ -5,7 +5,7 @@ Whether a named file is there is not looked up here: a recipe means the same on 
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from aimv2_mllm.recipe_types import Count, Number, Section, Seed, Switch, Text
 
@@ -195,6 +195,15 @@ TALK_SECTIONS: dict[str, type[Talks]] = {
 }
 
 
+class FeaturesChoice(Section):
+    """Where the features of a frozen tower are kept, for later epochs, stages and runs."""
+
+    folder: Text = Field(description="folder for them, which all processes share")
+    max_gib: Number = Field(
+        default=20.0, gt=0, description="most that the folder takes up, GiB, of all towers"
+    )
+
+
 class ConversationData(Section):
     """Conversations about pictures, or about none, drawn from one or several sources."""
 
@@ -224,3 +233,18 @@ class ConversationData(Section):
         le=256,
         description="processes that prepare samples, per rank; 0: none but itself",
     )
+    features: FeaturesChoice | None = Field(
+        default=None,
+        description="align and tune: compute the features of all pictures once and keep them, "
+        "where the tower is frozen",
+    )
+
+    @field_validator("features")
+    @classmethod
+    def _there_is_an_end(
+        cls, value: FeaturesChoice | None, info: ValidationInfo
+    ) -> FeaturesChoice | None:
+        sources = info.data.get("sources", ())
+        if value and any(isinstance(source, HandwritingTalks) for source in sources):
+            raise ValueError("must be null with a source of handwriting: its pictures have no end")
+        return value

@@ -1,13 +1,13 @@
 """The part of a recipe that says what its stages build and train, a section for each kind."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from aimv2_mllm.errors import nearest
 from aimv2_mllm.recipe_connectors import ConnectorChoice, MlpChoice
 from aimv2_mllm.recipe_data import CaptionData, ConversationData
-from aimv2_mllm.recipe_train import TrainConfig
+from aimv2_mllm.recipe_train import StageSection, TrainConfig
+from aimv2_mllm.recipe_tune import TuneStage
 from aimv2_mllm.recipe_types import Count, Number, Section, Switch, Text
 
 RELEASED_AREAS = (128, 4096)  # of the released native encoder, patches
@@ -114,33 +114,7 @@ class LanguageChoice(_Attention):
         return value
 
 
-class LoraChoice(Section):
-    """Which linear layers of the LLM get low-rank adapters, and how large these are."""
-
-    r: Count = Field(default=8, description="rank of the adapters")
-    alpha: Number = Field(default=16.0, gt=0, description="scale of the adapters, divided by r")
-    dropout: Number = Field(default=0.0, ge=0, lt=1, description="share dropped, in [0, 1)")
-    targets: list[Text] = Field(
-        default=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-        min_length=1,
-        description="names of the adapted linear layers",
-    )
-
-
-class _Stage(Section):
-    PARTS: ClassVar[tuple[str, ...]]  # what is trained, by the names that part_lr may have
-
-    @field_validator("train", check_fields=False)
-    @classmethod
-    def _names_parts_of_the_stage(cls, value: TrainConfig) -> TrainConfig:
-        unknown = [part for part in value.part_lr if part not in cls.PARTS]
-        if unknown:
-            known = f"{', '.join(cls.PARTS)}{nearest(unknown[0], cls.PARTS)}"
-            raise ValueError(f"must name in part_lr parts of the stage, which are {known}")
-        return value
-
-
-class PretrainStage(_Stage):
+class PretrainStage(StageSection):
     """Pre-trains an encoder on pictures and captions."""
 
     PARTS = ("encoder", "decoder")
@@ -202,7 +176,7 @@ class PretrainStage(_Stage):
         return value
 
 
-class LitStage(_Stage):
+class LitStage(StageSection):
     """Trains a text tower and a pooling head beside a frozen encoder (LiT), for zero-shot use."""
 
     PARTS = ("head", "text")
@@ -217,7 +191,7 @@ class LitStage(_Stage):
     )
 
 
-class AlignStage(_Stage):
+class AlignStage(StageSection):
     """Trains a connector from a frozen tower to a frozen LLM."""
 
     PARTS = ("connector",)
@@ -233,18 +207,7 @@ class AlignStage(_Stage):
     train: TrainConfig = Field(description="how it is optimised")
 
 
-class TuneStage(_Stage):
-    """Tunes the LLM of an aligned model with adapters."""
-
-    PARTS = ("lora", "connector")
-    kind: Literal["tune"] = Field(default="tune", description="the kind of the stage")
-    start: Text = Field(description="an earlier align stage, whose result is tuned")
-    lora: LoraChoice = Field(default=LoraChoice(), description="the adapters")
-    data: ConversationData = Field(default=ConversationData(), description="the samples")
-    train: TrainConfig = Field(description="how it is optimised")
-
-
-class LanguageStage(_Stage):
+class LanguageStage(StageSection):
     """Trains a small LLM and its tokenizer on the text of the conversations."""
 
     PARTS = ("llm",)
@@ -253,6 +216,13 @@ class LanguageStage(_Stage):
     vocab_size: Count = Field(description="size of the tokenizer's vocabulary, tokens")
     data: ConversationData = Field(default=ConversationData(), description="the samples")
     train: TrainConfig = Field(description="how it is optimised")
+
+    @field_validator("data")
+    @classmethod
+    def _has_no_tower(cls, value: ConversationData) -> ConversationData:
+        if value.features is not None:
+            raise ValueError("must have no features: a language stage has no tower")
+        return value
 
 
 Stage = PretrainStage | LitStage | AlignStage | TuneStage | LanguageStage
@@ -263,14 +233,14 @@ STAGES: dict[str, type[Stage]] = {
     "tune": TuneStage,
     "language": LanguageStage,
 }
-# kind of a stage -> its keys that name an earlier stage -> the kind which that stage must have
-REFERENCES = {
+# kind of a stage -> its keys that name an earlier stage -> the kinds which that stage may have
+REFERENCES: dict[str, dict[str, tuple[str, ...]]] = {
     "pretrain": {
-        "tokenizer": "language",
-        "start.encoder": "pretrain",
-        "start.decoder": "pretrain",
+        "tokenizer": ("language",),
+        "start.encoder": ("pretrain",),
+        "start.decoder": ("pretrain",),
     },
-    "lit": {"tower": "pretrain", "tokenizer": "language"},
-    "align": {"tower": "pretrain", "llm": "language"},
-    "tune": {"start": "align"},
+    "lit": {"tower": ("pretrain",), "tokenizer": ("language",)},
+    "align": {"tower": ("pretrain",), "llm": ("language",)},
+    "tune": {"start": ("align", "tune"), "tower": ("pretrain",), "llm": ("language",)},
 }

@@ -1,9 +1,11 @@
-"""The part of a recipe that says how a stage is optimised."""
+"""The part of a recipe that says how a stage is optimised, and what every stage has of it."""
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
+from aimv2_mllm.errors import nearest
 from aimv2_mllm.recipe_types import Count, Number, Section, Switch, Text
 
 
@@ -75,4 +77,25 @@ class TrainConfig(Section):
         steps = info.data.get("steps")
         if steps and value >= steps:
             raise ValueError(f"must be less than steps, which is {steps}")
+        return value
+
+
+class StageSection(Section):
+    """What the section of every stage is made of."""
+
+    PARTS: ClassVar[tuple[str, ...]]  # what is trained, by the names that part_lr may have
+
+    @classmethod
+    def parts_of(cls, said: Mapping[str, Any]) -> tuple[str, ...]:
+        """What of `PARTS` is trained where the stage says so much of itself."""
+        return cls.PARTS
+
+    @field_validator("train", check_fields=False)
+    @classmethod
+    def _names_parts_of_the_stage(cls, value: TrainConfig, info: ValidationInfo) -> TrainConfig:
+        parts = cls.parts_of(info.data)
+        unknown = [part for part in value.part_lr if part not in parts]
+        if unknown:
+            known = f"{', '.join(parts)}{nearest(unknown[0], parts)}"
+            raise ValueError(f"must name in part_lr parts of the stage, which are {known}")
         return value

@@ -40,7 +40,7 @@ def write_report(place: Place, narrate: Narrate) -> None:
         return
     findings = evaluate(place, narrate)
     _complete(findings, place, made_from)
-    _write(place.folder, _render(place, findings))
+    write_files(place.folder, _render(place, findings))
     for line in _told(findings.numbers):
         narrate(line)
     narrate(f"report: {place.folder / HTML}")
@@ -86,16 +86,17 @@ def _record(place: Place, stage: str) -> dict[str, Any]:
 def _render(place: Place, findings: Findings) -> dict[str, bytes]:
     """The files of the report by name."""
     page = describe(place, findings)
-    texts = {name: _fill(f"{name}.jinja", page) for name in (HTML, MARKDOWN)}
+    texts = {name: fill(f"{name}.jinja", page) for name in (HTML, MARKDOWN)}
     texts[SUMMARY] = json.dumps(findings.numbers, indent=2, allow_nan=False) + "\n"
     files = {name: text.encode() for name, text in texts.items()}
     return {picture.name: picture.png for picture in pictures(page)} | files
 
 
-def _fill(template: str, page: dict[str, Any]) -> str:
+def fill(template: str, page: dict[str, Any]) -> str:
+    """A template of `assets` with what `page` says; HTML where its name says so."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
-        autoescape=template.startswith(HTML),
+        autoescape=".html" in template,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -112,8 +113,11 @@ def _markdown(text: str) -> str:
     return re.sub(r"([\\`*_\[\]|~#])", r"\\\1", line)
 
 
-def _write(folder: Path, files: dict[str, bytes]) -> None:
-    """Write all files aside, then put them in place; the summary, which says done, goes last."""
+def write_files(folder: Path, files: dict[str, bytes]) -> None:
+    """Write all files aside, then put them in place; the summary, which says done, goes last.
+
+    Raises RunFailed where that cannot be; earlier ones are then as they were.
+    """
     unfinished = folder / UNFINISHED
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -128,8 +132,8 @@ def _write(folder: Path, files: dict[str, bytes]) -> None:
             (unfinished / name).rename(folder / name)
     except OSError as error:
         raise RunFailed(
-            f"the report could not be written to {folder} ({error.strerror}); the trained results "
-            "are whole: make room and run the same command again"
+            f"the report could not be written to {folder} ({error.strerror}); what came before "
+            "is whole: make room and run the same command again"
         ) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -21,12 +21,21 @@ import yaml
 from safetensors import SafetensorError
 
 from aimv2_mllm.data.batches import Share
+from aimv2_mllm.engine.checkpoint import owner
 from aimv2_mllm.engine.disk import replace_file, sync
 from aimv2_mllm.engine.distributed import Ranks, joined
 from aimv2_mllm.engine.loop import train
 from aimv2_mllm.engine.trackers import require
+from aimv2_mllm.engine.training import CHECKPOINTS
 from aimv2_mllm.errors import RunFailed, UsageError
-from aimv2_mllm.folders import RECIPE_FILE, STAGE_FILE, UNKNOWN, origins_of, stage_record
+from aimv2_mllm.folders import (
+    RECIPE_FILE,
+    STAGE_FILE,
+    UNKNOWN,
+    origins_of,
+    stage_record,
+    talking_source,
+)
 from aimv2_mllm.job import Job, Place
 from aimv2_mllm.model.hub import commit_of, locate
 from aimv2_mllm.model.mllm import llm_source
@@ -79,9 +88,11 @@ def run_stage(
     narrate(f"stage {name}: training {STAGES[stage.kind].trains}")
     torch.manual_seed(_number(place.recipe.seed, name))
     job = STAGES[stage.kind].build(stage, place)
-    narrate(_as_text(job.table()))
+    table = job.table()
+    narrate(_as_text(table))
     for note in job.data.notes:
         narrate(f"  {note}")
+    ended = job.prepare(job, ranks, narrate) if job.prepare else dict
     outcome = train(
         job.model,
         job.parts,
@@ -103,10 +114,12 @@ def run_stage(
         "recipe": stage.model_dump(mode="json"),
         "fingerprint": fingerprint,
         "parents": inputs(stage, place) + _earlier(name, place),
-        "parts": [list(row) for row in job.table()],
+        "parts": [list(row) for row in table],
         "seconds": round(outcome["seconds"], 1),
         "last": outcome["last"],
+        **ended(),
         "versions": versions,
+        **job.record,
         **_lineage(name, place),
     }
     ranks.first(lambda: _save(job, result, record))
@@ -199,6 +212,24 @@ def _is_finished(name: str, place: Place, fingerprint: str) -> bool:
     return True
 
 
+def check_begun(name: str, place: Place) -> None:
+    """UsageError for a result, or a newest checkpoint, that was made from another LLM, tower or
+    stage than now; what the stage starts from must be there, else it is passed over."""
+    result = place.result(name)
+    begun = owner(result.parent / CHECKPOINTS)
+    is_done = (result / STAGE_FILE).is_file()
+    if not (is_done or begun) or not all(place.result(s).is_dir() for s in _earlier(name, place)):
+        return
+    fingerprint = _fingerprint(name, place)
+    if is_done:
+        _is_finished(name, place, fingerprint)
+    elif begun is not None and not begun.startswith(fingerprint):  # a digest of the data follows
+        raise UsageError(
+            f"{result.parent / CHECKPOINTS}: is of another LLM, tower or stage than now; give"
+            f" another folder (output=FOLDER), or remove {result.parent} to start it over"
+        )
+
+
 def check_folder(place: Place) -> None:
     """UsageError for a run folder that another recipe began."""
     path = place.folder / RECIPE_FILE
@@ -276,8 +307,12 @@ def _earlier(name: str, place: Place) -> list[str]:
 
 
 def _folder(source: str, stage: Stage, place: Place) -> Path:
-    """Where a model from outside lies; an LLM of the hub has no folder, only its id."""
-    return locate(source) if source in towers(stage, place) else Path(llm_source(source))
+    """Where a model from outside lies; an LLM or Llava of the hub has no folder, only its id."""
+    if source in towers(stage, place):
+        return locate(source)
+    return Path(
+        talking_source(source) if source == getattr(stage, "start", None) else llm_source(source)
+    )
 
 
 def _digest(folder: Path) -> str | dict[str, str]:

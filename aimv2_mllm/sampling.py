@@ -26,7 +26,7 @@ class Sampling:
     Drawn is among the `top_k` likeliest (0: all), of these among the fewest whose probabilities
     make up `top_p`. `seed` makes it repeatable, None makes each answer another one.
     `repetition_penalty` divides the scores of tokens that were there before. An answer ends before
-    the first of the texts `stop_at`. UsageError for a value out of `RANGES`.
+    the first of the texts `stop`. UsageError for a value out of `RANGES`.
     """
 
     temperature: float = 0.0
@@ -34,7 +34,7 @@ class Sampling:
     top_k: int = 0
     repetition_penalty: float = 1.0
     seed: int | None = None
-    stop_at: tuple[str, ...] = ()
+    stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name, (low, high, words) in RANGES.items():
@@ -46,9 +46,9 @@ class Sampling:
             is_off = value == 0 and words.startswith("0 (")
             if not is_number or math.isnan(value) or not (is_off or low <= value <= high):
                 raise UsageError(f"{name} is {show(value)}, must be {words}")
-        for text in self.stop_at:
+        for text in self.stop:
             if not text:
-                raise UsageError("stop_at has an empty text: give what an answer is to end before")
+                raise UsageError("stop has an empty text: give what an answer is to end before")
 
     @property
     def is_plain(self) -> bool:

@@ -113,7 +113,7 @@ class ChatSession:
         # Whoever comes while this answer is made finds nothing, and begins anew.
         cache, counts.cached_tokens = self._taken(keys)
         choose, ends = Chooser(sampling, model.device), ends_of(model)
-        speech = Speech(self._bot.processor.tokenizer, sampling.stop_at)
+        speech = Speech(self._bot.processor.tokenizer, sampling.stop)
         ask = Decoding(model, cache)
         try:
             scores = ask(self._new_tokens(prompt, counts.cached_tokens))

@@ -16,9 +16,7 @@ from aimv2_mllm.job import Job, Place
 from aimv2_mllm.llm_stages import (
     build_align,
     build_language,
-    build_tune,
     check_connector,
-    check_targets,
     load_talker,
 )
 from aimv2_mllm.model import mllm
@@ -29,8 +27,9 @@ from aimv2_mllm.recipe_stages import (
     LitStage,
     PretrainStage,
     Stage,
-    TuneStage,
 )
+from aimv2_mllm.recipe_tune import TuneStage
+from aimv2_mllm.tune_stage import build_tune, check_tune
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ STAGES: dict[str, StageKind] = {
     "pretrain": StageKind(build_pretrain, "encoder and decoder"),
     "lit": StageKind(build_lit, "pooling head and text tower"),
     "align": StageKind(build_align, "connector"),
-    "tune": StageKind(build_tune, "LoRA on the LLM, and connector"),
+    "tune": StageKind(build_tune, "LLM or adapters on it, connector, tower, as the recipe says"),
     "language": StageKind(build_language, "LLM"),
 }
 
@@ -59,6 +58,7 @@ def towers(stage: Stage, place: Place) -> list[str]:
 def inputs(stage: Stage, place: Place) -> list[str]:
     """The names of all models that the stage takes from outside of its recipe."""
     given = [getattr(stage, key, None) for key in ("tokenizer", "llm")]
+    given += [stage.start] if isinstance(stage, TuneStage) else []
     return towers(stage, place) + _outside(given, place)
 
 
@@ -98,6 +98,9 @@ def check_stage(name: str, place: Place) -> None:
     lit = stage.tower if isinstance(stage, LitStage) else None
     for source in _outside([encoder, lit], place):
         load_encoder(source)
+    if isinstance(stage, TuneStage):
+        check_tune(stage, place)
+        return
     if isinstance(stage, AlignStage):
         check_connector(stage, place)
     for source in set(inputs(stage, place)) - set(towers(stage, place)):
@@ -105,9 +108,3 @@ def check_stage(name: str, place: Place) -> None:
             Writer(load_talker(source, stage.data), stage.data.template)
         else:
             mllm.load_tokenizer(source, talks=False)
-    if isinstance(stage, TuneStage):
-        start = place.recipe.stages[stage.start]
-        assert isinstance(start, AlignStage), start
-        if start.llm not in place.recipe.stages:
-            check_targets(stage.lora.targets, mllm.layer_names(start.llm))
-            Writer(load_talker(start.llm, stage.data), stage.data.template)

@@ -25,7 +25,7 @@ def sketched(name: str, stage: Stage, sketch: Place, *, wrong: set[str], micro: 
     standing = stood_in(f"stages.{name}", stage, wrong, micro, sketch.folder)
     with only_shapes():
         job = STAGES[stage.kind].build(standing, sketch)
-        if name != list(sketch.recipe.stages)[-1] and stage.kind != "tune":
+        if name != list(sketch.recipe.stages)[-1]:
             folder = sketch.result(name)
             folder.mkdir(parents=True)
             job.save(folder)

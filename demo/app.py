@@ -62,8 +62,9 @@ def _chat(room: Showroom, folder: Path) -> gr.Chatbot:
         placeholder="Add a picture, then ask about it.",
     )  # fmt: skip
     box = gr.MultimodalTextbox(
-        label="Your question", placeholder="Ask; pictures by +, paste or drop", file_types=KINDS,
-        file_count="multiple", sources=["upload"], max_lines=6, elem_id="question",
+        label="Your question", placeholder="Ask; pictures by the clip, paste or drop",
+        file_types=KINDS, file_count="multiple", max_lines=6, elem_id="question",
+        sources=["upload"],
     )  # fmt: skip
     with gr.Row():
         stop = gr.Button("Stop", variant="stop", size="sm", min_width=90)
@@ -71,7 +72,7 @@ def _chat(room: Showroom, folder: Path) -> gr.Chatbot:
         save = gr.Button("Save", size="sm", min_width=90)
         load = gr.UploadButton("Open a saved one", file_types=[".json"], size="sm")
     saved = gr.DownloadButton("Download conversation.json", visible=False, size="sm")
-    counts = gr.Textbox(label="What it took", lines=1, interactive=False)
+    counts = gr.Textbox(label="What it took", lines=1, interactive=False, elem_id="took")
     with gr.Accordion("Settings", open=False):
         system = gr.Textbox(
             label="System prompt", value="", info="Where the model's template has a place"

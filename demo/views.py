@@ -34,7 +34,7 @@ def inside(room: Showroom, folder: Path, shown: gr.Chatbot) -> None:
         with gr.Column():
             answered = gr.Textbox(label="Answer", interactive=False)
             tokens = gr.Radio([], label="Its tokens: choose one", elem_id="tokens")
-            heat = gr.Image(label="Where the model looked for this token", **SHOWN)
+            heat = gr.Image(label="Where the model looked for this token", elem_id="heat", **SHOWN)
     with gr.Row():
         tower = gr.Image(label="As the tower sees it, with its patches", **SHOWN)
         colours = gr.Image(label="Patch features: 3 principal components as colours", **SHOWN)
@@ -82,7 +82,7 @@ def _paint(room: Showroom, model: gr.Dropdown, picture: gr.Image) -> None:
         )  # fmt: skip
     with gr.Row():
         begun = gr.Image(label="What it is shown", **SHOWN)
-        painted = gr.Image(label="What it paints", **SHOWN)
+        painted = gr.Image(label="What it paints", elem_id="painted", **SHOWN)
     caption = gr.Textbox(label="What it writes of the whole picture", interactive=False)
 
     def paint(model: str, file: str | None, prefix: float, statistics: str) -> tuple[Any, ...]:

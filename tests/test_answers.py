@@ -121,13 +121,6 @@ def test_a_sheet_in_words_names_each_digit_before_the_question() -> None:
         assert answers.is_exact_caption(told, sheet)
 
 
-@pytest.mark.parametrize("num_sheets", [2, 3, 200])
-def test_the_blind_control_never_sees_the_same_sheet(num_sheets: int) -> None:
-    others = [answers.other_sheet(sheet, num_sheets) for sheet in range(num_sheets)]
-    assert all(other != sheet for sheet, other in enumerate(others))
-    assert sorted(others) == list(range(num_sheets))
-
-
 def test_an_answer_is_right_but_for_space_and_case() -> None:
     assert answers.is_right(" Bottom Left\n", "bottom left")
     assert not answers.is_right("bottom left.", "bottom left")
@@ -144,14 +137,6 @@ def test_scores_of_a_hand_made_case() -> None:
     given = ["2", "3", "3", "yes"]
     assert answers.accuracy(asked, given) == 0.5
     assert answers.by_kind(asked, given) == {"count": 2 / 3, "exists": 0.0}
-    assert answers.majority_answers(asked) == ["2", "2", "2", "no"]
-
-
-def test_the_interval_is_wilsons() -> None:
-    # 8 of 10, worked out by hand from the formula: (0.9921 ± 0.4527·…)/1.3841.
-    assert answers.wilson_interval(8, 10) == pytest.approx((0.49016, 0.94332), abs=1e-5)
-    assert answers.wilson_interval(0, 10) == pytest.approx((0.0, 0.27753), abs=1e-5)
-    assert answers.wilson_interval(10, 10)[1] == pytest.approx(1.0)
 
 
 SHEET = SimpleNamespace(

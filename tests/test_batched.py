@@ -51,7 +51,7 @@ def test_answers_in_batches_are_those_given_one_by_one(kind: str) -> None:
     assert together == alone
     assert len(set(together)) > 2
     assert done == [(4, 9), (8, 9), (9, 9)]
-    for sampling in (Sampling(**DRAWN, seed=3), Sampling(stop_at=("e", "a"))):
+    for sampling in (Sampling(**DRAWN, seed=3), Sampling(stop=("e", "a"))):
         words = {"max_new_tokens": ROOM, "sampling": sampling}
         assert answer_all(bot, talks, **words) == [answer(bot, *talk, **words) for talk in talks]
 

@@ -52,6 +52,40 @@ def test_the_step_benchmark_prints_both_sides_and_their_equal_losses() -> None:
     assert float(difference) < 1e-4
 
 
+def test_the_padded_side_has_the_loss_and_the_gradient_of_ours(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import tuning
+    from llava_shaped import assembled, write_models, write_rows
+    from padded_trainer import Rows, collated
+
+    from aimv2_mllm.job import Place
+    from aimv2_mllm.stages import STAGES
+
+    sizes = ["--tower", "nano", "--llm", "nano", "--image-size", "28", "--rows", "6"]
+    args = tuning.parse([*sizes, "--batch", "6", "--micro-batch", "6", "--mode", tuning.MODES[1]])
+    write_rows(tmp_path, 6)
+    write_models(tmp_path, "nano", 28, "nano")
+    recipe = tuning.recipe_of(args, tmp_path, 1)
+    torch.manual_seed(0)
+    job = STAGES["align"].build(recipe.stages["align"], Place(recipe, tmp_path / "run"))
+    [batch] = job.batches(0)
+    model, processor = assembled(tmp_path)
+    rows = Rows(tmp_path / "rows.json", tuning.numbers(args, 0, 1))
+    padded = collated(processor)([rows[number] for number in range(6)])
+    for one in (batch, padded):  # whose pictures come in other orders, and are decoded otherwise
+        one["pixel_values"] = torch.full_like(one["pixel_values"], 0.3)
+    loss = job.objective(job.model, batch, job.objective.targets(batch)).total
+    loss.backward()
+    padded_loss = model(**padded).loss
+    padded_loss.backward()
+    assert abs(padded_loss.item() - loss.item()) < 1e-5
+    for name, parameter in job.parts["connector"]:
+        gradient = model.get_parameter(name.removeprefix("llava.")).grad
+        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-3, atol=1e-6)
+
+
 @pytest.mark.slow
 def test_the_other_benchmarks_run() -> None:
     mixed = run("mixed_sizes.py", "--size", "nano", "--images", "3", "--repeats", "1")
@@ -60,6 +94,21 @@ def test_the_other_benchmarks_run() -> None:
     one_row = ["--batches", "1", "--image-sizes", "224", "--captions", "40", "--steps", "1"]
     scaling = run("scaling.py", "--size", "nano", "--vocab", "300", *one_row)
     assert len(scaling.splitlines()) == 3
+    sizes = ["--tower", "nano", "--llm", "nano", "--image-size", "28", "--rows", "8"]
+    for mode in ("tune", "align-second-epoch"):
+        printed = run("tuning.py", *sizes, "--rounds", "1", "--mode", mode)
+        losses = [
+            line.split()[5:] for line in printed.splitlines() if line.startswith(("tr", "ou"))
+        ]
+        assert len(losses) == 2
+        assert abs(float(losses[0][0]) - float(losses[1][0])) < 1e-2
     tower = run("llava_tower.py", "--rounds", "1")
     ours, clip = (float(x) for x in re.findall(r"(\S+) GFLOP", tower))
     assert abs(ours / clip - 1) < 0.01
+
+
+def test_the_chat_benchmark_gets_the_same_tokens_both_ways() -> None:
+    sizes = ["--tower", "nano", "--llm", "tiny", "--image-size", "56"]
+    printed = run("chat.py", *sizes, "--tokens", "4", "--rounds", "2")
+    assert printed.count("ratio ") == 4
+    assert printed.endswith("answers with the same tokens: 4 of 4\n")

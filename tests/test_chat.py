@@ -1,6 +1,5 @@
 """Folders that talk, and what they say: strictly loaded, greedy, stoppable, within their limit."""
 
-import io
 import json
 import shutil
 import threading
@@ -371,67 +370,3 @@ def test_a_prompt_prints_the_answer_and_nothing_else(
 ) -> None:
     assert main(["chat", str(llava), "--image", sheet, "--prompt", "what is it"]) == 0
     assert capfd.readouterr() == (answer(bot, ASK, [PICTURE]) + "\n", "")
-
-
-@pytest.mark.usefixtures("at_hand")
-def test_a_pipe_gets_a_line_per_question(
-    llava: Path,
-    bot: Chatbot,
-    sheet: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    lines = ["what is it", "", "where is it", "/reset", "what is it", "/help", "/nonsense"]
-    lines += ["/image nowhere.png", f"/image {sheet}", "what is it", "a <image>", "/quit", "never"]
-    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
-    words = ["chat", str(llava), "--image", sheet, "--max-new-tokens", "8"]
-    assert main(words) == 0
-    out, err = capsys.readouterr()
-    first = answer(bot, ASK, [PICTURE], max_new_tokens=8)
-    talk = [*turn("what is it", first, image=True), *turn("where is it", "")[:1]]
-    second = answer(bot, talk, [PICTURE], max_new_tokens=8)
-    answers = [said.replace("\n", " ") for said in (first, second, first, first)]
-    assert out.split("\n") == [*answers, ""]
-    assert "/reset" in err
-    assert "aimv2-mllm: there is no command /nonsense" in err
-    assert "aimv2-mllm: nowhere.png: there is no such picture" in err
-    assert "aimv2-mllm: the text '<image>' is a mark" in err
-
-
-@pytest.mark.usefixtures("at_hand")
-def test_ctrl_c_at_a_question_ends_with_130(
-    llava: Path, sheet: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def interrupt(*_: Any) -> str:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("builtins.input", interrupt)
-    assert main(["chat", str(llava), "--image", sheet]) == 130
-    assert capsys.readouterr() == ("", "aimv2-mllm: interrupted\n")
-
-
-@pytest.mark.usefixtures("at_hand")
-def test_ctrl_c_in_an_answer_stops_that_answer_alone(
-    llava: Path, sheet: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    heard: list[list[prompts.Message]] = []
-
-    def speak(_: Any, messages: list[prompts.Message], *__: Any, **___: Any) -> Any:
-        heard.append(messages)
-        yield "a "
-        if len(heard) == 1:
-            raise KeyboardInterrupt
-        yield "b"
-
-    lines = iter(["what is it", "where is it"])
-    monkeypatch.setattr("aimv2_mllm.terminal.stream", speak)
-    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
-    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
-    monkeypatch.setattr("builtins.input", lambda _: next(lines, "/quit"))
-    assert main(["chat", str(llava), "--image", sheet]) == 0
-    out, err = capsys.readouterr()
-    assert out == "a \na b\n"
-    assert "stopped" in err
-    # The stopped question is forgotten: the next one brings the picture.
-    assert [len(messages) for messages in heard] == [1, 1]
-    assert heard[1][0]["content"][0] == {"type": "image"}

@@ -106,17 +106,12 @@ def test_a_process_of_its_own_says_one_line_and_ends_with_2(here: Path) -> None:
 
 
 def test_a_verb_is_needed(refused: Refused) -> None:
-    assert (
-        "a verb is missing: run, doctor, chat, sample, probe, dream, convert; see aimv2-mllm --help"
-        in refused()
-    )
+    assert f"a verb is missing: {', '.join(cli.VERBS)}; see aimv2-mllm --help" in refused()
 
 
 def test_an_unknown_verb_gets_the_nearest(refused: Refused) -> None:
-    expected = (
-        "aimv2-mllm: there is no verb rum; "
-        "there is run, doctor, chat, sample, probe, dream, convert; did you mean run?\n"
-    )
+    known = ", ".join(cli.VERBS)
+    expected = f"aimv2-mllm: there is no verb rum; there is {known}; did you mean run?\n"
     assert refused("rum", "tiny.yaml") == expected
     assert "did you mean" not in refused("xyzzy")
 
@@ -132,10 +127,32 @@ def test_missing_and_unknown_words_are_one_line(refused: Refused) -> None:
 
 @pytest.mark.parametrize("value", ["0", "-1", "x", "1.5", "1_0", "9" * 30, "٣"])
 def test_numbers_out_of_range_are_refused(refused: Refused, value: str) -> None:
-    said = refused("chat", "m", "--image", "sheet.png", f"--max-new-tokens={value}")
-    assert f"--max-new-tokens: is {value}, must be a whole number, 1 to 100000" in said
+    said = refused("chat", "m", "--image", "sheet.png", f"--max-tokens={value}")
+    assert f"--max-tokens: is {value}, must be a whole number, 1 to 100000" in said
     said = refused("sample", "m", "out.png", f"--size={value}")
     assert f"--size: is {value}, must be a whole number, 28 to 4096" in said
+
+
+@pytest.mark.parametrize(
+    ("flag", "why"),
+    [
+        ("--temperature=9", "--temperature: is 9, must be 0 (always the likeliest), or 0.01 to 2"),
+        ("--temperature=nan", "--temperature: is nan, must be"),
+        ("--top-p=0", "--top-p: is 0, must be above 0, up to 1 (all)"),
+        ("--top-p=0_1", "--top-p: is 0_1, must be"),
+        ("--top-k=1.5", "--top-k: is 1.5, must be 0 (all), or a whole number from 1 on"),
+        ("--seed=-1", "--seed: is -1, must be a whole number from 0 on"),
+        ("--seed=inf", "--seed: is inf, must be"),
+        ("--stop=", "stop has an empty text: give what an answer is to end before"),
+        ("--system= ", "--system is empty: say something, or leave it out"),
+    ],
+)
+def test_settings_of_an_answer_out_of_range_are_refused(
+    refused: Refused, flag: str, why: str
+) -> None:
+    said = refused("chat", "m", "--image", "sheet.png", flag)
+    assert why in said
+    assert said.count("\n") == 1
 
 
 def test_what_is_no_recipe_is_refused(refused: Refused, here: Path) -> None:

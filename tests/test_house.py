@@ -31,6 +31,7 @@ TABLE = (
     "recipe_connectors",
     "recipe_data",
     "recipe_train",
+    "recipe_tune",
     "recipe_stages",
     "recipe",
     "recipe_file",
@@ -61,7 +62,10 @@ TABLE = (
     "model.families",
     "model.foreign",
     "model.towers",
+    "model.frozen_tower",
     "model.stock",
+    "model.quantising",
+    "model.adapting",
     "model.llava",
     "model.mllm",
     "convert",
@@ -69,14 +73,17 @@ TABLE = (
     "data",
     "engine",
     "job",
+    "feature_pass",
     "encoder_stages",
     "llm_stages",
+    "tune_stage",
     "stages",
     "evaluation",
     "charts",
     "gallery",
     "page",
     "report",
+    "evaluation_page",
     "run",
     "problems",
     "stand_ins",
@@ -87,10 +94,16 @@ TABLE = (
     "chatbot",
     "session",
     "chat",
-    "export",
+    "answerers",
+    "evaluate",
+    "transcript",
     "towers",
+    "export",
     "doctor_samples",
     "doctor",
+    "visit",
+    "insight",
+    "showroom",
     "terminal",
     "__init__",
     "parser",
@@ -134,6 +147,9 @@ ONLY = {
         "chatbot",
         "session",
     },
+    "answerers": {"errors", "data", "model", "folders", "chat"},
+    "transcript": {"errors", "data", "prompts"},
+    "visit": {"errors", "data", "prompts", "transcript"},
     "towers": {"errors", "model", "towers"},
 }
 # What stands in the old environments of host toolkits, where towers live.
@@ -284,8 +300,12 @@ def test_verbs_and_flags_are_frozen() -> None:
             "--utilisation",
         ],
         "doctor": ["--help", "RECIPE", "key.sub=value"],
-        "chat": ["--help", "MODEL", "--image", "--prompt", "--max-new-tokens"],
+        "chat": [
+            "--help", "MODEL", "--image", "--prompt", "--system", "--max-tokens", "--temperature",
+            "--top-p", "--top-k", "--seed", "--stop",
+        ],
         "sample": ["--help", "MODEL", "OUT", "--seed", "--size"],
+        "demo": ["--help", "MODEL", "--host", "--port", "--login", "--share"],
         "probe": [
             "--help", "ENCODER", "DATA", "--kind", "--out", "--pca", "--templates", "--image-size",
             "--limit", "--k", "--epochs", "--seed",
@@ -294,6 +314,14 @@ def test_verbs_and_flags_are_frozen() -> None:
             "--help", "MODEL", "--image", "--sheet", "--seed", "--prefix", "--statistics", "--out",
         ],
         "convert": ["--help", "SRC", "DST", "--layout", "--image-size", "--dtype"],
+        "evaluate": [
+            "--help", "MODEL", "DATA", "--metric", "--prompt", "--out", "--root", "--column",
+            "--split", "--limit", "--batch-size", "--max-new-tokens", "--no-controls",
+        ],
+        "export": [
+            "--help", "RUN", "DST", "--format", "--dtype", "--max-shard-size", "--layout",
+        ],
+        "verify-export": ["--help", "DST", "RUN"],
     }  # fmt: skip
     assert VERBS.keys() == verbs.choices.keys()
 
@@ -304,6 +332,13 @@ def test_the_command_line_offers_the_probes_and_statistics_that_there_are() -> N
 
     assert (*probes.KINDS, "all", "zeroshot") == parser.PROBES
     assert tuple(dreams.STATISTICS) == parser.STATISTICS
+
+
+def test_the_command_line_offers_the_metrics_that_there_are() -> None:
+    from aimv2_mllm import parser
+    from aimv2_mllm.evaluation.metrics import METRICS
+
+    assert tuple(METRICS) == parser.METRICS
 
 
 def test_public_names_are_those_of_the_lazy_table() -> None:

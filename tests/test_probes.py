@@ -9,7 +9,7 @@ from aimv2_mllm.data import scenes
 from aimv2_mllm.data.labelled import Labelled, Pictures, handwriting
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.evaluation import probes
-from aimv2_mllm.evaluation.answers import wilson_interval
+from aimv2_mllm.evaluation.intervals import wilson_interval
 from aimv2_mllm.model.encoder import EncoderConfig
 from aimv2_mllm.model.preprocessing import Preprocessing
 from aimv2_mllm.model.towers import Tower

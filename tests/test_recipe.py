@@ -23,6 +23,7 @@ from aimv2_mllm.recipe_stages import STAGES, DecoderChoice, PretrainStage
 from aimv2_mllm.recipe_train import TrainConfig
 
 RECIPES = Path(__file__).parents[1] / "recipes"
+TRAIN = "{steps: 10, batch_size: 4, lr: 1e-3}"
 TEXT = """\
 name: tiny
 stages:
@@ -129,6 +130,13 @@ def test_on_and_off_are_switches_where_a_switch_is_wanted(file: Path) -> None:
         ("train.step=3", "unknown key; the keys here are steps, .* did you mean steps?"),
         ("lora.dropout=1", "must be less than 1"),
         ("lora.targets=[]", "must not be empty"),
+        ("lora.options={use_dora: true}", "must not have use_dora, which is the key lora.dora"),
+        ("trains=lore", 'is "lore", must be one of lora, llm, connector; did you mean lora?'),
+        ("quantise=nf5", "must be one of nf4, int8; did you mean nf4?"),
+        ("tower_blocks=-1", "is -1, must be how many of the last blocks, 0 or more, or all"),
+        ("tower_blocks=every", 'is "every", must be how many of the last blocks'),
+        ("tower=see", 'is "see", must be left out where start is given'),
+        ("connector=mlp", "must be left out where start is given"),
         ("data.sources=[{kind: handwriting, turns: 9}]", "must be less than or equal to 8"),
         (
             "data.sources=[{kind: handwriting, tasks: {quest: 1}}]",
@@ -220,7 +228,7 @@ def test_all_mistakes_are_told_at_once_with_file_and_line(file: Path) -> None:
         ("tiny.yaml:11: stages.see.encoder.size: ", "did you mean aimv2_nano?"),
         ('override "stages.see.alpha=-1": stages.see.alpha: ', "is -1"),
         ("tiny.yaml:18: stages.join.train.stps: ", "did you mean steps?"),
-        ("tiny.yaml:19: stages.tune.start: ", "missing (an earlier align stage"),
+        ("tiny.yaml:19: stages.tune.tower: ", "is null, must be given where there is no start"),
         ("tiny.yaml:16: stages.join.tower: ", "must be an earlier pretrain stage: there are see;"),
     ]
     assert len(lines) == len(expected), lines
@@ -232,11 +240,10 @@ def test_all_mistakes_are_told_at_once_with_file_and_line(file: Path) -> None:
 @pytest.mark.parametrize(
     ("word", "rule"),
     [
-        ("stages.tune.start=see", "must be an earlier align stage: there are join$"),
-        ("stages.tune.start=tune", "must be an earlier align stage: there are join$"),
-        ("stages.tune.start=./join", "must be an earlier align stage"),
-        ("stages.join.tower=words", "must be an earlier pretrain stage: there are see; a folder"),
+        ("stages.tune.start=see", "must be an earlier align or tune stage: there are join; a fold"),
+        ("stages.tune.start=tune", "must be an earlier align or tune stage: there are join; a"),
         ("stages.join.llm=tune", "must be an earlier language stage: there are words"),
+        ("stages.join.tower=words", "must be an earlier pretrain stage: there are see; a folder"),
     ],
 )
 def test_a_reference_names_an_earlier_stage_of_the_right_kind(
@@ -250,10 +257,61 @@ def test_a_tower_or_llm_may_come_from_outside(file: Path) -> None:
     assert recipe.stages["join"].tower == "./towers/see"
 
 
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        ([], ("lora", "connector")),
+        (["trains=llm"], ("llm", "connector")),
+        (["trains=connector"], ("connector",)),
+        (["tower_blocks=2"], ("lora", "connector", "tower")),
+        (["trains=llm", "tower_blocks=all"], ("llm", "connector", "tower")),
+    ],
+)
+def test_a_rate_may_be_given_to_each_part_that_is_trained(
+    file: Path, words: list[str], parts: tuple[str, ...]
+) -> None:
+    said = [f"stages.tune.{word}" for word in words]
+    rates = ", ".join(f"{part}: 1e-5" for part in parts)
+    recipe = load_recipe(file, [*said, f"stages.tune.train.part_lr={{{rates}}}"])
+    assert recipe.stages["tune"].parts_of(recipe.stages["tune"].model_dump()) == parts
+    line = mistake(file, *said, "stages.tune.train.part_lr={toewr: 1}")
+    assert f"must name in part_lr parts of the stage, which are {', '.join(parts)}" in line
+
+
+@pytest.mark.parametrize(
+    ("words", "rule"),
+    [
+        (["trains=llm", "quantise=nf4"], "is .nf4., must be null where trains is llm"),
+        (["lora.dora=true", "quantise=int8"], "must be nf4 or null where lora.dora is true"),
+        (["trains=connector", "lora.r=4"], "must be left out where trains is connector"),
+        (["start=null", "llm=words"], "tower: is null, must be given where there is no start"),
+        (["start=null", "tower=see"], "llm: is null, must be given where there is a tower"),
+        (["start=null", "tower=see", "llm=join"], "llm: is .join., must be an earlier language"),
+    ],
+)
+def test_choices_of_a_tune_stage_that_exclude_each_other_are_told(
+    file: Path, words: list[str], rule: str
+) -> None:
+    assert re.search(rule, mistake(file, *(f"stages.tune.{word}" for word in words)))
+
+
+def test_a_tune_stage_may_start_from_a_folder_another_one_or_parts(file: Path) -> None:
+    for start in ("./llava", "llava-hf/llava-1.5-7b-hf"):
+        assert load_recipe(file, [f"stages.tune.start={start}"]).stages["tune"].start == start
+    parts = ["start=null", "tower=see", "llm=words", "connector={name: pixel_shuffle, factor: 4}"]
+    recipe = load_recipe(file, [f"stages.tune.{word}" for word in parts])
+    assert recipe.stages["tune"].connector.factor == 4
+    again = file.with_name("again.yaml")
+    again.write_text(f"{TEXT}  more:\n    kind: tune\n    start: tune\n    train: {TRAIN}\n")
+    assert load_recipe(again).stages["more"].start == "tune"
+
+
 def test_a_stage_may_not_refer_to_a_later_one() -> None:
     plain = yaml.safe_load(TEXT.replace("1e-3", "0.001"))
     plain["stages"] = dict(reversed(plain["stages"].items()))
-    with pytest.raises(ValidationError, match="must be an earlier align stage: there is none"):
+    with pytest.raises(
+        ValidationError, match="must be an earlier align or tune stage: there is none"
+    ):
         Recipe.model_validate(plain)
 
 

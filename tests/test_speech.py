@@ -87,7 +87,7 @@ def test_what_only_begins_like_it_is_said_in_the_end(tokenizer: Any) -> None:
         ({"repetition_penalty": 0}, "repetition_penalty is 0, must be 0.1 to 10"),
         ({"seed": -1}, "seed is -1, must be a whole number from 0 on"),
         ({"seed": 2**63}, "seed is 9223372036854775808"),
-        ({"stop_at": ("a", "")}, "stop_at has an empty text"),
+        ({"stop": ("a", "")}, "stop has an empty text"),
     ],
 )
 def test_settings_out_of_range_are_refused(setting: dict[str, Any], says: str) -> None:
@@ -97,7 +97,7 @@ def test_settings_out_of_range_are_refused(setting: dict[str, Any], says: str) -
 
 
 def test_settings_at_the_ends_of_their_ranges_are_taken() -> None:
-    Sampling(temperature=0.01, top_p=1e-6, top_k=1, repetition_penalty=0.1, seed=0, stop_at=("a",))
+    Sampling(temperature=0.01, top_p=1e-6, top_k=1, repetition_penalty=0.1, seed=0, stop=("a",))
     Sampling(temperature=2, top_p=1, repetition_penalty=10, seed=2**63 - 1)
     assert GREEDY.is_plain
     assert not Sampling(temperature=1).is_plain

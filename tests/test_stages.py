@@ -127,7 +127,9 @@ def test_the_result_says_what_it_is(tiny_run: Path) -> None:
         record = json.loads((folder / "stage.json").read_text())
         assert (record["stage"], record["kind"]) == (stage, stage)
         assert record["files"].keys() == {
-            str(path.relative_to(folder)) for path in folder.rglob("*") if path.name != "stage.json"
+            str(path.relative_to(folder))
+            for path in folder.rglob("*")
+            if path.is_file() and path.name != "stage.json"
         }
         assert record["versions"].keys() >= {"torch", "transformers"}
 

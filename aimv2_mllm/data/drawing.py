@@ -51,6 +51,20 @@ class Drawing:
         """Which source is sample `number` of, and at which position of that source's own order."""
         return self._mixture.turn(number)
 
+    def rows(self, samples: int) -> list[tuple[int, range]]:
+        """Each source with the places of its first epoch of which every row that so many samples
+        are made of is at one; but for rows that stand in, at the end, for those that are unusable.
+        """
+        counts = self._mixture.counts(samples)
+        orders = [(turn, order) for turn, order in enumerate(self._orders) if order is not None]
+        return [(turn, range(min(counts[turn], order.rows))) for turn, order in orders]
+
+    def row(self, turn: int, place: int) -> int:
+        """The row of source `turn` that is at that place of its order."""
+        order = self._orders[turn]
+        assert order is not None, turn
+        return order.row(place)
+
     def is_endless(self, turn: int) -> bool:
         """Whether source `turn` has no rows."""
         return self._orders[turn] is None

@@ -114,6 +114,14 @@ class Mixture:
         source = int(sources[slot])
         return source, block * self.quotas[source] + int(ranks[slot])
 
+    def counts(self, samples: int) -> list[int]:
+        """How many of the first so many samples are of each source."""
+        if len(self.quotas) == 1:
+            return [samples]
+        blocks, slots = divmod(samples, BLOCK)
+        rest = np.bincount(self._block(blocks)[0][:slots], minlength=len(self.quotas))
+        return [blocks * quota + int(more) for quota, more in zip(self.quotas, rest, strict=True)]
+
     def _deal(self, block: int) -> tuple[np.ndarray, np.ndarray]:
         # -> for each slot of the block its source, and how many slots before it are that source's
         sources = np.repeat(np.arange(len(self.quotas)), self.quotas)

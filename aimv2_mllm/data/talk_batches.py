@@ -6,16 +6,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from aimv2_mllm.data.batches import EVERYTHING, Share, micro_batches, world_seed
 from aimv2_mllm.data.conversations import IGNORED
 from aimv2_mllm.data.drawing import Skipped
-from aimv2_mllm.data.talks import TalkCorpus, TalkSample
+from aimv2_mllm.data.feature_shards import picture_key
+from aimv2_mllm.data.feature_store import FeatureStore
+from aimv2_mllm.data.talks import Seen, TalkCorpus, TalkSample
 from aimv2_mllm.data.templates import Encoded, Writer
 from aimv2_mllm.model.preprocessing import Preprocessing
 from aimv2_mllm.objective import ConversationBatch
 from aimv2_mllm.recipe_data import ConversationData
 from aimv2_mllm.recipe_train import TrainConfig
+
+BLANK = b"blank"  # in place of an encoded picture: one that is black
 
 
 class TalkBatch(ConversationBatch, total=False):
@@ -35,13 +40,14 @@ class TalkBatches:
     pad_token_id: int
     preprocessing: Preprocessing | None
     share: Share = EVERYTHING
+    features: FeatureStore | None = None  # of the pictures, where they are kept
 
     def __call__(self, step: int) -> list[TalkBatch]:
         """The rank's share of the step's samples in micro-batches of like length."""
         skipped = Skipped()
 
         def read(numbers: Sequence[int]) -> list[TalkSample]:
-            return [self.corpus.sample(number, self.writer, skipped) for number in numbers]
+            return [self.corpus.sample(n, self.writer, skipped, self._see) for n in numbers]
 
         def length(sample: TalkSample) -> int:
             return len(sample.encoded.ids)
@@ -64,11 +70,34 @@ class TalkBatches:
             # other ranks nor a model of which nothing else is trained could do with that. A blank
             # picture with nothing to learn gives it one of zeros.
             rows.append(self.writer.blank())
-            size = self.preprocessing.image_size
-            pictures.append(np.zeros((size, size, 3), np.uint8))
+            pictures.append(self._see(BLANK))
         batch = pad(rows, self.pad_token_id)
-        batch["pixel_values"] = self.preprocessing.normalise(np.stack(pictures))
+        kept = [picture for picture in pictures if isinstance(picture, Tensor)]
+        others = [picture for picture in pictures if not isinstance(picture, Tensor)]
+        if others:
+            batch["pixel_values"] = self.preprocessing.normalise(np.stack(others))
+        if kept:
+            batch["features"] = torch.stack(kept)
+        if self.features is not None:
+            batch["is_cached"] = torch.tensor([isinstance(one, Tensor) for one in pictures])
         return batch
+
+    def _see(self, content: bytes) -> Seen:
+        """An encoded picture, or BLANK, as pixels, or its features where they are kept."""
+        if self.features is not None:
+            key = picture_key(content, self.corpus.image_aspect)
+            features = self.features.get(key)
+            if features is not None:
+                return features
+        return self.pixels(content)
+
+    def pixels(self, content: bytes) -> np.ndarray:
+        """An encoded picture, or BLANK, as (S, S, 3) uint8; `Unusable` where it is neither."""
+        assert self.preprocessing is not None
+        if content == BLANK:
+            size = self.preprocessing.image_size
+            return np.zeros((size, size, 3), np.uint8)
+        return self.corpus.pixels(content)
 
 
 def conversation_batches(

@@ -209,7 +209,7 @@ class Questions:
                 f"{self._file}: its first line names no column {missing[0]}; it has"
                 f" {', '.join(names) or 'none'}, and {', '.join(COLUMNS)} are needed{near}"
             )
-        self._places, self._width = [names.index(name) for name in COLUMNS], len(names)
+        self._names = names
         self.groups = [len(self._rows)]
         self.digest = hashlib.sha256(content).hexdigest()
 
@@ -217,13 +217,18 @@ class Questions:
         """Where the row is, in words."""
         return f"{self._file}:{self._lines[row]}"
 
+    def fields(self, row: int) -> dict[str, str]:
+        """What the row says, by the names of the first line in small letters."""
+        fields = self._rows[row]
+        if len(fields) != len(self._names):
+            said = f"has {len(fields)} fields and not {len(self._names)}"
+            raise Unusable("odd_row", f"{said}; quote what has a comma in it")
+        return dict(zip(self._names, map(str.strip, fields), strict=True))
+
     def read(self, row: int) -> Talk:
         """The row's picture, where it names one, its question and its answer."""
-        fields = self._rows[row]
-        if len(fields) != self._width:
-            said = f"has {len(fields)} fields and not {self._width}; quote what has a comma in it"
-            raise Unusable("odd_row", said)
-        image, question, answer = (fields[place].strip() for place in self._places)
+        fields = self.fields(row)
+        image, question, answer = (fields[name] for name in COLUMNS)
         messages = messages_of([("user", question), ("assistant", answer)], 1 if image else 0)
         path = below(self._folder, image)
         return Talk(messages, [read_whole(path, MAX_PICTURE_BYTES)] if image else [])

@@ -1,9 +1,11 @@
 """Conversation number g of a run, from whichever source has its turn: tokens and pixels, or why
 not. A pure function of (seed, g)."""
 
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
+from torch import Tensor
 
 from aimv2_mllm.data import scenes
 from aimv2_mllm.data.conversations import Message, conversation, num_pictures
@@ -19,11 +21,15 @@ from aimv2_mllm.recipe_data import ConversationData, HandwritingTalks
 TURNS = "turns"  # last turns of rows that were too long, counted beside rows (engine.skipping)
 
 
+# A picture as (S, S, 3) uint8, or what a tower made of it (N, D).
+Seen = np.ndarray | Tensor
+
+
 class TalkSample(NamedTuple):
-    """A conversation in tokens, and its pictures in the order of the text, each (S, S, 3) uint8."""
+    """A conversation in tokens, and its pictures in the order of the text."""
 
     encoded: Encoded
-    pictures: list[np.ndarray]
+    pictures: list[Seen]
 
 
 class TalkCorpus:
@@ -36,21 +42,33 @@ class TalkCorpus:
     def __init__(
         self, data: ConversationData, seed: int, preprocessing: Preprocessing | None
     ) -> None:
-        self._data, self._seed, self._preprocessing = data, seed, preprocessing
+        self._data, self.seed, self._preprocessing = data, seed, preprocessing
         self._sources = open_talk_sources(data)
         opened = [None if isinstance(s, HandwritingTalks) else s for s in self._sources]
         self._drawing = Drawing(opened, [config.weight for config in data.sources], seed)
         self.notes, self.digest = self._drawing.notes, self._drawing.digest
 
-    def sample(self, number: int, writer: Writer, skipped: Skipped) -> TalkSample:
+    @property
+    def image_aspect(self) -> str:
+        """How a picture is made square."""
+        return self._data.image_aspect
+
+    def sample(
+        self,
+        number: int,
+        writer: Writer,
+        skipped: Skipped,
+        see: Callable[[bytes], Seen] | None = None,
+    ) -> TalkSample:
         """Sample `number`; what had to be left out for it is added to `skipped`.
 
+        An encoded picture becomes what `see` makes of it, by default `pixels`.
         RunFailed when too many rows one after the other are unusable.
         """
         turn, position = self._drawing.turn(number)
         world = self._sources[turn]
         if isinstance(world, HandwritingTalks):
-            sheet = scenes.scene(self._seed, "train", position)
+            sheet = scenes.scene(self.seed, "train", position)
             messages = self._about(world, sheet, position, "talk")
             try:
                 encoded = self._fitted(messages, writer, skipped)[0]
@@ -64,7 +82,7 @@ class TalkCorpus:
             talk = self._read(turn, row)
             left_out = Skipped()
             encoded, kept = self._fitted(talk.messages, writer, left_out)
-            pictures = [self._pixels(content) for content in talk.pictures[:kept]]
+            pictures = [(see or self.pixels)(content) for content in talk.pictures[:kept]]
             skipped.counts.update(left_out.counts)  # only of a row that is used
             return TalkSample(encoded, pictures)
 
@@ -76,7 +94,7 @@ class TalkCorpus:
         turn, position = self._drawing.turn(number)
         world = self._sources[turn]
         if isinstance(world, HandwritingTalks):
-            sheet = scenes.scene(self._seed, "train", position)
+            sheet = scenes.scene(self.seed, "train", position)
             return self._about(world, sheet, position, "words")
         return self._drawing.first_usable(
             number, skipped, lambda turn, row, place: self._read(turn, row).messages
@@ -87,7 +105,7 @@ class TalkCorpus:
     ) -> list[Message]:
         return conversation(
             sheet,
-            scenes.generator(self._seed, stream, position),
+            scenes.generator(self.seed, stream, position),
             tasks={str(task): weight for task, weight in world.tasks.items()},
             turns=world.turns,
             seen=self._preprocessing is not None,
@@ -111,7 +129,24 @@ class TalkCorpus:
             skipped.counts[TURNS] += turns
         return encoded, num_pictures(messages[: len(messages) - 2 * turns])
 
-    def _pixels(self, content: bytes) -> np.ndarray:
+    def num_places(self, samples: int) -> int:
+        """How many rows so many samples are made of, each counted once."""
+        return sum(len(places) for _, places in self._drawing.rows(samples))
+
+    def pictures(self, samples: int, places: range) -> Iterator[bytes]:
+        """The encoded pictures of some of the rows that so many samples are made of, by their
+        places among these; what is unusable is left out."""
+        first = 0
+        for turn, own in self._drawing.rows(samples):
+            for place in own[max(places.start - first, 0) : max(places.stop - first, 0)]:
+                try:
+                    yield from self._read(turn, self._drawing.row(turn, place)).pictures
+                except Unusable:
+                    continue
+            first += len(own)
+
+    def pixels(self, content: bytes) -> np.ndarray:
+        """An encoded picture as (S, S, 3) uint8; `Unusable` where it is none."""
         assert self._preprocessing is not None
         if not content:
             raise Unusable("empty", "the picture is empty")

@@ -40,6 +40,8 @@ ACCELERATORS = {
     "b200": ("NVIDIA B200", 180, 75e12),
     "l40s": ("NVIDIA L40S", 48, 91.6e12),
     "l4": ("NVIDIA L4", 24, 30.3e12),
+    "rtx4090": ("NVIDIA GeForce RTX 4090", 24, 82.6e12),
+    "rtx3090": ("NVIDIA GeForce RTX 3090", 24, 35.6e12),
 }
 
 

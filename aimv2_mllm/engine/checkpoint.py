@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +155,14 @@ def _newest_whole(folder: Path, fingerprint: str, narrate: Callable[[str], None]
         narrate(f"checkpoint {path.name} is damaged ({reason}): {onwards}")
     _tidy(folder, [path for path, _ in damaged], step)
     return step
+
+
+def owner(folder: Path) -> str | None:
+    """The fingerprint of the newest checkpoint in `folder`, None without one that can be read."""
+    for path in _newest_first(folder):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            return str(json.loads((path / STATE).read_bytes())["fingerprint"])
+    return None
 
 
 def what_is_kept(folder: Path) -> str:

@@ -33,6 +33,9 @@ PEAKS = {
     "NVIDIA B200": 2250e12,
     "NVIDIA L40S": 362e12,
     "NVIDIA L4": 121e12,
+    # With float32 sums (whitepapers of Ada and GA102).
+    "NVIDIA GeForce RTX 4090": 165.2e12,
+    "NVIDIA GeForce RTX 3090": 71e12,
 }
 LONG_ENOUGH = 0.02  # seconds
 
@@ -65,8 +68,8 @@ def _measured(device: torch.device, dtype: torch.dtype) -> float:
 class FlopCounter(TorchFunctionMode):
     """While entered, adds up in `flops` what is computed forward and, later, backward.
 
-    It sees linear layers, convolutions, products of matrices and scaled-dot-product attention;
-    other kernels count nothing.
+    It sees linear layers, quantised too, convolutions, products of matrices and scaled-dot-product
+    attention; other kernels count nothing.
     """
 
     def __init__(self) -> None:
@@ -89,6 +92,10 @@ class FlopCounter(TorchFunctionMode):
             # Backward: one more such product for each factor that has a gradient.
             times = 1 + first.requires_grad + second.requires_grad
             self.flops += times * cost(result, first, second)
+        elif getattr(func, "__name__", None) in QUANTISED:
+            product = result[0] if isinstance(result, tuple) else result
+            # Such a weight has no gradient, and what it is multiplied with has one.
+            self.flops += 2 * _product(product, args[0], args[1])
         return result
 
 
@@ -105,6 +112,8 @@ def _attention(result: Tensor, query: Tensor, key: Tensor) -> int:
     return 4 * result.numel() * key.shape[-2]
 
 
+# bitsandbytes' products with quantised weights.
+QUANTISED = ("gemm_4bit.default", "int8_scaled_mm.default", "int8_mixed_scaled_mm.default")
 COSTS: dict[Callable[..., Any], Callable[[Tensor, Tensor, Tensor], int]] = {
     F.linear: _product,
     F.conv2d: _convolution,

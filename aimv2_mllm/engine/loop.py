@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,8 +25,7 @@ from aimv2_mllm.engine.precision import has_bf16
 from aimv2_mllm.engine.skipping import Skipping
 from aimv2_mllm.engine.stopping import StopRequest
 from aimv2_mllm.engine.training import CHECKPOINTS, Objective, Run, Training
-from aimv2_mllm.engine.upcoming import Batches, prepared, worth_a_thread
-from aimv2_mllm.engine.workers import prepared_by_workers
+from aimv2_mllm.engine.upcoming import Batches, upcoming_steps
 from aimv2_mllm.errors import RunFailed
 
 if TYPE_CHECKING:
@@ -77,7 +76,9 @@ def train(
         if config.precision == "bf16" and not has_bf16(training.device):
             narrate("precision bf16: this processor would emulate it, so fp32 is computed")
         skipping = Skipping(max_skipped)
-        upcoming = _upcoming(batches, progress.step, config.steps, training.device, workers)
+        upcoming = upcoming_steps(
+            batches, progress.step, config.steps, device=training.device, workers=workers
+        )
         with closing(upcoming), Journal(run, progress, training.device) as journal:
             for step, made in upcoming:
                 micro_batches = skipping.take_names(made)
@@ -96,16 +97,6 @@ def train(
                     break
         training.give_back()
     return progress.summary()
-
-
-def _upcoming(
-    batches: Batches, first: int, steps: int, device: torch.device, workers: int
-) -> Generator[tuple[int, Sequence[Mapping[str, Any]]], None, None]:
-    """Each step with its micro-batches, made in other processes, another thread, or here."""
-    if workers:
-        pin = device.type == "cuda"
-        return prepared_by_workers(batches, first, steps, workers=workers, pin=pin)
-    return prepared(batches, first, steps, ahead=worth_a_thread(device))
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:

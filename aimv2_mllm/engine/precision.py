@@ -1,6 +1,13 @@
 """In which arithmetic the products of a step are computed."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
+
+if TYPE_CHECKING:
+    from aimv2_mllm.recipe_train import TrainConfig
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -8,6 +15,15 @@ def has_bf16(device: torch.device) -> bool:
     if device.type == "cpu":
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return True
+
+
+def held_dtype(config: TrainConfig, has: bool | None = None) -> torch.dtype:
+    """In what type frozen weights are held: in bfloat16 where products are. `has` says whether the
+    device has them; None: as the one here that `config` asks for."""
+    if has is None:
+        on_cuda = config.device != "cpu" and torch.cuda.is_available()
+        has = has_bf16(torch.device("cuda" if on_cuda else "cpu"))
+    return torch.bfloat16 if config.precision == "bf16" and has else torch.float32
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

@@ -82,17 +82,26 @@ def _added(bucket: Any) -> Any:
 def fsdp2(model: nn.Module, config: TrainConfig, device: torch.device) -> Placed:
     """A copy of the model of which every rank has some rows of each parameter.
 
-    The model itself is left as it is: what shards a module also changes its class.
+    What is quantised is whole on every rank. The model itself is left as it is: what shards a
+    module also changes its class.
     """
-    # The copy begins with the same memory, so that there are never two models.
-    shared = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters()}
+    # The copy begins with the same memory, so that there are never two models. What is quantised is
+    # of a class of its own, with its scales beside it, and stays itself.
+    kept = {p for p in model.parameters() if type(p) is not nn.Parameter}
+    shared = {
+        id(p): p if p in kept else nn.Parameter(p.detach(), p.requires_grad)
+        for p in model.parameters()
+    }
     module: Any = copy.deepcopy(model, dict[int, Any](shared))
+    for owner in [m for m in module.modules() if kept.intersection(m.parameters(recurse=False))]:
+        owner.to(device)
+    kept = {p for p in module.parameters() if type(p) is not nn.Parameter}
     _lighten(module, config)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     policy = bf16 if config.precision == "bf16" and has_bf16(device) else MixedPrecisionPolicy()
     for part in (*blocks(module), module):
-        fully_shard(part, mesh=mesh, mp_policy=policy)
+        fully_shard(part, mesh=mesh, mp_policy=policy, ignored_params=kept)
     for part in module.modules():
         if isinstance(part, FSDPModule):
             # In place of the mean; without `force` it asks for an operation that gloo has not.

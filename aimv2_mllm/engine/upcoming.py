@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from aimv2_mllm.engine.workers import prepared_by_workers
+
 # From the 0-based step to this rank's micro-batches of it, at least one. What a micro-batch holds
 # has a row for each sample, but for `skipped`, the rows left out by reason, which the model does
 # not get to see.
@@ -36,3 +38,13 @@ def prepared(
             micro_batches = waiting.result()
             waiting = thread.submit(batches, step + 1) if step + 1 < steps else None
             yield step, micro_batches
+
+
+def upcoming_steps(
+    batches: Batches, first: int, steps: int, *, device: torch.device, workers: int
+) -> Generator[tuple[int, Sequence[Mapping[str, Any]]], None, None]:
+    """Each step with its micro-batches, made in other processes, another thread, or here."""
+    if workers:
+        pin = device.type == "cuda"
+        return prepared_by_workers(batches, first, steps, workers=workers, pin=pin)
+    return prepared(batches, first, steps, ahead=worth_a_thread(device))

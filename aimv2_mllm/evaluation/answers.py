@@ -7,7 +7,6 @@ Letters in shapes: S sheets, M image tokens, E the LLM's width.
 """
 
 import re
-from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,6 @@ from aimv2_mllm.model.preprocessing import Preprocessing
 BATCH_SIZE = 100
 ANSWER_TOKENS = 16  # the longest right answer, "bottom right", has at most 13 (single bytes)
 CAPTION_TOKENS = 160  # four digits in words are about 130 characters
-Z_95 = 1.959963984540054  # the normal quantile of a two-sided interval of 95 %
 
 
 class Asked(NamedTuple):
@@ -80,15 +78,6 @@ def held_out_questions(seed: int, count: int) -> list[Asked]:
 def held_out_sheet(seed: int, index: int) -> scenes.Scene:
     """The held-out sheet number `index`: its scans are in no training sheet."""
     return scenes.scene(seed, "heldout", index)
-
-
-def other_sheet(sheet: int, num_sheets: int) -> int:
-    """The sheet whose picture the blind control sees: the next one, and the first after the last.
-
-    Never the same sheet, for which there must be two at least.
-    """
-    assert num_sheets >= 2, num_sheets
-    return (sheet + 1) % num_sheets
 
 
 def in_words(seed: int, asked: Asked) -> str:
@@ -158,22 +147,6 @@ def by_kind(asked: Sequence[Asked], answers: Sequence[str]) -> dict[str, float]:
     for question, text in zip(asked, answers, strict=True):
         groups[question.kind].append(is_right(text, question.truth))
     return {kind: sum(marks) / len(marks) for kind, marks in groups.items() if marks}
-
-
-def majority_answers(asked: Sequence[Asked]) -> list[str]:
-    """To each question the most frequent right answer of its kind: a control without any model."""
-    truths: dict[str, Counter[str]] = defaultdict(Counter)
-    for question in asked:
-        truths[question.kind][question.truth] += 1
-    return [truths[question.kind].most_common(1)[0][0] for question in asked]
-
-
-def wilson_interval(right: int, count: int) -> tuple[float, float]:
-    """The 95 % confidence interval of a share of `right` in `count` (Wilson, 1927)."""
-    share, z2 = right / count, Z_95**2
-    middle = (share + z2 / (2 * count)) / (1 + z2 / count)
-    spread = Z_95 / (1 + z2 / count) * (share * (1 - share) / count + z2 / (4 * count**2)) ** 0.5
-    return max(0.0, middle - spread), min(1.0, middle + spread)
 
 
 def is_exact_caption(text: str, sheet: scenes.Scene) -> bool:

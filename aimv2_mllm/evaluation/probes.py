@@ -17,8 +17,8 @@ from torch import Tensor
 from aimv2_mllm.data.labelled import Labelled
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.evaluation import attentive
-from aimv2_mllm.evaluation.answers import wilson_interval
 from aimv2_mllm.evaluation.examples import BATCH_SIZE, Examples, centred, look
+from aimv2_mllm.evaluation.intervals import wilson_interval
 from aimv2_mllm.evaluation.vision import Seeing, weights_sha256
 from aimv2_mllm.model.encoder import AIMv2Encoder, EncoderConfig
 

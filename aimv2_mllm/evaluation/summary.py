@@ -17,7 +17,9 @@ from aimv2_mllm.data.batches import picture_batch
 from aimv2_mllm.data.conversations import DESCRIBE
 from aimv2_mllm.evaluation import answers, dreams, zeroshot
 from aimv2_mllm.evaluation.answers import Asked, Speaker
+from aimv2_mllm.evaluation.controls import majority_answers, other_picture
 from aimv2_mllm.evaluation.features import see
+from aimv2_mllm.evaluation.intervals import wilson_interval
 from aimv2_mllm.evaluation.losses import held_out_losses
 from aimv2_mllm.evaluation.probes import fresh_encoder, probe
 from aimv2_mllm.job import Place
@@ -180,7 +182,7 @@ def _judge_seeing(findings: Findings, speaker: Speaker, seed: int) -> None:
         sheets = [*sheets, answers.held_out_sheet(seed, 1)]
     seen = answers.look(speaker, sheets)
     texts, about = [q.text for q in asked], [q.sheet for q in asked]
-    elsewhere = [answers.other_sheet(sheet, len(sheets)) for sheet in about]
+    elsewhere = [other_picture(sheet, len(sheets)) for sheet in about]
     findings.given = answers.answer(speaker, texts, seen=seen, about=about)
     blind = answers.answer(speaker, texts, seen=seen, about=elsewhere)
     captions = answers.answer(
@@ -210,12 +212,12 @@ def _judge_reading(findings: Findings, speaker: Speaker, seed: int) -> None:
 
 def _scores(name: str, asked: list[Asked], given: list[str]) -> dict[str, Any]:
     """Accuracy with its interval, by kind, and that of always giving a kind's commonest answer."""
-    majority = answers.majority_answers(asked)
+    majority = majority_answers([q.kind for q in asked], [(q.truth,) for q in asked])
     right = round(answers.accuracy(asked, given) * len(asked))
     return {
         "num_questions": len(asked),
         f"{name}_accuracy": right / len(asked),
-        f"{name}_accuracy_interval": list(answers.wilson_interval(right, len(asked))),
+        f"{name}_accuracy_interval": list(wilson_interval(right, len(asked))),
         f"{name}_accuracy_by_kind": answers.by_kind(asked, given),
         f"{name}_accuracy_majority": answers.accuracy(asked, majority),
         f"{name}_majority_by_kind": answers.by_kind(asked, majority),

@@ -38,7 +38,7 @@ def answer_rows(
     pictures = [picture for row in rows for picture in row.pictures]
     ask = Decoding(model, fresh_cache(model), mask if len(rows) > 1 else None)
     choose = [] if sampling.is_plain else [Chooser(sampling, model.device) for _ in rows]
-    said = [Speech(tokenizer, sampling.stop_at) for _ in rows]
+    said = [Speech(tokenizer, sampling.stop) for _ in rows]
     texts, ends = [""] * len(rows), ends_of(model)
     batch, open_rows = list(range(len(rows))), set(range(len(rows)))
     scores = ask(embedded(model, ids, pictures))  # (B, V)

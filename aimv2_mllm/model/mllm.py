@@ -5,6 +5,7 @@ Llava folder, which other tools load without us; any other pair is saved as our 
 and says so. A connector reads patches and nothing else, of AIMv2 after its final norm.
 """
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,15 +69,15 @@ def load_tokenizer(name: str, *, talks: bool = True, chat_template: str | None =
     return tokenizer
 
 
-def load_llm(name: str) -> "PreTrainedModel":
-    """The causal LLM `name` in float32; UsageError if there is none, or not all of it."""
+def load_llm(name: str, dtype: torch.dtype = torch.float32) -> "PreTrainedModel":
+    """The causal LLM `name` in `dtype`; UsageError if there is none, or not all of it."""
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             llm_source(name),
-            dtype=torch.float32,
+            dtype=dtype,
             trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are in the report
@@ -89,9 +90,16 @@ def load_llm(name: str) -> "PreTrainedModel":
     return model
 
 
-def width_of(name: str) -> int:
-    """The width of the LLM's embeddings, without loading its weights."""
-    return int(_config(name).hidden_size)
+def sizes_of(name: str) -> tuple[int, int]:
+    """The width of the LLM's embeddings and how many tokens it has room for, without loading its
+    weights."""
+    config = _config(name)
+    return int(config.hidden_size), room_of(config)
+
+
+def room_of(config: Any) -> int:
+    """How many tokens an LLM of that config has room for."""
+    return int(getattr(config, "max_position_embeddings", None) or sys.maxsize)
 
 
 def _config(name: str) -> Any:
@@ -107,9 +115,13 @@ def _config(name: str) -> Any:
 
 def layer_names(name: str) -> list[str]:
     """The names of the LLM's linear layers inside its blocks, without loading its weights."""
+    return layers_of(_config(name), name)
+
+
+def layers_of(config: Any, name: str) -> list[str]:
+    """The names of the linear layers inside the blocks of the LLM `name`, which has `config`."""
     from transformers import AutoModelForCausalLM
 
-    config = _config(name)
     try:
         with torch.device("meta"):
             return linear_layers(AutoModelForCausalLM.from_config(config).base_model)
@@ -213,16 +225,50 @@ def build_processor(model: Any, tokenizer: Any, preprocessing: Preprocessing) ->
     return AnyLlavaProcessor(pictures, connector=connector, **words)
 
 
-def load_llava(folder: str | Path, dtype: Any = torch.float32) -> tuple[Any, Any]:
-    """The Llava in `folder`, transformers' own or ours, and its processor."""
+def load_llava(source: str | Path, dtype: Any = torch.float32) -> tuple[Any, Any]:
+    """The Llava in a folder or of a hub id, transformers' own or ours, in `dtype` ("auto": as it is
+    stored), and its processor; UsageError if there is none, or not all of it."""
+    from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     import aimv2_mllm.model.llava  # noqa: F401  (transformers then knows ours)
 
-    model = AutoModelForImageTextToText.from_pretrained(
-        folder, dtype=dtype, trust_remote_code=False
-    )
-    return model, AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+    llava_config(source)
+    try:
+        model, report = AutoModelForImageTextToText.from_pretrained(
+            source,
+            dtype=dtype,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in the report
+        )
+        processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UsageError(
+            f"{source}: no Llava can be loaded from there ({first_line(error)})"
+        ) from None
+    demand_whole(report, str(source))
+    return model, processor
+
+
+def llava_config(source: str | Path) -> Any:
+    """The configuration of the Llava in a folder or of a hub id; UsageError if it is none."""
+    from transformers import AutoConfig
+
+    import aimv2_mllm.model.llava
+
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"{source}: no Llava can be loaded from there ({first_line(error)})"
+        ) from None
+    known = ("llava", aimv2_mllm.model.llava.MODEL_TYPE)
+    if config.model_type not in known:
+        raise UsageError(
+            f"{source}: its model_type is {config.model_type}, and must be {' or '.join(known)}"
+        )
+    return config
 
 
 def pictures_of(processor: Any) -> tuple[Preprocessing, int]:

@@ -41,7 +41,9 @@ def _from_config(
     **kwargs: Any,
 ) -> Any:
     config = config or cls.config_class.from_pretrained(source, trust_remote_code=False)
-    model = cls._from_config(config, dtype=kwargs.get("dtype") or torch.float32)
+    dtype = kwargs.get("dtype")
+    said = dtype if isinstance(dtype, torch.dtype) else torch.float32  # and not as stored
+    model = cls._from_config(config, dtype=said)
     whole: dict[str, list[str]] = {
         key: [] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")
     }

@@ -6,10 +6,11 @@ hold, and a folder that has both forms.
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -66,25 +67,37 @@ def read_tensors(folder: Path) -> State:
     return state
 
 
-def write_tensors(state: Mapping[str, Tensor], folder: Path) -> None:
-    """Write `state` to `folder` as one file, or as shards with an index above MAX_SHARD_BYTES.
+def write_tensors(
+    state: Mapping[str, Tensor],
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    most: int | None = None,
+    wrote: Callable[[int], object] = lambda size: None,
+) -> None:
+    """Write `state` to `folder` as one file, or as shards of `most` bytes (MAX_SHARD_BYTES) with an
+    index.
 
-    Each file is written under another name and then renamed, for what is saved may be mapped from
-    the old ones. Older weights of the other form are removed.
+    What is of floating point becomes `dtype`, a shard at a time, so that no second copy of all of
+    it is held; `wrote` is told how many bytes each file had. Each file is written under another
+    name and then renamed, for what is saved may be mapped from the old ones. Older weights of the
+    other form are removed.
     """
-    shards = _plan(state)
+    sizes = {name: num_bytes(tensor, dtype) for name, tensor in state.items()}
+    shards = _plan(sizes, most or MAX_SHARD_BYTES)
     names = [WEIGHTS_FILE]
     if len(shards) > 1:
         names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     for name, shard in zip(names, shards, strict=True):
         part = folder / f"{name}.part"
-        save_file({n: state[n].contiguous() for n in shard}, part, metadata={"format": "pt"})
+        tensors = {n: _as(state[n], dtype).contiguous() for n in shard}
+        save_file(tensors, part, metadata={"format": "pt"})
+        wrote(sum(sizes[n] for n in shard))
     for name in names:
         os.replace(folder / f"{name}.part", folder / name)
     if len(shards) > 1:
-        size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
         weight_map = {n: name for name, shard in zip(names, shards, strict=True) for n in shard}
-        content = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        content = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         write_json(folder / INDEX_FILE, content)
         names.append(INDEX_FILE)
     # Last: whoever is stopped before has both forms, which is refused, and has lost nothing.
@@ -123,13 +136,23 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     os.replace(part, path)
 
 
-def _plan(state: Mapping[str, Tensor]) -> list[list[str]]:
-    """The names in their order, cut where a shard would pass MAX_SHARD_BYTES."""
+def num_bytes(tensor: Tensor, dtype: torch.dtype | None = None) -> int:
+    """How many bytes `tensor` takes as `write_tensors` writes it."""
+    if dtype is None or not tensor.is_floating_point():
+        return tensor.numel() * tensor.element_size()
+    return tensor.numel() * torch.empty((), dtype=dtype).element_size()
+
+
+def _as(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+
+
+def _plan(sizes: Mapping[str, int], most: int) -> list[list[str]]:
+    """The names in their order, cut where a shard would pass `most` bytes."""
     shards: list[list[str]] = [[]]
     filled = 0
-    for name, tensor in state.items():
-        size = tensor.numel() * tensor.element_size()
-        if shards[-1] and filled + size > MAX_SHARD_BYTES:
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > most:
             shards.append([])
             filled = 0
         shards[-1].append(name)

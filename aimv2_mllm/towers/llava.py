@@ -140,6 +140,20 @@ def demand_known(name: str) -> None:
         )
 
 
+def beside(name: str, config: Any) -> str:
+    """A tower's `name`, its path beside the model's folder where the model's `config` names it so:
+    `aimv2:./FOLDER` in a config.json is the folder next to that file, wherever both were moved.
+
+    A path that starts otherwise, or is not there, is as it was typed.
+    """
+    kind, _, place = name.partition(":")
+    path, _, query = place.partition("?")
+    folder = Path(getattr(config, "_name_or_path", None) or "")
+    if not path.startswith("./") or not (folder / path).is_dir():
+        return name
+    return f"{kind}:{folder / path}{f'?{query}' if query else ''}"
+
+
 def _tower_builder(stock: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     @functools.wraps(stock)
     def build_vision_tower(config: Any, **options: Any) -> nn.Module:
@@ -150,7 +164,7 @@ def _tower_builder(stock: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
         demand_known(name)
         if not is_source(name):
             return stock(config, **options)
-        return LlavaTower(name, config, **options)
+        return LlavaTower(beside(name, config), config, **options)
 
     return build_vision_tower
 

@@ -1,0 +1,195 @@
+"""Models that can be asked about pictures, ours and others', behind one call.
+
+Owns how a model is found and how a batch of questions is put to it: a Llava of ours as in its
+training (see `chat`), any other image-text model of transformers by its own processor and chat
+template. Refuses models that cannot see.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from os.path import exists, isdir
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from aimv2_mllm.errors import UsageError
+from aimv2_mllm.folders import CONFIG_FILE, talking_folder
+from aimv2_mllm.model.hub import HUB_ID
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+OURS = ("llava", "aimv2_mllm_llava")  # model types that `chat` asks as they were trained
+SMALL = 2**20  # bytes; a larger file is known by its size and time
+GIVE = (
+    "give a run folder, the folder of a model, or a hub id (org/name or org/name@revision) of an "
+    "image-text model"
+)
+Asking = tuple[str, "Image.Image | None"]  # a question, and the picture that it is about
+
+
+class Answerer(Protocol):
+    """A model that answers questions."""
+
+    identity: str  # changes with its weights or its processor
+
+    def __call__(self, asked: Sequence[Asking], max_new_tokens: int) -> list[str]:
+        """The greedy answers, each to a conversation of its own, without blanks around them."""
+
+
+def load_answerer(source: str) -> Answerer:
+    """The model called `source`: a run, a model's folder, or a hub id; on the GPU where there is
+    one. UsageError where there is none that sees and talks, or not all of it."""
+    if not isdir(source):
+        if exists(source):
+            raise UsageError(f"{source}: is a file; {GIVE}")
+        if not HUB_ID.fullmatch(source) or source.startswith("runs/"):
+            raise UsageError(f"{source}: there is no such folder; {GIVE}")
+        return Foreign(source)
+    folder = talking_folder(Path(source))
+    return Ours(folder) if _model_type(folder) in OURS else Foreign(str(folder))
+
+
+def _model_type(folder: Path) -> Any:
+    import json
+
+    try:
+        return json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UsageError(f"{folder / CONFIG_FILE}: cannot be read ({error}); {GIVE}") from None
+
+
+def _digest(folder: Path) -> str:
+    """What tells the model in `folder` from another: its small files, the size and time of others.
+
+    The report and the records that do not change what it says count too.
+    """
+    digest = hashlib.sha256()
+    for file in sorted(path for path in folder.iterdir() if path.is_file()):
+        facts = file.stat()
+        small = file.read_bytes() if facts.st_size <= SMALL else str(facts.st_mtime_ns).encode()
+        digest.update(f"{file.name} {facts.st_size} {hashlib.sha256(small).hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+class Ours:
+    """A Llava, which gets pictures and tokens as in its training."""
+
+    def __init__(self, folder: Path) -> None:
+        from aimv2_mllm.chat import load_model
+
+        self._bot, self.identity = load_model(folder), _digest(folder)
+
+    def __call__(self, asked: Sequence[Asking], max_new_tokens: int) -> list[str]:
+        from aimv2_mllm.chat import answer_all
+        from aimv2_mllm.data.conversations import turn
+
+        talks = [
+            (turn(text, "", image=picture is not None)[:1], [] if picture is None else [picture])
+            for text, picture in asked
+        ]
+        return answer_all(
+            self._bot, talks, max_new_tokens=max_new_tokens, batch_size=max(1, len(talks))
+        )
+
+
+class Foreign:
+    """Any image-text model of transformers, asked through its own processor and chat template."""
+
+    def __init__(self, source: str) -> None:
+        from aimv2_mllm.model.foreign import silent_transformers
+
+        self._source = source
+        with silent_transformers():
+            self._model, self._processor = _load(source)
+        if getattr(self._processor, "chat_template", None) is None:
+            raise UsageError(f"{source}: has no chat template, so nobody knows how to ask it")
+        self._tokenizer = getattr(self._processor, "tokenizer", self._processor)
+        self._tokenizer.padding_side = "left"  # all answers begin at one column
+        if self._tokenizer.pad_token_id is None:
+            self._tokenizer.pad_token = self._tokenizer.eos_token
+        commit = getattr(self._model.config, "_commit_hash", None)
+        self.identity = _digest(Path(source)) if isdir(source) else f"{source} {commit}"
+
+    def __call__(self, asked: Sequence[Asking], max_new_tokens: int) -> list[str]:
+        answers = [""] * len(asked)
+        # Processors take a batch of which each has a picture, or none has.
+        for sees in (True, False):
+            rows = [row for row, (_, picture) in enumerate(asked) if (picture is not None) == sees]
+            if rows:
+                given = self._answers([asked[row] for row in rows], max_new_tokens)
+                for row, text in zip(rows, given, strict=True):
+                    answers[row] = text
+        return answers
+
+    def _answers(self, asked: Sequence[Asking], max_new_tokens: int) -> list[str]:
+        import torch
+
+        talks = [_talk(text, picture) for text, picture in asked]
+        try:
+            inputs = self._processor.apply_chat_template(
+                talks,
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                processor_kwargs={"padding": True},
+            ).to(self._model.device, dtype=self._model.dtype)
+            with torch.inference_mode():
+                written = self._model.generate(
+                    **inputs, max_new_tokens=max_new_tokens, pad_token_id=self._pad
+                )
+        # Each family's processor and template refuses in words of its own.
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+            what = "a picture" if asked[0][1] is not None else "a question without a picture"
+            remedy = "" if asked[0][1] is not None else "; give --no-controls"
+            raise UsageError(
+                f"{self._source}: refuses {what} ({' '.join(str(error).split())[:200]}){remedy}"
+            ) from None
+        new = written[:, inputs["input_ids"].shape[1] :]  # (B, tokens of the longest answer)
+        texts = self._tokenizer.batch_decode(new, skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+    @property
+    def _pad(self) -> int:
+        return int(self._tokenizer.pad_token_id)
+
+
+def _talk(text: str, picture: "Image.Image | None") -> list[dict[str, Any]]:
+    seen = [] if picture is None else [{"type": "image", "image": picture}]
+    return [{"role": "user", "content": [*seen, {"type": "text", "text": text}]}]
+
+
+def _load(source: str) -> tuple[Any, Any]:
+    """The whole model and its processor, decoding greedily whatever it says of sampling."""
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+
+    from aimv2_mllm.model.foreign import demand_whole
+
+    name, revision = source, None
+    if not isdir(source):
+        name, _, revision = source.partition("@")
+    words: dict[str, Any] = {"trust_remote_code": False, "revision": revision or None}
+    try:
+        processor = AutoProcessor.from_pretrained(name, **words)
+        model, report = AutoModelForImageTextToText.from_pretrained(
+            name,
+            dtype="auto",
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in the report, which is refused below
+            **words,
+        )
+    except SafetensorError as error:
+        raise UsageError(f"{source}: its weights are damaged or cut off ({error})") from None
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise UsageError(
+            f"{source}: no image-text model can be loaded from there: {said}"
+        ) from None
+    demand_whole(report, source)
+    old = model.generation_config
+    model.generation_config = GenerationConfig(eos_token_id=old.eos_token_id, do_sample=False)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return model.to(device).eval(), processor

@@ -1,0 +1,144 @@
+"""Where questions to a model come from: JSON lines, a folder with a table, the library `datasets`.
+
+Owns where rows and pictures lie; what a row must hold is `asked`'s.
+"""
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from aimv2_mllm.data.files import MAX_PICTURE_BYTES, Unusable, below, read_whole
+from aimv2_mllm.data.json_index import open_rows
+from aimv2_mllm.data.tables import load_table, picture_bytes
+from aimv2_mllm.data.talk_sources import Questions
+from aimv2_mllm.errors import UsageError, show
+from aimv2_mllm.recipe_data import DatasetsSource, QuestionTalks
+
+TABLE = "questions.csv"
+GIVE = (
+    "give a file of JSON lines with image, question and answers, a folder with questions.csv, or a "
+    "dataset of the `datasets` library"
+)
+
+
+class Source(Protocol):
+    """Where rows come from."""
+
+    digest: str  # changes when other rows would be read
+
+    def __len__(self) -> int: ...
+
+    def name(self, row: int) -> str:
+        """Where the row is, in words."""
+
+    def fields(self, row: int) -> Mapping[str, Any]:
+        """What the row says, by the data's own names; `Unusable` where it cannot be read."""
+
+    def picture(self, value: Any) -> bytes:
+        """The encoded picture of a field; `Unusable` where there is none."""
+
+    def identity(self, value: Any) -> str:
+        """What that picture is known by."""
+
+
+class _Files:
+    """Pictures that are files below `root`."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def picture(self, value: Any) -> bytes:
+        if not isinstance(value, str):
+            raise Unusable("odd_row", f"image is {show(value)}, and not a picture's path")
+        return read_whole(below(self._root, value), MAX_PICTURE_BYTES)
+
+    def identity(self, value: Any) -> str:
+        if not isinstance(value, str):
+            raise Unusable("odd_row", f"image is {show(value)}, and not a picture's path")
+        path = below(self._root, value)
+        if not path.is_file():
+            raise Unusable("unreadable", f"there is no picture {value} in {self._root}")
+        return os.path.normpath(value)
+
+
+class JsonLines(_Files):
+    """A JSON mapping a line, or a list of them; pictures are named from `root`."""
+
+    def __init__(self, file: Path, root: Path) -> None:
+        if not root.is_dir():
+            raise UsageError(f"{root}: there is no such folder (--root)")
+        super().__init__(root)
+        self._rows = open_rows(file)
+        self.digest = self._rows.digest()
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def name(self, row: int) -> str:
+        return f"{self._rows.file}, row {row}"
+
+    def fields(self, row: int) -> Mapping[str, Any]:
+        found = self._rows.read(row)
+        if not isinstance(found, dict):
+            raise Unusable("odd_row", f"is no mapping but {show(found)}")
+        return found
+
+
+class Table(_Files):
+    """A folder of pictures with the table questions.csv."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._table = Questions(QuestionTalks(folder=str(folder), file=TABLE))
+        self.digest = self._table.digest
+
+    def __len__(self) -> int:
+        return sum(self._table.groups)
+
+    def name(self, row: int) -> str:
+        return self._table.name(row)
+
+    def fields(self, row: int) -> Mapping[str, Any]:
+        return self._table.fields(row)
+
+
+class Dataset:
+    """The rows of a data set of the library `datasets`, `org/name@config` where it has several."""
+
+    def __init__(self, dataset: str, split: str, image: str) -> None:
+        name, _, config = (dataset, "", "") if os.path.isdir(dataset) else dataset.partition("@")
+        self._dataset = dataset
+        named = DatasetsSource(dataset=name, config=config or None, split=split, image=image)
+        self._rows, self.digest = load_table(named, {"image": image})
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def name(self, row: int) -> str:
+        return f"{self._dataset}, row {row}"
+
+    def fields(self, row: int) -> Mapping[str, Any]:
+        found: Mapping[str, Any] = self._rows[row]
+        return found
+
+    def picture(self, value: Any) -> bytes:
+        return picture_bytes(value)
+
+    def identity(self, value: Any) -> str:
+        return hashlib.sha256(picture_bytes(value)).hexdigest()
+
+
+def open_asked(data: str, root: str | None, split: str, image: str) -> Source:
+    """The source that `data` names; UsageError where there is none."""
+    path = Path(data).expanduser()
+    if path.is_file():
+        return JsonLines(path, Path(root).expanduser() if root else path.parent)
+    if root is not None:
+        raise UsageError(f"--root is for a file of JSON lines, and {data} is none")
+    if (path / TABLE).is_file():
+        return Table(path)
+    if path.is_dir() or (data.count("/") == 1 and not os.path.lexists(data)):
+        return Dataset(data, split, image)
+    raise UsageError(f"{data}: there is no such file or folder; {GIVE}")

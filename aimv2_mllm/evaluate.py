@@ -1,0 +1,168 @@
+"""What the verb `evaluate` does: a model asked every question of a data set, judged, reported.
+
+Owns its words on the terminal and what is put to the model; refuses to compute: see `evaluation`.
+"""
+
+import hashlib
+import json
+import platform
+import shlex
+from argparse import Namespace
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from aimv2_mllm.answerers import load_answerer
+from aimv2_mllm.data.asked import FIELDS, Asked, Question, load_asked
+from aimv2_mllm.errors import UsageError, nearest
+from aimv2_mllm.evaluation.asking import Answers, ask_all, demand_same
+from aimv2_mllm.evaluation.controls import MAJORITY, SHOWN
+from aimv2_mllm.evaluation.judging import Judged, judge, summary
+from aimv2_mllm.evaluation.metrics import METRICS, Metric
+from aimv2_mllm.evaluation_page import MORE, describe, pictures
+from aimv2_mllm.report import HTML, MARKDOWN, SUMMARY, fill, write_files
+
+CHOICES = "{question}\n{choices}\nAnswer with the letter of the right choice."
+RESULTS = "results.jsonl"
+
+
+def evaluate(args: Namespace) -> dict[str, Any]:
+    """The numbers of `args.model` on the questions `args.data` by `args.metric`; they, an answer a
+    line and a report are written to `args.out`, where answers go on where they stopped."""
+    metric = METRICS[args.metric]
+    columns = dict(_column(text) for text in args.column or ())
+    asked = load_asked(
+        args.data, root=args.root, columns=columns, split=args.split, limit=args.limit
+    )
+    _demand_fit(args, metric, asked)
+    prompts = [prompt_of(question, args.prompt) for question in asked.questions]
+    model, folder = load_answerer(args.model), Path(args.out)
+    identity = {
+        "model": model.identity,
+        "questions": _digest(asked, prompts),
+        "max_new_tokens": args.max_new_tokens,
+    }
+    demand_same(folder, identity)
+    answers = Answers(folder)
+    ask_all(
+        asked,
+        prompts,
+        lambda batch: model(batch, args.max_new_tokens),
+        answers,
+        controls=args.controls,
+        batch=args.batch_size,
+    )
+    judged = judge(asked, answers, metric, controls=args.controls)
+    numbers = {"model": args.model, "source": args.data, "metric": args.metric}
+    numbers |= summary(judged, metric)
+    packages = {name: version(name) for name in ("torch", "transformers", "aimv2-mllm")}
+    numbers |= {
+        "left_out": [*asked.left_out, *answers.unusable.values()],
+        "prompt": args.prompt,
+        "asked": identity,
+        "command": _command(args),
+        "versions": packages | {"python": platform.python_version()},
+    }
+    write_files(folder, _files(numbers, judged, asked))
+    return numbers
+
+
+def _digest(asked: Asked, prompts: Sequence[str]) -> str:
+    """What tells these questions from others, whatever answers are right."""
+    digest = hashlib.sha256()
+    for question, prompt in zip(asked.questions, prompts, strict=True):
+        digest.update(json.dumps([question.id, prompt, question.picture]).encode())
+    return digest.hexdigest()
+
+
+def _command(args: Namespace) -> str:
+    """The command that gives the same numbers."""
+    words = ["aimv2-mllm", "evaluate", args.model, args.data, "--metric", args.metric]
+    for flag in ("prompt", "root", "limit", "batch_size", "max_new_tokens", "out"):
+        value = getattr(args, flag)
+        words += [] if value is None else [f"--{flag.replace('_', '-')}", str(value)]
+    words += [word for text in args.column or () for word in ("--column", text)]
+    words += [] if args.controls else ["--no-controls"]
+    return shlex.join([*words, "--split", args.split])
+
+
+def _files(numbers: dict[str, Any], judged: Judged, asked: Asked) -> dict[str, bytes]:
+    """The files of the report by name."""
+    page = describe(numbers, judged, asked)
+    texts = {
+        RESULTS: "".join(_results(judged)),
+        HTML: fill("evaluation.html.jinja", page),
+        MARKDOWN: fill("evaluation.md.jinja", page),
+        SUMMARY: json.dumps(numbers, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
+    }
+    files = {name: text.encode() for name, text in texts.items()}
+    return {picture.name: picture.png for picture in pictures(page)} | files
+
+
+def prompt_of(question: Question, template: str | None) -> str:
+    """What is put to the model: `template` with {question} and {choices} filled in; without one the
+    question, and its choices by letter where it has any."""
+    if template is None:
+        template = CHOICES if question.choices else "{question}"
+    lettered = [f"{chr(ord('A') + n)}. {text}" for n, text in enumerate(question.choices)]
+    return template.replace("{choices}", "\n".join(lettered)).replace("{question}", question.text)
+
+
+def _column(text: str) -> tuple[str, str]:
+    field, _, name = text.partition("=")
+    if field not in FIELDS or not name:
+        known = f"FIELD is one of {', '.join(FIELDS)}{nearest(field, FIELDS)}"
+        raise UsageError(f"--column {text}: must be FIELD=NAME, where {known}")
+    return field, name
+
+
+def _demand_fit(args: Namespace, metric: Metric, asked: Asked) -> None:
+    for question in asked.questions:
+        if why := metric.unfit(question):
+            raise UsageError(f"{args.data}: question {question.id} {why}")
+    if args.prompt is not None and "{question}" not in args.prompt:
+        raise UsageError(f"--prompt {args.prompt!r}: has no {{question}} where the question comes")
+
+
+def _results(judged: Judged) -> list[str]:
+    """A line of JSON for each question: what was asked, and each answer with its score."""
+    lines = []
+    for place, question in enumerate(judged.questions):
+        line: dict[str, Any] = {
+            "id": question.id,
+            "type": question.kind,
+            "question": question.text,
+            "answers": list(question.answers),
+        }
+        for name, texts in judged.given.items():
+            line[name] = {"answer": texts[place], "score": judged.scores[name][place]}
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    return lines
+
+
+def as_table(numbers: dict[str, Any]) -> str:
+    """The numbers for a terminal."""
+    metric = METRICS[numbers["metric"]]
+    left_out = len(numbers["left_out"])
+    more = f"; {left_out:,} left out, the first: {numbers['left_out'][0]}" if left_out else ""
+    lines = [
+        f"model    {numbers['model']}",
+        f"data     {numbers['source']}: {numbers['num_questions']:,} questions{more}",
+        "",
+        f"{metric.title + ', %':<34}{'mean':>9}   95 % interval",
+    ]
+    rows = [("all", numbers)]
+    if len(numbers["by_type"]) > 1:
+        rows += [(f"  {kind}", told) for kind, told in numbers["by_type"].items()]
+    titles = {**SHOWN, MAJORITY: "no model: the commonest answer"}
+    rows += [(titles[name], told) for name, told in numbers.get("controls", {}).items()]
+    if "seeing_adds" in numbers:
+        rows.append(("what the right picture adds", numbers["seeing_adds"]))
+    for name, told in rows:
+        low, high = (100 * end for end in told["interval"])
+        lines.append(f"{name:<34}{100 * told['score']:>9.1f}   {low:.1f} to {high:.1f}")
+    lines += [
+        f"{text:<34}{100 * numbers[key]:>9.1f}" for key, text in MORE.items() if key in numbers
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,52 @@
+"""Two processes tune as one does: adapters, quantised LLMs, whole ones, blocks of the tower."""
+
+from pathlib import Path
+
+import pytest
+from test_distributed import ended, started
+from test_tune_stage import MODES, lines, recipe_of, run, start  # noqa: F401 (a fixture)
+
+from aimv2_mllm.data.batches import Share
+from aimv2_mllm.engine.distributed import Ranks
+from aimv2_mllm.job import Place
+from aimv2_mllm.run import run_stage
+
+FEW = ["train.steps=3", "train.micro_batch_size=1"]
+TOGETHER = ("connector", "lora", "dora", "nf4", "int8", "tower", "everything")
+
+
+def tuning(folder: Path, ranks: Ranks, *, base: Path, runs: dict[str, list[str]]) -> None:
+    """Tune on this rank in every way of `runs`; where bf16 is asked for, on a processor that is
+    told that it multiplies it."""
+    here = folder / str(ranks.rank)
+    here.mkdir()
+    for name, words in runs.items():
+        recipe = recipe_of(here, base, "", *words)
+        place = Place(recipe, folder / name, Share(ranks.rank, ranks.size))
+        with pytest.MonkeyPatch.context() as patch:
+            for module in ("precision", "strategies", "loop"):
+                patch.setattr(f"aimv2_mllm.engine.{module}.has_bf16", lambda device: True)
+            run_stage("tune", recipe.stages["tune"], place, lambda text: None, ranks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_ranks_tune_as_one_does(
+    tmp_path: Path,
+    start: Path,  # noqa: F811
+    strategy: str,
+) -> None:
+    how = [*FEW, f"train.strategy={strategy}"]
+    ways = {mode: [*MODES[mode], *how] for mode in TOGETHER}
+    ways |= {"bf16": [*MODES["lora"], *how, "train.precision=bf16"]}
+    assert ended(started(2, tmp_path, tuning, base=start, runs=ways)) == [0, 0]
+    for mode in TOGETHER:
+        run(tmp_path, start, f"alone {mode}", *MODES[mode], *FEW)
+        alone = [line["text"] for line in lines(tmp_path / f"alone {mode}")]
+        assert [line["text"] for line in lines(tmp_path / mode)] == pytest.approx(alone, abs=1e-4)
+        assert (tmp_path / mode / "tune" / "model" / "stage.json").is_file()
+    # Frozen weights of bfloat16 beside trained ones of float32.
+    exact = [line["text"] for line in lines(tmp_path / "lora")]
+    half = [line["text"] for line in lines(tmp_path / "bf16")]
+    assert half != exact
+    assert half == pytest.approx(exact, rel=0.05)
