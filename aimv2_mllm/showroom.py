@@ -43,7 +43,9 @@ class Showroom:
         for model in models or [QUICKSTART]:
             for name, folder in talking_folders(Path(model)).items():
                 # Folders of one name are told apart by where they lie.
-                self._folders[name if name not in self._folders else str(folder)] = folder
+                if folder.resolve() not in self._folders.values():
+                    key = name if name not in self._folders else str(folder)
+                    self._folders[key] = folder.resolve()
         self._bots: dict[str, Chatbot] = {}
         self._painters: dict[str, Painter | None] = {}
         self._sessions: OrderedDict[tuple[str, str], ChatSession] = OrderedDict()
@@ -68,7 +70,7 @@ class Showroom:
         name: str,
         shown: Sequence[Shown],
         *,
-        system: str = "",
+        system: str | None = None,
         max_new_tokens: int = 64,
         sampling: Sampling = GREEDY,
     ) -> Reply:
@@ -109,7 +111,7 @@ class Showroom:
     def _painter(self, name: str) -> "Painter | None":
         from aimv2_mllm.insight import Painter
 
-        run = self._folder(name).resolve().parents[1]
+        run = self._folder(name).parents[1]
         with self._loading:
             if name not in self._painters:
                 self._painters[name] = None

@@ -6,6 +6,7 @@ above them before it is decoded, by the name that the visitor knows and never by
 
 import tempfile
 from collections.abc import Sequence
+from itertools import groupby
 from mimetypes import guess_type
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,20 +58,21 @@ def with_question(shown: Sequence[Shown], text: str, files: Sequence[str]) -> li
         raise UsageError("the question is empty: write one, then send it")
     if len(text) > MOST_LETTERS:
         raise UsageError(f"the question has {len(text):,} letters, and {MOST_LETTERS:,} are most")
-    count = len(files) + sum(len(_files(message)) for message in shown)
+    count = len(files) + len(pictures(shown))
     if count > MOST_PICTURES:
         raise UsageError(f"that would be {count} pictures, and {MOST_PICTURES} are the most")
     for file in files:
         picture_of(file)
-    return [*shown, question(text, files)]
+    return [*shown, *question(text, files)]
 
 
-def question(text: str, files: Sequence[str]) -> Shown:
-    """A question with its pictures before it, as a page shows it."""
-    pictures = [
-        {"type": "file", "file": {"path": file, "mime_type": guess_type(file)[0]}} for file in files
+def question(text: str, files: Sequence[str]) -> list[Shown]:
+    """A question as a page shows it: each picture, then the text, a message each, for what is
+    edited on the page is a whole message."""
+    parts = [{"type": "file", "file": {"path": f, "mime_type": guess_type(f)[0]}} for f in files]
+    return [
+        {"role": "user", "content": [part]} for part in (*parts, {"type": "text", "text": text})
     ]
-    return {"role": "user", "content": [*pictures, {"type": "text", "text": text}]}
 
 
 def answer(text: str) -> Shown:
@@ -80,45 +82,38 @@ def answer(text: str) -> Shown:
 
 def without_answer(shown: Sequence[Shown]) -> list[Shown]:
     """The conversation up to its last question, to be answered again."""
-    last = _last_question(shown)
-    if last is None:
+    _, end = _last_question(shown)
+    if not end:
         raise UsageError("nothing was asked yet")
-    return list(shown[: last + 1])
+    return list(shown[:end])
 
 
 def without_question(shown: Sequence[Shown]) -> tuple[list[Shown], str, list[str]]:
     """The conversation before its last question, and of this the text and the pictures."""
-    last = _last_question(shown)
-    if last is None:
-        return [], "", []
-    return list(shown[:last]), _text(shown[last]), _files(shown[last])
+    start, end = _last_question(shown)
+    return list(shown[:start]), _text(shown[start:end]), pictures(shown[start:end])
 
 
 def edited(shown: Sequence[Shown], index: int, text: str) -> list[Shown]:
-    """The conversation up to message `index`, a question, which now says `text` of the same
-    pictures."""
+    """The conversation up to message `index`, the text of a question, which is now `text`."""
     if shown[index]["role"] != "user":
         raise UsageError("only questions can be edited")
-    return with_question(shown[:index], text, _files(shown[index]))
+    return with_question(shown[:index], text, [])
 
 
-def asked(shown: Sequence[Shown], system: str = "") -> tuple[list[Message], list["Image.Image"]]:
+def asked(
+    shown: Sequence[Shown], system: str | None = None
+) -> tuple[list[Message], list["Image.Image"]]:
     """The messages for a model, `system` first if it says anything, and all pictures.
 
-    A question that was stopped before it had any answer is left out; its pictures go to the next.
+    Of a question that was stopped before it had any answer, the pictures alone are left, to the
+    next one.
     """
-    messages = [said("system", system.strip())] if system.strip() else []
-    files: list[str] = []
-    waiting: list[str] = []
-    for number, message in enumerate(shown):
-        if message["role"] != "user":
-            messages.append(said("assistant", _text(message)))
-            continue
-        waiting += _files(message)
-        if number + 1 < len(shown) and shown[number + 1]["role"] == "user":
-            continue
-        messages.append(said("user", _text(message), pictures=len(waiting)))
-        files, waiting = files + waiting, []
+    messages = [said("system", system.strip())] if system and system.strip() else []
+    for role, group in groupby(shown, key=lambda message: str(message["role"])):
+        turn = list(group)
+        messages.append(said(role, _text(turn), pictures=len(pictures(turn))))
+    files = pictures(shown)
     if len(files) > MOST_PICTURES:
         raise UsageError(f"there are {len(files)} pictures, and {MOST_PICTURES} are the most")
     return messages, [picture_of(file) for file in files]
@@ -126,10 +121,10 @@ def asked(shown: Sequence[Shown], system: str = "") -> tuple[list[Message], list
 
 def pictures(shown: Sequence[Shown]) -> list[str]:
     """The files of the pictures that were shown, in order."""
-    return [file for message in shown for file in _files(message)]
+    return [part["file"]["path"] for part in _parts(shown) if part["type"] == "file"]
 
 
-def written(shown: Sequence[Shown], system: str = "") -> str:
+def written(shown: Sequence[Shown], system: str | None = None) -> str:
     """The conversation as JSON, see `transcript`; UsageError for an empty one."""
     if not shown:
         raise UsageError("there is no conversation to save yet")
@@ -161,19 +156,26 @@ def read(text: str, folder: Path) -> tuple[list[Shown], str]:
                 count += 1
                 files.append(str(place / f"picture-{count}.png"))
                 next(pictures).save(files[-1])
-            shown.append(question(text, files))
+            shown += question(text, files)
     return shown, system
 
 
-def _last_question(shown: Sequence[Shown]) -> int | None:
-    numbers = [number for number, message in enumerate(shown) if message["role"] == "user"]
-    return numbers[-1] if numbers else None
+def _last_question(shown: Sequence[Shown]) -> tuple[int, int]:
+    """Where the messages of the last question start and end; both 0 where there is none."""
+    end = len(shown)
+    while end and shown[end - 1]["role"] != "user":
+        end -= 1
+    start = end
+    while start and shown[start - 1]["role"] == "user":
+        start -= 1
+    return start, end
 
 
-def _text(message: Shown) -> str:
-    parts = [part["text"] for part in message["content"] if part["type"] == "text"]
-    return "\n".join(parts)
+def _text(turn: Sequence[Shown]) -> str:
+    """What was said in one turn: its last text."""
+    texts = [str(part["text"]) for part in _parts(turn) if part["type"] == "text"]
+    return texts[-1] if texts else ""
 
 
-def _files(message: Shown) -> list[str]:
-    return [part["file"]["path"] for part in message["content"] if part["type"] == "file"]
+def _parts(shown: Sequence[Shown]) -> list[dict[str, Any]]:
+    return [part for message in shown for part in message["content"]]

@@ -58,7 +58,7 @@ def _chat(room: Showroom, folder: Path) -> gr.Chatbot:
     model = gr.Dropdown(room.names, value=room.names[0], label="Model")
     shown = gr.Chatbot(
         label="Conversation", height="52vh", editable="user", render_markdown=False,
-        buttons=["copy", "copy_all"], feedback_options=None, elem_id="conversation",
+        buttons=["copy", "copy_all"], group_consecutive_messages=False, elem_id="conversation",
         placeholder="Add a picture, then ask about it.",
     )  # fmt: skip
     box = gr.MultimodalTextbox(
@@ -108,9 +108,14 @@ def _chat(room: Showroom, folder: Path) -> gr.Chatbot:
             finally:  # whoever stops or leaves stops the model
                 reply.close()
 
-    def put_back(history: list[Any]) -> tuple[list[Any], dict[str, Any]]:
+    def undo(history: list[Any]) -> tuple[list[Any], dict[str, Any]]:
         kept, text, files = visit.without_question(history)
         return kept, {"text": text, "files": files}
+
+    def put_back(history: list[Any]) -> tuple[Any, Any]:
+        # What was stopped counts as failed too, and keeps the answer that there is.
+        is_open = bool(history) and history[-1]["role"] == "user"
+        return undo(history) if is_open else (gr.skip(), gr.skip())
 
     def edit(history: list[Any], change: gr.EditData) -> list[Any]:
         index = change.index if isinstance(change.index, int) else change.index[0]
@@ -150,7 +155,7 @@ def _chat(room: Showroom, folder: Path) -> gr.Chatbot:
     for event in running:
         event.failure(put_back, shown, [shown, box], **UNLISTED)
     stop.click(None, cancels=running, api_visibility="private")
-    shown.undo(put_back, shown, [shown, box], **UNLISTED)
+    shown.undo(undo, shown, [shown, box], **UNLISTED)
     shown.clear(_leave(room), **UNLISTED)
     model.change(lambda name: gr.Button(visible=room.knows_sheets(name)), model, draw, **UNLISTED)
     draw.click(drawn, box, box, **UNLISTED)
