@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from parts import ONE_AT_A_TIME, UNLISTED, a_sheet, given, told
+from parts import MAY_FAIL, ONE_AT_A_TIME, UNLISTED, a_sheet, given, told
 from views import compare, inside
 
 from aimv2_mllm import visit
@@ -148,9 +148,15 @@ def _chat(room: Showroom, folder: Path) -> gr.Chatbot:
         "outputs": [shown, counts], "show_progress": "minimal", **ONE_AT_A_TIME,
     }  # fmt: skip
     running = [
-        box.submit(put, [box, shown], [shown, box], **UNLISTED).success(**asks, api_name="answer"),
-        shown.retry(again, shown, shown, **UNLISTED).success(**asks, api_visibility="private"),
-        shown.edit(edit, shown, shown, **UNLISTED).success(**asks, api_visibility="private"),
+        box.submit(put, [box, shown], [shown, box], api_visibility="private", **MAY_FAIL).success(
+            **asks, api_name="answer"
+        ),
+        shown.retry(again, shown, shown, api_visibility="private", **MAY_FAIL).success(
+            **asks, api_visibility="private"
+        ),
+        shown.edit(edit, shown, shown, api_visibility="private", **MAY_FAIL).success(
+            **asks, api_visibility="private"
+        ),
     ]
     for event in running:
         event.failure(put_back, shown, [shown, box], **UNLISTED)
@@ -160,8 +166,8 @@ def _chat(room: Showroom, folder: Path) -> gr.Chatbot:
     model.change(lambda name: gr.Button(visible=room.knows_sheets(name)), model, draw, **UNLISTED)
     draw.click(drawn, box, box, **UNLISTED)
     camera.change(add, [box, camera], box, **UNLISTED)
-    save.click(keep, [shown, system], saved, api_name="save", queue=False)
-    load.upload(reopen, load, [shown, system], api_name="open", queue=False)
+    save.click(keep, [shown, system], saved, api_name="save", **MAY_FAIL)
+    load.upload(reopen, load, [shown, system], api_name="open", **MAY_FAIL)
     return shown
 
 

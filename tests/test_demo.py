@@ -105,7 +105,6 @@ class Visit:
         self.page = browser.new_page(**({"viewport": {"width": 1200, "height": 1000}} | words))
         self.page.set_default_timeout(PATIENCE)
         self.wrong: list[str] = []
-        self.expected: set[str] = set()  # pieces of what may be wrong
         self.page.on("pageerror", lambda error: self.wrong.append(str(error)))
         self.page.on(
             "console", lambda said: said.type == "error" and self.wrong.append(str(said.text))
@@ -149,7 +148,7 @@ def visit(browser: Any, served: Served) -> Iterator[Visit]:
     made = Visit(browser, served.url)
     yield made
     made.page.close()
-    assert not [text for text in made.wrong if not any(e in text for e in made.expected)]
+    assert not made.wrong
     assert not served.called
 
 
@@ -195,7 +194,6 @@ def test_answers_are_retried_questions_edited_and_undone(visit: Visit, drawn: Pa
 
 @needs_browser
 def test_a_text_file_named_png_is_refused_in_words(visit: Visit, text_file: Path) -> None:
-    visit.expected.add("500 (Internal Server Error)")  # so Gradio says that it was refused
     visit.ask("What is it?", text_file)
     visit.page.get_by_text("notes.png: is not a picture").first.wait_for()
     assert visit.page.locator("#question textarea").input_value() == "What is it?"
@@ -333,6 +331,7 @@ def test_a_client_compares_paints_and_keeps_conversations(
     assert Image.open(shown).size == Image.open(painted).size
     assert isinstance(caption, str)
     history = me.predict(*asked(served, [question(drawn, "What?")]), api_name="/answer")[0]
+    history[0] = question(drawn, "What?")  # what the client got is a file of its own
     saved = me.predict(history, "", api_name="/save")
     saved = saved["value"] if isinstance(saved, dict) else saved
     kept = tmp_path / "conversation.json"
