@@ -27,7 +27,7 @@ from aimv2_mllm.model.grids import Grid
 from aimv2_mllm.prompts import Message, pixels_of
 
 SIDE = 448  # pixels that a picture shown has at least
-LINE = (255, 255, 255)  # of the grid
+LINE = (128, 128, 128)  # of the grid
 UNWRITTEN = "(none: this decoder never learned captions)"
 HEAT = np.array([255, 64, 32])  # where the answer looked most
 

@@ -16,7 +16,9 @@ ONE_AT_A_TIME: dict[str, Any] = {"concurrency_id": "models", "concurrency_limit"
 UNLISTED: dict[str, Any] = {"queue": False, "api_visibility": "private"}
 # Outside the queue a mistake would not be said.
 MAY_FAIL: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden"}
-SHOWN: dict[str, Any] = {"interactive": False, "format": "png", "buttons": ["download"]}
+SHOWN: dict[str, Any] = {
+    "interactive": False, "format": "png", "buttons": ["download"], "height": 300,
+}  # fmt: skip
 
 
 def given(**words: Any) -> gr.Image:

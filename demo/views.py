@@ -14,7 +14,10 @@ from aimv2_mllm.showroom import Showroom
 def _about(room: Showroom, folder: Path, name: str) -> tuple[Any, Any]:
     """Where a picture is given and a question about it, for what is not a conversation."""
     picture = given(
-        label="Picture", sources=["upload", "webcam", "clipboard"], elem_id=f"{name}-picture"
+        label="Picture",
+        height=260,
+        sources=["upload", "webcam", "clipboard"],
+        elem_id=f"{name}-picture",
     )
     question = gr.Textbox(
         label="Question", value="", placeholder="What is on it?", elem_id=f"{name}-question"
@@ -109,7 +112,10 @@ def compare(room: Showroom, folder: Path) -> None:
                 names.append(gr.Dropdown(room.names, value=name, label=f"{side} model"))
                 label = f"{side} answer"
                 outputs.append(gr.Textbox(label=label, interactive=False, lines=2, elem_id=side))
-                outputs.append(gr.Textbox(label=f"{label}: what it took", interactive=False))
+                took = f"{label}: what it took"
+                outputs.append(
+                    gr.Textbox(label=took, interactive=False, lines=2, elem_id=f"{side}-took")
+                )
                 outputs.append(gr.Image(label=f"{side} tower: patch features", **SHOWN))
 
     def both(

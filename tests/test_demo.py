@@ -140,7 +140,7 @@ class Visit:
     def photograph(self, name: str) -> None:
         if PICTURES:
             self.page.wait_for_timeout(500)
-            self.page.screenshot(path=Path(PICTURES) / name)
+            self.page.screenshot(path=Path(PICTURES) / name, full_page="phone" not in name)
 
 
 @pytest.fixture
@@ -209,7 +209,7 @@ def test_two_models_answer_side_by_side(visit: Visit, drawn: Path) -> None:
     visit.button("Ask both").click()
     for side in ("Left", "Right"):
         visit.page.wait_for_function(f"document.querySelector('#{side} textarea').value")
-    visit.page.get_by_label("Right answer: what it took").wait_for()
+    visit.page.wait_for_function("document.querySelector('#Right-took textarea').value")
     visit.photograph("demo_compare.png")
 
 

@@ -63,7 +63,11 @@ def expected(room: Showroom, file: Path, asked: list[str]) -> list[str]:
         answer = "".join(room.ask(file.stem, room.names[0], shown, max_new_tokens=96))
         shown.append(visit.answer(answer or "(nothing)"))
     room.leave(file.stem)
-    return [message["content"][0]["text"] for message in shown[1::2]]
+    return _answers(shown)
+
+
+def _answers(shown: list[Any]) -> list[str]:
+    return [one["content"][0]["text"] for one in shown if one["role"] == "assistant"]
 
 
 def visited(url: str, model: str, file: Path, asked: list[str]) -> tuple[list[str], list[float]]:
@@ -78,7 +82,7 @@ def visited(url: str, model: str, file: Path, asked: list[str]) -> tuple[list[st
         history, _ = client.predict(history, model, *SETTINGS, api_name="/answer")
         seconds.append(time.perf_counter() - begun)
     client.close()
-    return [message["content"][0]["text"] for message in history[1::2]], seconds
+    return _answers(history), seconds
 
 
 def main() -> None:
