@@ -19,6 +19,7 @@ from aimv2_mllm.errors import UsageError
 from aimv2_mllm.feature_pass import keep_features
 from aimv2_mllm.job import DataFacts, Job, Place, named_parts
 from aimv2_mllm.model import adapting, mllm
+from aimv2_mllm.model.answering import Answering
 from aimv2_mllm.model.connectors import build_connector
 from aimv2_mllm.model.encoder import SIZES
 from aimv2_mllm.model.grids import Grid
@@ -95,7 +96,9 @@ def conversation_job(
         num_image_tokens=num_image_tokens,
         share=place.share,
     )
-    job = Job(model, parts, AnswerObjective(), batches, save, _facts(stage, batches))
+    inside = {part: [(f"llava.{n}", p) for n, p in named] for part, named in parts.items()}
+    facts = _facts(stage, batches)
+    job = Job(Answering(model), inside, AnswerObjective(), batches, save, facts)
     if stage.data.features is not None:
         job.prepare = partial(keep_features, llava=model, data=stage.data, train=stage.train)
     return job
@@ -134,8 +137,9 @@ def build_language(stage: LanguageStage, place: Place) -> Job:
         preprocessing=None,
         share=place.share,
     )
-    parts = {"llm": list(model.named_parameters())}
-    return Job(model, parts, AnswerObjective(), batches, save, _facts(stage, batches))
+    answering = Answering(model)
+    parts = {"llm": list(answering.named_parameters())}
+    return Job(answering, parts, AnswerObjective(), batches, save, _facts(stage, batches))
 
 
 def _facts(stage: AlignStage | TuneStage | LanguageStage, batches: TalkBatches) -> DataFacts:

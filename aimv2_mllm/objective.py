@@ -5,7 +5,8 @@ language-model stages. Knows nothing of models but how they are called. A loss i
 *sum* over the *step's* number of targets, so that adding up micro-batches (or ranks) gives the loss
 and the gradient of the whole batch.
 
-Letters in shapes: B samples, I patches, T caption tokens, L conversation tokens, V words.
+Letters in shapes: B samples, I patches, T caption tokens (of conversations: tokens of all of them),
+K pictures.
 """
 
 from collections.abc import Sequence
@@ -38,12 +39,14 @@ class MixedSizesBatch(TypedDict):
 
 
 class ConversationBatch(TypedDict):
-    """Tokenised conversations; `labels` are `input_ids` where supervised, -100 elsewhere."""
+    """Conversations in tokens, packed: one after the other; `labels` are `input_ids` where
+    supervised, -100 elsewhere and at the first of each, which nothing predicts."""
 
-    input_ids: Tensor  # (B, L) int64
-    attention_mask: Tensor  # (B, L) int64
-    labels: Tensor  # (B, L) int64
-    pixel_values: NotRequired[Tensor]  # as the tower wants them
+    lengths: Tensor  # (B,) int64, tokens of each; they add up to T
+    input_ids: Tensor  # (1, T) int64
+    position_ids: Tensor  # (1, T) int64, from 0 on in each
+    labels: Tensor  # (1, T) int64
+    pixel_values: NotRequired[Tensor]  # (K, 3, H, W), in the order of the text
     features: NotRequired[Tensor]  # (C, N, D), of the pictures that are kept; pixels of the others
     is_cached: NotRequired[Tensor]  # (K,) bool: which of all pictures, in the order of the text
 
@@ -186,22 +189,16 @@ class ContrastiveObjective:
 
 
 class AnswerObjective:
-    """Next-token cross-entropy on the supervised tokens of conversations (the answers)."""
+    """Next-token cross-entropy on the supervised tokens of conversations (the answers); the model
+    is an `Answering`, or whatever gives their sum."""
 
     def targets(self, batch: ConversationBatch) -> dict[str, int]:
-        """What this batch scores: its supervised tokens (the first of a row is not predicted)."""
-        return {"text": int((batch["labels"][:, 1:] != UNSUPERVISED).sum())}
+        """What this batch scores: its supervised tokens."""
+        return {"text": int((batch["labels"] != UNSUPERVISED).sum())}
 
     def __call__(
         self, model: nn.Module, batch: ConversationBatch, totals: dict[str, int]
     ) -> AnswerLoss:
         """This micro-batch's share of the loss; `totals` are the whole step's `targets`, added."""
-        inputs: dict[str, Any] = {k: v for k, v in batch.items() if k != "labels"}
-        logits = model(**inputs, use_cache=False).logits  # (B, L, V): row t predicts token t + 1
-        # The labels are shifted, not the logits: a slice of those would be a copy of all of them.
-        labels = F.pad(batch["labels"][:, 1:], (0, 1), value=UNSUPERVISED).flatten()  # (B * L,)
-        rows = (labels != UNSUPERVISED).nonzero().squeeze(1)
-        supervised = logits.flatten(0, 1).index_select(0, rows).float()
-        text = F.cross_entropy(supervised, labels[rows], reduction="sum")
-        text = text / max(totals["text"], 1)
+        text = model(**batch) / max(totals["text"], 1)
         return AnswerLoss(text, text)

@@ -15,15 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from aimv2_mllm.data.talk_batches import TalkBatches
 from aimv2_mllm.engine.accelerators import Accelerator
 from aimv2_mllm.engine.rehearsal import Footprint, rehearse
 from aimv2_mllm.engine.strategies import blocks
 from aimv2_mllm.errors import RunFailed, UsageError
 from aimv2_mllm.job import Job, Place
 from aimv2_mllm.model.quantising import is_quantised, num_bytes
+from aimv2_mllm.plan_talks import talks_of
 from aimv2_mllm.problems import Problem, find_problems
 from aimv2_mllm.recipe import Recipe
-from aimv2_mllm.recipe_stages import Stage
+from aimv2_mllm.recipe_stages import LitStage, PretrainStage, Stage
 from aimv2_mllm.recipe_train import TrainConfig
 from aimv2_mllm.stages import opened
 from aimv2_mllm.stand_ins import WORDS, grown, longest_caption, sketched
@@ -142,13 +144,17 @@ def _planned(
         return outline, str(error)
     longest = longest_caption(stage) if is_missing else None
     full = [grown(dict(batch), micro, longest) for batch in batches]
-    notes = []
+    notes: list[str] = []
     if longest:
         notes.append(f"no captions at hand: all are counted with {longest} tokens")
     if f"stages.{name}.tokenizer" in wrong:
         notes.append(f"no tokenizer at hand: counted with {WORDS.get(stage.kind, 0):,} words")
     table = job.table()
     trained = sum(p.nbytes for named in job.parts.values() for _, p in named)
+    if isinstance(job.batches, TalkBatches):
+        assert not isinstance(stage, PretrainStage | LitStage), stage
+        full, more = talks_of(name, stage, job, full, wrong=wrong, half=device.has_bf16)
+        notes += more
     memory, flops = _cost(job, stage.train, full, device, num_devices, outline.num_micro_batches)
     return replace(
         outline,

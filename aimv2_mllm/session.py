@@ -8,7 +8,7 @@ what the conversation says.
 import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from aimv2_mllm.chatbot import Chatbot, Prompt, look, prompt_of
@@ -46,12 +46,27 @@ class Counts:
         )
 
 
-class Reply(Iterator[str]):
-    """An answer in pieces, as they are made, without blanks around the whole; `counts` says what
-    it took. Closing it stops the model."""
+@dataclass
+class Record:
+    """What was asked and what was said, in tokens, with what an answer took."""
 
-    def __init__(self, pieces: Generator[str, None, None], counts: Counts) -> None:
-        self._pieces, self.counts = pieces, counts
+    prompt: Prompt
+    counts: Counts
+    pictures: list["Tensor"] = field(default_factory=list)  # (M, E) each, as the LLM took them
+    tokens: list[int] = field(default_factory=list)  # of the answer, its end token left out
+
+
+class Reply(Iterator[str]):
+    """An answer in pieces, as they are made, without blanks around the whole; `record` tells how it
+    came about. Closing it stops the model."""
+
+    def __init__(self, pieces: Generator[str, None, None], record: Record) -> None:
+        self._pieces, self.record = pieces, record
+
+    @property
+    def counts(self) -> Counts:
+        """What the answer took; whole once it has ended."""
+        return self.record.counts
 
     def __next__(self) -> str:
         return next(self._pieces)
@@ -97,26 +112,29 @@ class ChatSession:
             raise UsageError(f"max_new_tokens is {max_new_tokens}, must be 1 or more")
         prompt = prompt_of(self._bot, messages, images, max_new_tokens, self._seen)
         counts = Counts(sum(picture.num_tokens for picture in prompt.pictures), len(prompt.ids))
+        record = Record(prompt, counts)
         counts.first_token_seconds = time.perf_counter() - begun
-        return Reply(_stripped(self._pieces(prompt, counts, sampling, stop)), counts)
+        return Reply(_stripped(self._pieces(record, sampling, stop)), record)
 
     def _pieces(
-        self, prompt: Prompt, counts: Counts, sampling: Sampling, stop: threading.Event | None
+        self, record: Record, sampling: Sampling, stop: threading.Event | None
     ) -> Generator[str, None, None]:
         from aimv2_mllm.model.decoding import Chooser, Decoding, embedded, ends_of
         from aimv2_mllm.model.speech import Speech
 
         begun = time.perf_counter()
-        model = self._bot.model
+        model, prompt, counts = self._bot.model, record.prompt, record.counts
         self._seen = look(self._bot, prompt.pictures, self._seen)
+        record.pictures = [self._seen[picture.key] for picture in prompt.pictures]
         keys = _keys(prompt, model.config.image_token_id)
         # Whoever comes while this answer is made finds nothing, and begins anew.
         cache, counts.cached_tokens = self._taken(keys)
         choose, ends = Chooser(sampling, model.device), ends_of(model)
         speech = Speech(self._bot.processor.tokenizer, sampling.stop)
+        record.tokens = speech.tokens
         ask = Decoding(model, cache)
         try:
-            scores = ask(self._new_tokens(prompt, counts.cached_tokens))
+            scores = ask(self._new_tokens(record))
             while True:
                 token = choose([*prompt.ids, *speech.tokens], scores[0])
                 counts.answer_tokens += 1
@@ -160,14 +178,13 @@ class ChatSession:
                 return held.cache, length
         return fresh_cache(self._bot.model), 0
 
-    def _new_tokens(self, prompt: Prompt, length: int) -> "Tensor":
-        """The tokens of the prompt behind the first `length`, as the LLM takes them, (1, L, E)."""
+    def _new_tokens(self, record: Record) -> "Tensor":
+        """The tokens of the prompt that are not held, as the LLM takes them, (1, L, E)."""
         from aimv2_mllm.model.decoding import embedded
 
-        model = self._bot.model
-        features = [self._seen[picture.key] for picture in prompt.pictures]
-        skipped = prompt.ids[:length].count(model.config.image_token_id)
-        return embedded(model, _row(prompt.ids[length:], model), features, skipped=skipped)
+        model, ids, held = self._bot.model, record.prompt.ids, record.counts.cached_tokens
+        skipped = ids[:held].count(model.config.image_token_id)
+        return embedded(model, _row(ids[held:], model), record.pictures, skipped=skipped)
 
 
 def _keys(prompt: Prompt, mark: int) -> list[int | str]:

@@ -15,6 +15,7 @@ from aimv2_mllm.recipe_stages import LitStage, PretrainStage, Stage, StartChoice
 from aimv2_mllm.stages import STAGES
 
 MOST_SAMPLES, MOST_MICRO_BATCHES = 32, 4  # read for a plan
+BY_ITEM = ("lengths", "pixel_values")  # of a packed batch; the others have a token per column
 # Words of the tokenizers with which AIMv2 was trained, where a recipe's own cannot be had.
 WORDS = {"pretrain": 32_000, "lit": 49_408}
 
@@ -82,14 +83,21 @@ def grown(batch: dict[str, Any], size: int, longest: int | None) -> dict[str, An
         batch.pop(name, None)
     if isinstance(batch.get("pixel_values"), list):
         return batch
+    if "position_ids" in batch:
+        return _packed_again(batch, size)
     count = len(next(iter(batch.values())))
     if longest and "caption_ids" in batch:
         batch["caption_ids"] = torch.zeros(count, longest, dtype=torch.int64)
         batch["caption_length"] = torch.full((count,), longest)
-    pictures = batch.get("pixel_values")
-    if pictures is not None and len(pictures) != count:  # some rows have none, or several
-        size = math.ceil(size / count) * count
     # Pixels are no more than a shape.
     onto = {k: v.to("meta") if v.is_floating_point() else v for k, v in batch.items()}
     rows = {k: torch.arange(size * len(v) // count) % len(v) for k, v in onto.items()}
     return {k: v[rows[k].to(v.device)] for k, v in onto.items()}
+
+
+def _packed_again(batch: dict[str, Any], size: int) -> dict[str, Any]:
+    """A batch of conversations, whole and over and over, until there are at least `size`."""
+    times = math.ceil(size / len(batch["lengths"]))
+    # Pixels are no more than a shape.
+    onto = {k: v.to("meta") if v.is_floating_point() else v for k, v in batch.items()}
+    return {k: torch.cat([v] * times, 0 if k in BY_ITEM else 1) for k, v in onto.items()}

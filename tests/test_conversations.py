@@ -18,8 +18,8 @@ from aimv2_mllm.data.batches import (
     micro_batches,
 )
 from aimv2_mllm.data.conversations import IGNORED, conversation, turn
-from aimv2_mllm.data.talk_batches import conversation_batches, pad
-from aimv2_mllm.data.templates import encode
+from aimv2_mllm.data.talk_batches import conversation_batches, pack
+from aimv2_mllm.data.templates import Encoded, encode
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.model.mllm import load_tokenizer
 from aimv2_mllm.model.preprocessing import Preprocessing
@@ -34,7 +34,25 @@ def tokenizer() -> Any:
 
 
 def tokenize(tokenizer: Any, talks: list[Any], num_image_tokens: int = 0) -> Any:
-    return pad(encode(tokenizer, talks, num_image_tokens=num_image_tokens), tokenizer.pad_token_id)
+    return pack(encode(tokenizer, talks, num_image_tokens=num_image_tokens))
+
+
+def each(batch: Any, key: str) -> list[torch.Tensor]:
+    """What of each conversation of a batch lies under `key`."""
+    return list(batch[key][0].split(batch["lengths"].tolist()))
+
+
+def padded(batch: Any, pad_token_id: int) -> dict[str, np.ndarray]:
+    """The batch as rows padded on the right."""
+    rows = {"input_ids": pad_token_id, "attention_mask": 0, "labels": IGNORED}
+    parts = {key: each(batch, key) for key in ("input_ids", "labels")}
+    parts["attention_mask"] = [torch.ones_like(one) for one in parts["labels"]]
+    return {
+        key: torch.nn.utils.rnn.pad_sequence(
+            parts[key], batch_first=True, padding_value=filling
+        ).numpy()
+        for key, filling in rows.items()
+    }
 
 
 def talk(index: int, **options: Any) -> list[dict[str, Any]]:
@@ -59,14 +77,22 @@ def test_an_image_mark_becomes_as_many_tokens_as_the_tower_gives(tokenizer: Any)
         assert batch["input_ids"][0, 2 : 2 + count].tolist() == [image] * count
 
 
-def test_rows_are_padded_on_the_right_and_padding_is_masked(tokenizer: Any) -> None:
+def test_conversations_lie_one_after_the_other_and_each_begins_anew(tokenizer: Any) -> None:
     short, long = turn("Where?", "here"), turn("Where is the red 7?", "top left")
     batch = tokenize(tokenizer, [short, long])
-    alone = tokenize(tokenizer, [short])
-    length = alone["input_ids"].shape[1]
-    assert torch.equal(batch["input_ids"][0, :length], alone["input_ids"][0])
-    assert batch["attention_mask"].sum(1).tolist() == [length, batch["input_ids"].shape[1]]
-    assert (batch["labels"][0, length:] == IGNORED).all()
+    alone = [tokenize(tokenizer, [talk]) for talk in (short, long)]
+    for key in batch:
+        axis = 0 if key == "lengths" else 1
+        assert torch.equal(batch[key], torch.cat([one[key] for one in alone], axis)), key
+    first, second = batch["lengths"].tolist()
+    assert batch["position_ids"][0].tolist() == [*range(first), *range(second)]
+    assert next(iter(batch)) == "lengths"  # by which the loop counts samples
+
+
+def test_the_first_token_of_a_conversation_is_never_learned() -> None:
+    ids = np.array([5, 6, 7])
+    batch = pack([Encoded(ids, ids), Encoded(ids, ids)])
+    assert batch["labels"].tolist() == [[IGNORED, 6, 7, IGNORED, 6, 7]]
 
 
 def test_the_first_question_alone_carries_the_picture_or_the_words() -> None:
@@ -163,7 +189,7 @@ def test_samples_of_like_length_share_a_micro_batch() -> None:
 
 
 def test_each_sheet_keeps_its_words_whatever_the_micro_batches(tokenizer: Any) -> None:
-    pairs, sizes = [], []
+    pairs = []
     for size in (None, 2):
         parts = conversation_batches(
             ConversationData(sources=[HandwritingTalks(turns=3)]),
@@ -173,13 +199,13 @@ def test_each_sheet_keeps_its_words_whatever_the_micro_batches(tokenizer: Any) -
             preprocessing=Preprocessing(56),
             num_image_tokens=16,
         )(1)
-        rows = [row for p in parts for row in zip(p["pixel_values"], p["labels"], strict=True)]
+        rows = [
+            row for p in parts for row in zip(p["pixel_values"], each(p, "labels"), strict=True)
+        ]
         words = [tokenizer.decode(labels[labels >= 0]) for _, labels in rows]
         pairs.append({(float(row[0].sum()), text) for row, text in zip(rows, words, strict=True)})
-        sizes.append(sum(part["input_ids"].numel() for part in parts))
     assert pairs[0] == pairs[1]
     assert len(pairs[0]) == 6
-    assert sizes[1] < sizes[0]  # less padding
 
 
 def train_config() -> TrainConfig:
@@ -219,7 +245,8 @@ def test_prefix_lengths_are_uniform_over_one_to_all_but_one(tokenizer: Any) -> N
 
 
 def test_the_quickstarts_samples_are_those_that_its_figures_are_from(tokenizer: Any) -> None:
-    """Digests from before conversations had sources, of the first and eighth step's batches."""
+    """Digests of the first and eighth step's batches from before conversations had sources, when
+    they were padded."""
     found = {}
     for name, key in (("quickstart", "align"), ("quickstart", "tune"), ("tiny_llm", "llm")):
         recipe = load_recipe(RECIPES / f"{name}.yaml")
@@ -236,9 +263,11 @@ def test_the_quickstarts_samples_are_those_that_its_figures_are_from(tokenizer: 
         digest = hashlib.sha256()
         for batch in (*batches(0), *batches(7)):
             assert "skipped" not in batch
-            for field in ("input_ids", "attention_mask", "labels", "pixel_values"):
-                if field in batch:
-                    digest.update(field.encode() + batch[field].numpy().tobytes())
+            rows = padded(batch, tokenizer.pad_token_id)
+            if seen:
+                rows["pixel_values"] = batch["pixel_values"].numpy()
+            for field, values in rows.items():
+                digest.update(field.encode() + values.tobytes())
         found[key] = digest.hexdigest()[:32]
     assert found == {
         "align": "389ecf55d4e3fa9d394e673c02a7599d",

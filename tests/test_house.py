@@ -68,6 +68,8 @@ TABLE = (
     "model.adapting",
     "model.llava",
     "model.mllm",
+    "model.rows",
+    "model.answering",
     "convert",
     "objective",
     "data",
@@ -87,6 +89,7 @@ TABLE = (
     "run",
     "problems",
     "stand_ins",
+    "plan_talks",
     "plan",
     "plan_text",
     "seeing",
@@ -97,6 +100,7 @@ TABLE = (
     "answerers",
     "evaluate",
     "transcript",
+    "looking",
     "towers",
     "export",
     "doctor_samples",
@@ -150,6 +154,7 @@ ONLY = {
     "answerers": {"errors", "data", "model", "folders", "chat"},
     "transcript": {"errors", "data", "prompts"},
     "visit": {"errors", "data", "prompts", "transcript"},
+    "looking": {"errors", "model", "prompts", "chatbot", "session"},
     "towers": {"errors", "model", "towers"},
 }
 # What stands in the old environments of host toolkits, where towers live.
@@ -277,11 +282,16 @@ def test_the_hub_is_reached_only_where_it_is_asked_for() -> None:
 def test_the_command_line_offers_the_layouts_and_precisions_that_there_are() -> None:
     from aimv2_mllm import convert, parser
     from aimv2_mllm.engine.accelerators import ACCELERATORS
+    from aimv2_mllm.export import options
+    from aimv2_mllm.export.formats import FORMATS
+    from aimv2_mllm.export.verify import CHECKS
     from aimv2_mllm.model.layouts import LAYOUTS
 
     assert tuple(LAYOUTS) == parser.LAYOUTS
     assert tuple(ACCELERATORS) == parser.ACCELERATORS
-    assert tuple(convert.DTYPES) == parser.DTYPES
+    assert tuple(convert.DTYPES) == tuple(options.DTYPES) == parser.DTYPES
+    assert tuple(FORMATS) == parser.FORMATS
+    assert tuple(CHECKS) == parser.FORMATS
 
 
 def flags(parser: argparse.ArgumentParser) -> list[str]:

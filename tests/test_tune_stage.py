@@ -16,6 +16,7 @@ from aimv2_mllm.engine import metrics
 from aimv2_mllm.engine.flops import FlopCounter
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.job import Job, Place
+from aimv2_mllm.model.answering import Answering
 from aimv2_mllm.model.mllm import TINY_LLM
 from aimv2_mllm.model.quantising import num_bytes
 from aimv2_mllm.plan import plan
@@ -150,7 +151,7 @@ def test_the_result_is_the_tuned_model_on_its_full_weights(
     losses(job)
     job.save(tmp_path / "model")
     batch = job.batches(0)[0]
-    merged = llava_of(tmp_path / "model")
+    merged = Answering(llava_of(tmp_path / "model"))
     totals = job.objective.targets(batch)
     with torch.no_grad():
         ours = float(job.objective(merged, batch, totals).total)
@@ -164,9 +165,8 @@ def test_the_result_is_the_tuned_model_on_its_full_weights(
                 load_file(adapter / "connector.safetensors"), strict=False
             )
             assert not report.unexpected_keys
-            theirs = float(
-                job.objective(PeftModel.from_pretrained(base, adapter).eval(), batch, totals).total
-            )
+            adapted = PeftModel.from_pretrained(base, adapter).eval().get_base_model()
+            theirs = float(job.objective(Answering(adapted), batch, totals).total)
     assert ours == pytest.approx(theirs, rel=1e-4)
 
 
@@ -174,7 +174,7 @@ def test_only_the_linear_layers_of_the_llms_body_are_quantised(tmp_path: Path, s
     for form, kind in (("nf4", "Linear4bit"), ("int8", "Linear8bitLt")):
         model: Any = built(tmp_path, start, "trains=connector", f"quantise={form}").model
         body = {
-            f"model.language_model.{n}"
+            f"llava.model.language_model.{n}"
             for n, m in llava_of(start).model.language_model.named_modules()
             if type(m) is torch.nn.Linear
         }
@@ -187,7 +187,7 @@ def test_a_quantised_llm_takes_less_memory_and_counts_as_many_weights(
 ) -> None:
     def weights(*words: str) -> tuple[int, int]:
         job = built(tmp_path, start, "trains=connector", *words)
-        llm = job.model.model.language_model.layers
+        llm = job.model.llava.model.language_model.layers
         counted = sum(count for _, count, _ in job.table())
         return counted, sum(p.nbytes for p in llm.parameters() if p.ndim > 1)
 
@@ -210,7 +210,8 @@ def test_frozen_weights_are_bfloat16_where_products_are(
     # What was stored in float32 and is trained has lost nothing on the way.
     stored = llava_of(start).state_dict()
     trained = [n for part in ("connector", "tower") for n, _ in job.parts[part]]
-    assert all(torch.equal(job.model.get_parameter(n), stored[n]) for n in trained)
+    held = {n: job.model.get_parameter(n) for n in trained}
+    assert all(torch.equal(p, stored[n.removeprefix("llava.")]) for n, p in held.items())
 
 
 def test_a_run_of_bf16_leaves_bfloat16_and_another_stage_starts_from_it(
@@ -245,7 +246,7 @@ def test_one_stage_assembles_and_tunes(tmp_path: Path, tiny_run: Path) -> None:
 def test_the_last_blocks_of_the_tower_are_those_that_are_read(tmp_path: Path, start: Path) -> None:
     def names(blocks: int | str) -> set[str]:
         job = built(tmp_path, start, f"tower_blocks={blocks}")
-        return {name.removeprefix("model.vision_tower.") for name, _ in job.parts["tower"]}
+        return {name.removeprefix("llava.model.vision_tower.") for name, _ in job.parts["tower"]}
 
     whole, one = names("all"), names(1)
     depth = llava_of(start).config.vision_config.num_hidden_layers

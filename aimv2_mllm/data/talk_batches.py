@@ -37,7 +37,6 @@ class TalkBatches:
     corpus: TalkCorpus
     train: TrainConfig
     writer: Writer
-    pad_token_id: int
     preprocessing: Preprocessing | None
     share: Share = EVERYTHING
     features: FeatureStore | None = None  # of the pictures, where they are kept
@@ -64,14 +63,17 @@ class TalkBatches:
         rows = [sample.encoded for sample in samples]
         pictures = [picture for sample in samples for picture in sample.pictures]
         if self.preprocessing is None:
-            return pad(rows, self.pad_token_id)
+            return pack(rows)
         if not pictures:
             # Where nobody sees anything the connector would get no gradient at all, and neither
             # other ranks nor a model of which nothing else is trained could do with that. A blank
-            # picture with nothing to learn gives it one of zeros.
-            rows.append(self.writer.blank())
+            # picture after the last word, where nothing is left to learn, gives it one of zeros.
+            last, blank = rows[-1], self.writer.blank()
+            rows[-1] = Encoded(
+                np.concatenate([last.ids, blank.ids]), np.concatenate([last.labels, blank.labels])
+            )
             pictures.append(self._see(BLANK))
-        batch = pad(rows, self.pad_token_id)
+        batch = pack(rows)
         kept = [picture for picture in pictures if isinstance(picture, Tensor)]
         others = [picture for picture in pictures if not isinstance(picture, Tensor)]
         if others:
@@ -119,21 +121,16 @@ def conversation_batches(
     """
     writer = Writer(tokenizer, data.template, num_image_tokens=num_image_tokens)
     corpus = TalkCorpus(data, world_seed(seed, data), preprocessing)
-    return TalkBatches(corpus, train, writer, tokenizer.pad_token_id, preprocessing, share)
+    return TalkBatches(corpus, train, writer, preprocessing, share)
 
 
-def pad(rows: Sequence[Encoded], pad_token_id: int) -> ConversationBatch:
-    """`rows` as one right-padded batch: input_ids, attention_mask and labels, each (B, L) int64."""
-    length = max(len(row.ids) for row in rows)
-    input_ids = np.full((len(rows), length), pad_token_id)
-    labels = np.full((len(rows), length), IGNORED)
-    attention_mask = np.zeros((len(rows), length), dtype=np.int64)
-    for number, row in enumerate(rows):
-        input_ids[number, : len(row.ids)] = row.ids
-        attention_mask[number, : len(row.ids)] = 1
-        labels[number, : len(row.ids)] = row.labels
+def pack(rows: Sequence[Encoded]) -> ConversationBatch:
+    """`rows` one after the other, as the text of a batch."""
+    lengths = [len(row.ids) for row in rows]
+    labels = [np.concatenate([[IGNORED], row.labels[1:]]) for row in rows]
     return ConversationBatch(
-        input_ids=torch.from_numpy(input_ids),
-        attention_mask=torch.from_numpy(attention_mask),
-        labels=torch.from_numpy(labels),
+        lengths=torch.tensor(lengths),
+        input_ids=torch.from_numpy(np.concatenate([row.ids for row in rows]))[None],
+        position_ids=torch.from_numpy(np.concatenate([np.arange(n) for n in lengths]))[None],
+        labels=torch.from_numpy(np.concatenate(labels))[None],
     )

@@ -49,6 +49,11 @@ class TalkCorpus:
         self.notes, self.digest = self._drawing.notes, self._drawing.digest
 
     @property
+    def max_tokens(self) -> int:
+        """How many tokens a conversation has at most."""
+        return self._data.max_tokens
+
+    @property
     def image_aspect(self) -> str:
         """How a picture is made square."""
         return self._data.image_aspect

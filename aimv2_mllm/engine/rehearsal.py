@@ -26,6 +26,11 @@ from aimv2_mllm.engine.strategies import keep_inputs
 if TYPE_CHECKING:
     from aimv2_mllm.engine.training import Objective
 
+INDEXINGS = (
+    torch.ops.aten.index.Tensor,
+    torch.ops.aten.index_put.default,
+    torch.ops.aten.index_put_.default,
+)
 META = torch.device("meta")
 CPU = torch.device("cpu")
 
@@ -98,7 +103,7 @@ def _as_meta(value: Any) -> Any:
 
 def _with_places(func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """`args`, with real masks of an indexing as the places that they choose."""
-    if func is not torch.ops.aten.index.Tensor:
+    if func not in INDEXINGS:
         return args
     places: list[Any] = []
     for index in args[1]:

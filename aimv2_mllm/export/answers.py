@@ -176,8 +176,8 @@ def from_llava(folder: Path, told: dict[str, Any], _: str) -> dict[str, Any]:
 
     model, faults = _load(str(folder))
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
-    found = {"class": type(model).__name__, "faults": faults}
-    return found | reference(model, processor, told["reference"]["tokens"])
+    loaded = {"class": type(model).__name__, "faults": faults}
+    return loaded | reference(model, processor, told["reference"]["tokens"])
 
 
 def from_adapter(folder: Path, told: dict[str, Any], base: str) -> dict[str, Any]:
@@ -188,8 +188,8 @@ def from_adapter(folder: Path, told: dict[str, Any], base: str) -> dict[str, Any
     model, faults = _load(base)
     model = PeftModel.from_pretrained(model, folder).merge_and_unload()
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
-    found = {"class": type(model).__name__, "faults": faults}
-    return found | reference(model, processor, told["reference"]["tokens"])
+    loaded = {"class": type(model).__name__, "faults": faults}
+    return loaded | reference(model, processor, told["reference"]["tokens"])
 
 
 def from_encoder(folder: Path, told: dict[str, Any], _: str) -> dict[str, Any]:
@@ -202,26 +202,31 @@ def from_encoder(folder: Path, told: dict[str, Any], _: str) -> dict[str, Any]:
     processor = AutoImageProcessor.from_pretrained(folder, use_fast=False)
     image = picture(told["reference"]["picture"]["side"])
     pixels = processor(image, return_tensors="pt")["pixel_values"]
-    found = {"class": type(model).__name__, "faults": _whole(report), "pixels": some(pixels)}
-    return found | {"picture": {"sha256": digest(image)}} | features(model.eval(), pixels)
+    loaded = {"class": type(model).__name__, "faults": _whole(report), "pixels": some(pixels)}
+    return loaded | {"picture": {"sha256": digest(image)}} | features(model.eval(), pixels)
 
 
 KINDS = {"llava": from_llava, "adapter": from_adapter, "encoder": from_encoder}
 
 
-def main(kind: str, folder: str, out: str, base: str = "") -> None:
-    """Write to the file `out`, as JSON, what the export of that kind in `folder` says."""
-    sys.meta_path.insert(0, _Refusal())
+def found(kind: str, folder: Path, base: str = "") -> dict[str, Any]:
+    """What the export of that kind in `folder`, on its `base` where it has one, says; `error`
+    where it cannot be loaded."""
     from transformers import __version__
 
-    told = json.loads((Path(folder) / SIDECAR).read_text(encoding="utf-8"))
-    found: dict[str, Any] = {"transformers": __version__}
+    told = json.loads((folder / SIDECAR).read_text(encoding="utf-8"))
+    said: dict[str, Any] = {"transformers": __version__}
     try:
-        found |= KINDS[kind](Path(folder), told, base)
+        return said | KINDS[kind](folder, told, base)
     except Exception as error:  # whatever stops a stock library is what was asked for
         text = " ".join(str(error).split())
-        found["error"] = f"{type(error).__name__}: {text[:400]}"
-    Path(out).write_text(json.dumps(found), encoding="utf-8")
+        return said | {"error": f"{type(error).__name__}: {text[:400]}"}
+
+
+def main(kind: str, folder: str, out: str, base: str) -> None:
+    """Write what is found to the file `out`, as JSON, after refusing all imports of ours."""
+    sys.meta_path.insert(0, _Refusal())
+    Path(out).write_text(json.dumps(found(kind, Path(folder), base)), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ def _demand_known(source: Source, name: str) -> None:
         wanted = "llava and mistral" if kind == "mistral" else "llava"
         raise UsageError(
             f"{name}: LLaVA tells what a folder is by its name: let it have {wanted} in it, and no"
-            f" {' or '.join({'lora', 'mpt', 'mistral'} - {kind})}"
+            f" {' or '.join(sorted({'lora', 'mpt', 'mistral'} - {kind}))}"
         )
 
 

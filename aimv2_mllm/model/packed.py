@@ -58,7 +58,7 @@ class Packing:
         on CUDA in half precision; otherwise scaled-dot-product attention, run by run.
         """
         half = qkv.dtype in (torch.float16, torch.bfloat16)
-        if qkv.is_cuda and half and _has_varlen():
+        if qkv.is_cuda and half and has_varlen():
             return self.attend_by_variable_lengths(qkv)
         return self.attend_by_runs(qkv)
 
@@ -137,7 +137,7 @@ def _flash(
     return mixed
 
 
-def _has_varlen() -> bool:
+def has_varlen() -> bool:
     # Before torch 2.2 there is no package around it either, where find_spec would raise.
     around = find_spec("torch.nn.attention")
     return around is not None and find_spec("torch.nn.attention.varlen") is not None

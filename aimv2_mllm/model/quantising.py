@@ -81,7 +81,7 @@ def num_bytes(parameter: torch.Tensor) -> int:
     scales = [rows]
     while state is not None:  # those of nf4 are quantised themselves
         scales, state = [*scales, state.absmax], state.state2
-    return int(parameter.nbytes + sum(tensor.nbytes for tensor in scales if tensor is not None))
+    return sum(int(t.nbytes) for t in (parameter, *scales) if t is not None)
 
 
 def num_weights(parameter: torch.Tensor) -> int:

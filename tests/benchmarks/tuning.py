@@ -12,7 +12,8 @@ same precision and the same number of conversations in a micro-batch.
 
 *Trainer*: `TrainingArguments` as they are (no grouping by length: rows come in random order), the
 model's own processor in the collator, padded to the longest, only answers supervised.
-*Ours*: the stage of a recipe in the project's own loop.
+*Ours*: the stage of a recipe in the project's own loop; in `align-second-epoch` with the features
+that the pass before the first epoch kept, which is not counted. Trainer's epochs are all alike.
 
 Each side runs in processes of its own, which take turns, each on its part of the rows. Seconds,
 processor seconds and memory count from the reading of the first row to the end of the last
@@ -35,6 +36,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from aimv2_mllm.data.batches import world_seed
 from aimv2_mllm.data.order import EpochOrder, mixed
+from aimv2_mllm.engine.distributed import Ranks
 from aimv2_mllm.engine.loop import train
 from aimv2_mllm.job import Place
 from aimv2_mllm.recipe import Recipe
@@ -110,7 +112,7 @@ class Meter:
 
 def recipe_of(args: argparse.Namespace, folder: Path, steps: int) -> Recipe:
     """The recipe of ours: an align stage, and for `tune` one that starts from its result."""
-    common = {
+    common: dict[str, Any] = {
         "data": {
             "sources": [{"kind": "llava", "file": str(folder / "rows.json")}],
             "image_aspect": "crop",  # as transformers' own processor has it
@@ -130,17 +132,21 @@ def recipe_of(args: argparse.Namespace, folder: Path, steps: int) -> Recipe:
     }
     align = {"kind": "align", "tower": str(folder / "tower"), "llm": str(folder / "llm"), **common}
     tune = {"kind": "tune", "start": "align", "lora": {"r": 16, "alpha": 32}, **common}
+    if args.mode != "tune":
+        common["data"]["features"] = {"folder": str(folder / "features")}
     stages = {"align": align, "tune": tune} if args.mode == "tune" else {"align": align}
     return Recipe.model_validate({"name": "tuning", "output": folder / "run", "stages": stages})
 
 
 def ours(args: argparse.Namespace, folder: Path, first: int, steps: int) -> dict[str, Any]:
     """Steps `first` to `first + steps` of the stage, in the project's loop."""
-    recipe = recipe_of(args, folder, steps)
+    recipe = recipe_of(args, folder, first + steps)
     name = "tune" if args.mode == "tune" else "align"
     stage = recipe.stages[name]
     torch.manual_seed(0)
     job = STAGES[stage.kind].build(stage, Place(recipe, folder / "run"))
+    if job.prepare is not None:
+        job.prepare(job, Ranks(), lambda _: None)
     meter = Meter()
     warm_up(lambda batch: job.objective(job.model, batch, {"text": 1}).total, job.batches(0)[0])
 
@@ -151,7 +157,8 @@ def ours(args: argparse.Namespace, folder: Path, first: int, steps: int) -> dict
     with TemporaryDirectory() as written:
         train(
             job.model, job.parts, job.objective, batches,
-            config=stage.train, seed=0, folder=Path(written), fingerprint="",
+            config=stage.train.model_copy(update={"steps": steps}), seed=0,
+            folder=Path(written), fingerprint="",
             narrate=lambda _: None,
         )  # fmt: skip
         lines = (Path(written) / "metrics.jsonl").read_text().splitlines()
