@@ -105,6 +105,9 @@ TABLE = (
     "export",
     "doctor_samples",
     "doctor",
+    "visit",
+    "insight",
+    "showroom",
     "terminal",
     "__init__",
     "parser",
@@ -150,6 +153,7 @@ ONLY = {
     },
     "answerers": {"errors", "data", "model", "folders", "chat"},
     "transcript": {"errors", "data", "prompts"},
+    "visit": {"errors", "data", "prompts", "transcript"},
     "looking": {"errors", "model", "prompts", "chatbot", "session"},
     "towers": {"errors", "model", "towers"},
 }
@@ -311,6 +315,7 @@ def test_verbs_and_flags_are_frozen() -> None:
             "--top-p", "--top-k", "--seed", "--stop",
         ],
         "sample": ["--help", "MODEL", "OUT", "--seed", "--size"],
+        "demo": ["--help", "MODEL", "--host", "--port", "--login", "--share"],
         "probe": [
             "--help", "ENCODER", "DATA", "--kind", "--out", "--pca", "--templates", "--image-size",
             "--limit", "--k", "--epochs", "--seed",
