@@ -130,8 +130,10 @@ def test_blanks_are_stripped_at_the_ends_alone() -> None:
 
 def test_closing_a_stream_stops_the_model(bot: Chatbot, monkeypatch: pytest.MonkeyPatch) -> None:
     runs: list[int] = []
-    forward = bot.model.forward
-    monkeypatch.setattr(bot.model, "forward", lambda **k: runs.append(1) or forward(**k))
+    forward = bot.model.get_decoder().forward
+    monkeypatch.setattr(
+        bot.model.get_decoder(), "forward", lambda **k: runs.append(1) or forward(**k)
+    )
     monkeypatch.setattr(bot.model.generation_config, "eos_token_id", None)
     monkeypatch.setattr(Chatbot, "limit", 100_000)
     pieces = stream(bot, ASK, [PICTURE], max_new_tokens=50_000)
@@ -156,7 +158,7 @@ def test_an_error_while_the_model_talks_comes_out(
     def fail(**_: Any) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(bot.model, "forward", fail)
+    monkeypatch.setattr(bot.model.get_decoder(), "forward", fail)
     pieces = stream(bot, ASK, [PICTURE])
     with pytest.raises(RuntimeError, match="out of memory"):
         list(pieces)

@@ -173,7 +173,7 @@ def test_ctrl_c_in_an_answer_stops_that_answer_alone(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The second Ctrl-C does not wait until a token is there."""
-    forward, runs = bot.model.forward, list[int]()
+    forward, runs = bot.model.get_decoder().forward, list[int]()
 
     def slow(**words: Any) -> Any:
         runs.append(1)
@@ -182,7 +182,7 @@ def test_ctrl_c_in_an_answer_stops_that_answer_alone(
                 os.kill(os.getpid(), signal.SIGINT)
         return forward(**words)
 
-    monkeypatch.setattr(bot.model, "forward", slow)
+    monkeypatch.setattr(bot.model.get_decoder(), "forward", slow)
     monkeypatch.setattr(bot.model.generation_config, "eos_token_id", None)
     file = tmp_path / "talk.json"
     lines = iter(["what is it", "where is it", f"/save {file}"])
@@ -194,7 +194,7 @@ def test_ctrl_c_in_an_answer_stops_that_answer_alone(
     assert signal.getsignal(signal.SIGINT) is before
     out, err = capsys.readouterr()
     assert "(stopped)" in err
-    monkeypatch.setattr(bot.model, "forward", forward)
+    monkeypatch.setattr(bot.model.get_decoder(), "forward", forward)
     messages, _ = from_json(file.read_text())
     texts = [message["content"][0]["text"] for message in messages[1::2]]
     assert out == f"{texts[0]}\n{texts[1]}\n"
@@ -214,5 +214,5 @@ def test_ctrl_c_through_a_pipe_ends_with_130(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("sys.stdin", io.StringIO("what is it\nwhere is it\n"))
-    monkeypatch.setattr(bot.model, "forward", interrupt)
+    monkeypatch.setattr(bot.model.get_decoder(), "forward", interrupt)
     assert main(["chat", str(llava), "--image", sheet]) == 130

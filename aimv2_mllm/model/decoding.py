@@ -66,7 +66,9 @@ class Decoding:
     """
 
     def __init__(self, model: Any, cache: Any, mask: Tensor | None = None) -> None:
-        self._model, self.cache, self._mask = model, cache, mask
+        # Past a Llava's own forward, which costs a small model a third of its time.
+        self._body, self._head = model.get_decoder(), model.get_output_embeddings()
+        self.cache, self._mask = cache, mask
 
     @torch.inference_mode()
     def __call__(self, tokens: Tensor) -> Tensor:
@@ -78,14 +80,10 @@ class Decoding:
             # The first token of a row is number 0 wherever it lies.
             numbers = (self._mask.cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
             places = {"attention_mask": self._mask, "position_ids": numbers}
-        made = self._model(
-            inputs_embeds=tokens,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-            **places,
+        made = self._body(
+            inputs_embeds=tokens, past_key_values=self.cache, use_cache=True, **places
         )
-        scores: Tensor = made.logits[:, -1].float()
+        scores: Tensor = self._head(made.last_hidden_state[:, -1]).float()
         return scores
 
     def keep(self, rows: list[int]) -> None:

@@ -87,7 +87,7 @@ class Timer:
         return time.process_time()
 
     def _note(self, _: Any, __: Any, logits: torch.Tensor) -> None:
-        self.tokens.append(int(logits[0, -1].argmax()))
+        self.tokens.append(int(logits.flatten(0, -2)[-1].argmax()))
         self.times.append(self.now())
 
     def __call__(self, answer: Callable[[], object]) -> dict[str, Any]:
