@@ -6,8 +6,8 @@ Refuses a connector whose tokens lie nowhere in the picture, where a place is as
 Letters in shapes: N patches, M tokens of a picture, D and E widths, L layers, A heads, T tokens.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -117,8 +117,8 @@ def where(
     prompt = prompt_of(bot, messages, images, len(ids), {})
     features = [look(bot, [picture], {})[picture.key] for picture in prompt.pictures]
     whole = torch.tensor([[*prompt.ids, *ids]], device=bot.model.device)
-    with torch.inference_mode(), _eager(bot.model):
-        made = bot.model(
+    with torch.inference_mode():
+        made = _telling(bot.model)(
             inputs_embeds=embedded(bot.model, whole, features),
             output_attentions=True,
             use_cache=False,
@@ -146,16 +146,14 @@ def _token_grid(bot: Chatbot, seen: View) -> Grid:
     return grid
 
 
-@contextmanager
-def _eager(model: Any) -> Iterator[None]:
-    """The model with the one attention that tells its weights."""
-    text = model.model.language_model
-    before = text.config._attn_implementation
-    text.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        text.set_attn_implementation(before)
+def _telling(model: Any) -> Any:
+    """The LLM's body of `model` again, on the same weights, with the one attention that tells its
+    shares; the model itself is left alone, for another thread may be answering with it."""
+    language = model.model.language_model
+    tensors = [*language.parameters(), *language.buffers()]
+    plain = copy.deepcopy(language, {id(tensor): tensor for tensor in tensors})
+    plain.set_attn_implementation("eager")
+    return plain
 
 
 class Painter:

@@ -100,7 +100,6 @@ TABLE = (
     "answerers",
     "evaluate",
     "transcript",
-    "looking",
     "towers",
     "export",
     "doctor_samples",
@@ -154,7 +153,6 @@ ONLY = {
     "answerers": {"errors", "data", "model", "folders", "chat"},
     "transcript": {"errors", "data", "prompts"},
     "visit": {"errors", "data", "prompts", "transcript"},
-    "looking": {"errors", "model", "prompts", "chatbot", "session"},
     "towers": {"errors", "model", "towers"},
 }
 # What stands in the old environments of host toolkits, where towers live.
