@@ -20,6 +20,8 @@ OPTIONAL = {
     "transformers", "yaml",
 }  # fmt: skip
 INSTALL = "pip install 'aimv2-mllm[train]'"
+EXTRA = {"gradio": "demo"}  # those of other extras
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 # Their progress bars, warnings and reports of use are not what was asked for.
 QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -153,6 +155,36 @@ def chat(args: argparse.Namespace) -> None:
     print(answer(bot, asked, pictures, **words))
 
 
+def demo(args: argparse.Namespace) -> None:
+    """Serve the page where models are talked to, until Ctrl-C."""
+    import importlib
+
+    folder = Path(__file__).resolve().parents[1] / "demo"
+    if not (folder / "app.py").is_file():
+        raise UsageError(f"there is no {folder / 'app.py'}: the demo is part of the repository")
+    login = _login(Path(args.login)) if args.login else None
+    if login is None and (args.share or args.host not in LOOPBACK):
+        way = "--share" if args.share else f"--host {args.host}"
+        _note(f"{PROGRAM}: {way} lets everybody in who finds it; --login FILE keeps others out")
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    sys.path.insert(0, str(folder))
+    importlib.import_module("app").serve(
+        args.models, host=args.host, port=args.port, share=args.share, login=login
+    )
+
+
+def _login(file: Path) -> list[tuple[str, str]]:
+    """Names and passwords, from lines NAME:PASSWORD; UsageError for others."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--login {file}: cannot be read ({error})") from None
+    found = [line.partition(":")[::2] for line in lines if line.strip()]
+    if not found or not all(name and password for name, password in found):
+        raise UsageError(f"--login {file}: each of its lines must be NAME:PASSWORD")
+    return found
+
+
 def sample(args: argparse.Namespace) -> None:
     """Write a held-out sheet of the world in which a model was trained; print its path."""
     import secrets
@@ -268,6 +300,7 @@ VERBS = {
     "run": run,
     "doctor": doctor,
     "chat": chat,
+    "demo": demo,
     "sample": sample,
     "probe": probe,
     "dream": dream,
@@ -320,7 +353,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         _complain(str(error))
         return 1
     except ImportError as error:
-        if (error.name or "").partition(".")[0] in OPTIONAL or INSTALL in str(error):
+        missing = (error.name or "").partition(".")[0]
+        if missing in EXTRA:
+            _complain(f"{error}: pip install 'aimv2-mllm[{EXTRA[missing]}]'")
+            return 2
+        if missing in OPTIONAL or INSTALL in str(error):
             _complain(f"{error}: {INSTALL}" if INSTALL not in str(error) else str(error))
             return 2
         raise

@@ -72,6 +72,16 @@ def talking_folder(folder: Path) -> Path:
     return _finished(folder, TALKING, GIVE)
 
 
+def talking_folders(folder: Path) -> dict[str, Path]:
+    """Every folder with a Llava by a name for it: of a run, the results of its finished align and
+    tune stages, the last first. Raises UsageError, with what to do, when there is none."""
+    if not isfile(folder / RECIPE_FILE):
+        name = folder.resolve()
+        return {(name.parent if name.name == "model" else name).name: talking_folder(folder)}
+    found = _all_finished(folder, TALKING, GIVE)
+    return {f"{folder.resolve().name}/{one.parent.name}": one for one in reversed(found)}
+
+
 def talking_source(name: str) -> str:
     """Where the Llava called `name` lies: of a folder that is a run, the result in it; else as
     given, a folder or a hub id. UsageError for a folder without one."""
@@ -91,6 +101,11 @@ def pretrained_folder(folder: Path) -> Path:
 
 def _finished(folder: Path, wanted: tuple[str, ...], give: str) -> Path:
     """The result of a run's last finished stage of the kinds that are wanted."""
+    return _all_finished(folder, wanted, give)[-1]
+
+
+def _all_finished(folder: Path, wanted: tuple[str, ...], give: str) -> list[Path]:
+    """The results of a run's finished stages of the kinds that are wanted, one at least."""
     kinds = {name: stage["kind"] for name, stage in stages_of(folder).items()}
     words = " or ".join(wanted)
     results = [folder / name / "model" for name, kind in kinds.items() if kind in wanted]
@@ -103,7 +118,7 @@ def _finished(folder: Path, wanted: tuple[str, ...], give: str) -> Path:
             f"{folder}: no {words} stage of this run is finished; "
             f"run `aimv2-mllm run {folder / RECIPE_FILE} output={folder}` to the end first"
         )
-    return finished[-1]
+    return finished
 
 
 def stage_record(folder: Path) -> dict[str, Any]:

@@ -82,6 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="its side (336)",
     )
     _add_chat(verbs)
+    _add_demo(verbs)
     _add_probe(verbs)
     _add_dream(verbs)
     _add_convert(verbs)
@@ -129,6 +130,28 @@ def _add_chat(verbs: Any) -> None:
         action="append",
         default=[],
         help="an answer ends before this; once for each text",
+    )
+
+
+def _add_demo(verbs: Any) -> None:
+    words = verbs.add_parser("demo", help="talk to models in a browser, look inside, compare them")
+    words.add_argument(
+        "models",
+        metavar="MODEL",
+        nargs="*",
+        help="run folders, or folders with a Llava (runs/quickstart)",
+    )
+    words.add_argument(
+        "--host", metavar="ADDRESS", default="127.0.0.1", help="where to listen (127.0.0.1)"
+    )
+    words.add_argument(
+        "--port", metavar="N", type=_whole(1, 65535), default=7860, help="where to listen (7860)"
+    )
+    words.add_argument(
+        "--login", metavar="FILE", help="only those may visit who know a line NAME:PASSWORD of it"
+    )
+    words.add_argument(
+        "--share", action="store_true", help="open it to the internet by Gradio's own servers"
     )
 
 

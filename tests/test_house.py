@@ -100,11 +100,13 @@ TABLE = (
     "answerers",
     "evaluate",
     "transcript",
-    "looking",
     "towers",
     "export",
     "doctor_samples",
     "doctor",
+    "visit",
+    "insight",
+    "showroom",
     "terminal",
     "__init__",
     "parser",
@@ -150,7 +152,7 @@ ONLY = {
     },
     "answerers": {"errors", "data", "model", "folders", "chat"},
     "transcript": {"errors", "data", "prompts"},
-    "looking": {"errors", "model", "prompts", "chatbot", "session"},
+    "visit": {"errors", "data", "prompts", "transcript"},
     "towers": {"errors", "model", "towers"},
 }
 # What stands in the old environments of host toolkits, where towers live.
@@ -311,6 +313,7 @@ def test_verbs_and_flags_are_frozen() -> None:
             "--top-p", "--top-k", "--seed", "--stop",
         ],
         "sample": ["--help", "MODEL", "OUT", "--seed", "--size"],
+        "demo": ["--help", "MODEL", "--host", "--port", "--login", "--share"],
         "probe": [
             "--help", "ENCODER", "DATA", "--kind", "--out", "--pca", "--templates", "--image-size",
             "--limit", "--k", "--epochs", "--seed",

@@ -1,0 +1,367 @@
+"""The demo as visitors meet it: through a real browser, and through gradio_client.
+
+AIMV2_DEMO_MODEL=RUN shows that run instead of a tiny one, and AIMV2_DEMO_PICTURES=FOLDER writes the
+screenshots of the README there.
+"""
+
+import importlib
+import json
+import os
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from PIL import Image
+
+from aimv2_mllm.model.decoding import Chooser
+from aimv2_mllm.showroom import MOST_SESSIONS, Showroom, sheet
+
+pytest.importorskip("gradio", reason="needs pip install 'aimv2-mllm[demo]'")
+client = pytest.importorskip("gradio_client")
+sys.path.insert(0, str(Path(__file__).parents[1] / "demo"))
+app = importlib.import_module("app")
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+PICTURES = os.environ.get("AIMV2_DEMO_PICTURES")
+PATIENCE = 30_000  # milliseconds, on a machine that others use too
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium")
+
+
+class Served(NamedTuple):
+    room: Showroom
+    url: str
+    called: list[Any]  # addresses outside this machine that were called
+
+
+@pytest.fixture(scope="module")
+def served(request: pytest.FixtureRequest) -> Iterator[Served]:
+    run = os.environ.get("AIMV2_DEMO_MODEL") or request.getfixturevalue("tiny_run")
+    called: list[Any] = []
+    connect = socket.socket.connect
+
+    def watched(self: socket.socket, address: Any) -> Any:
+        if isinstance(address, tuple) and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            called.append(address)
+        return connect(self, address)
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(socket.socket, "connect", watched)
+    patch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
+    room = Showroom([run])
+    with app.running(room) as page:
+        yield Served(room, page.local_url, called)
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A held-out sheet as a file."""
+    file = tmp_path_factory.mktemp("sheets") / "sheet.png"
+    sheet(7)[0].save(file)
+    return file
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> Path:
+    (tmp_path / "notes.png").write_text("I am no picture")
+    return tmp_path / "notes.png"
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Answers that do not end by themselves; when each of their tokens was made."""
+    made: list[float] = []
+    choose = Chooser.__call__
+
+    def slowly(self: Chooser, before: Any, scores: Any) -> int:
+        time.sleep(0.05)
+        made.append(time.monotonic())
+        scores = scores.clone()
+        scores[:8] = float("-inf")  # the marks, one of which ends an answer
+        return choose(self, before, scores)
+
+    monkeypatch.setattr(Chooser, "__call__", slowly)
+    return made
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+class Visit:
+    """A page in a browser, and what went wrong in it."""
+
+    def __init__(self, browser: Any, url: str, **words: Any) -> None:
+        self.page = browser.new_page(**({"viewport": {"width": 1200, "height": 1000}} | words))
+        self.page.set_default_timeout(PATIENCE)
+        self.wrong: list[str] = []
+        self.page.on("pageerror", lambda error: self.wrong.append(str(error)))
+        self.page.on(
+            "console", lambda said: said.type == "error" and self.wrong.append(str(said.text))
+        )
+        self.page.on("request", self._request)
+        self.page.goto(url)
+        self.page.locator("#question textarea").wait_for()
+
+    def _request(self, request: Any) -> None:
+        if not request.url.startswith(("http://127.0.0.1:", "data:", "blob:")):
+            self.wrong.append(f"asked for {request.url}")
+
+    def ask(self, text: str, *files: Path) -> None:
+        if files:
+            self.page.locator("#question input[type=file]").set_input_files(list(map(str, files)))
+            self.page.locator("#question .thumbnail-item").nth(len(files) - 1).wait_for()
+        box = self.page.locator("#question textarea")
+        box.fill(text)
+        box.press("Enter")
+
+    @property
+    def answers(self) -> Any:
+        return self.page.locator("#conversation .message.bot")
+
+    def took(self) -> str:
+        """What the answer took, once it is whole."""
+        self.page.wait_for_function("document.querySelector('#took textarea, #took input').value")
+        return str(self.page.locator("#took textarea, #took input").input_value())
+
+    def button(self, name: str) -> Any:
+        return self.page.get_by_role("button", name=name, exact=True)
+
+    def photograph(self, name: str) -> None:
+        if PICTURES:
+            self.page.wait_for_timeout(500)
+            self.page.screenshot(path=Path(PICTURES) / name, full_page="phone" not in name)
+
+
+@pytest.fixture
+def visit(browser: Any, served: Served) -> Iterator[Visit]:
+    made = Visit(browser, served.url)
+    yield made
+    made.page.close()
+    assert not made.wrong
+    assert not served.called
+
+
+@needs_browser
+def test_a_visitor_uploads_a_sheet_asks_and_sees_the_answer_come(
+    visit: Visit, drawn: Path, slow: list[float]
+) -> None:
+    visit.ask("Describe the sheet.", drawn)
+    visit.answers.last.wait_for()
+    seen = set()
+    while len(seen) < 3:
+        seen.add(visit.answers.last.inner_text())
+    assert visit.page.locator("#conversation .message.user img").count() == 1
+    visit.button("Stop").click()
+    time.sleep(1)
+    count, text = len(slow), visit.answers.last.inner_text()
+    time.sleep(1)
+    assert len(slow) == count, "the model goes on after it was stopped"
+    assert visit.answers.last.inner_text() == text
+
+
+@needs_browser
+def test_answers_are_retried_questions_edited_and_undone(visit: Visit, drawn: Path) -> None:
+    visit.ask("Describe the sheet.", drawn)
+    assert "16 of them pictures" in visit.took()
+    first = visit.answers.last.inner_text()
+    visit.button("Retry").click()
+    visit.page.wait_for_function("!document.querySelector('#took textarea, #took input').value")
+    visit.took()
+    assert visit.answers.last.inner_text() == first, "it is greedy"
+    visit.button("Edit").click()
+    visit.page.locator("#conversation textarea").fill("How many digits are there?")
+    visit.page.locator("#conversation").get_by_role("button", name="Submit").click()
+    visit.page.get_by_text("How many digits are there?").wait_for()
+    visit.page.wait_for_function("!document.querySelector('#took textarea, #took input').value")
+    assert "16 of them pictures" in visit.took(), "the picture stays with the question"
+    visit.photograph("demo_chat.png")
+    visit.button("Undo").click()
+    visit.page.locator("#conversation .message").first.wait_for(state="detached")
+    assert visit.page.locator("#question textarea").input_value() == "How many digits are there?"
+    assert visit.page.locator("#question .thumbnail-item").count() == 1
+
+
+@needs_browser
+def test_a_text_file_named_png_is_refused_in_words(visit: Visit, text_file: Path) -> None:
+    visit.ask("What is it?", text_file)
+    visit.page.get_by_text("notes.png: is not a picture").first.wait_for()
+    assert visit.page.locator("#question textarea").input_value() == "What is it?"
+    assert str(text_file.parent) not in visit.page.inner_text("body")
+
+
+@needs_browser
+def test_two_models_answer_side_by_side(visit: Visit, drawn: Path) -> None:
+    visit.page.get_by_role("tab", name="Compare").click()
+    visit.page.locator("#compare-picture input[type=file]").set_input_files(str(drawn))
+    visit.page.locator("#compare-picture img").wait_for()
+    visit.page.locator("#compare-question textarea").fill("Describe the sheet.")
+    visit.button("Ask both").click()
+    for side in ("Left", "Right"):
+        visit.page.wait_for_function(f"document.querySelector('#{side} textarea').value")
+    visit.page.wait_for_function("document.querySelector('#Right-took textarea').value")
+    visit.photograph("demo_compare.png")
+
+
+@needs_browser
+def test_a_visitor_looks_inside_and_moves_the_prefix(visit: Visit, drawn: Path) -> None:
+    visit.page.get_by_role("tab", name="Look inside").click()
+    visit.page.locator("#inside-picture input[type=file]").set_input_files(str(drawn))
+    visit.page.locator("#inside-picture img").wait_for()
+    visit.page.locator("#inside-question textarea").fill("Describe the sheet.")
+    visit.button("Look inside").click()
+    chips = visit.page.locator("#tokens label")
+    chips.first.wait_for()
+    heat = visit.page.locator("#heat img")
+    heat.wait_for()
+    before = heat.get_attribute("src")
+    chips.last.click()
+    visit.page.wait_for_function(
+        f"document.querySelector('#heat img').src != {json.dumps(before)} || {chips.count()} == 1"
+    )
+    paintings = []
+    for prefix in (4, 9):
+        slider = visit.page.locator("#prefix input[type=range]")
+        slider.fill(str(prefix))
+        slider.dispatch_event("pointerup")
+        painted = visit.page.locator("#painted img")
+        painted.wait_for()
+        if paintings:
+            visit.page.wait_for_function(
+                f"document.querySelector('#painted img').src != {json.dumps(paintings[-1])}"
+            )
+        paintings.append(painted.get_attribute("src"))
+    assert len(set(paintings)) == 2
+    visit.photograph("demo_inside.png")
+
+
+@needs_browser
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_it_fits_a_phone_and_names_what_can_be_pressed(
+    browser: Any, served: Served, theme: str
+) -> None:
+    phone = Visit(browser, f"{served.url}?__theme={theme}", viewport={"width": 390, "height": 844})
+    for tab in ("Chat", "Look inside", "Compare"):
+        phone.page.get_by_role("tab", name=tab).click()
+        phone.page.wait_for_timeout(300)
+        phone.photograph(f"demo_phone_{theme}_{tab.split()[-1].lower()}.png")
+        assert phone.page.evaluate("document.documentElement.scrollWidth") <= 390, tab
+    nameless = phone.page.evaluate(
+        """[...document.querySelectorAll('button, input, textarea')].filter(e =>
+        e.offsetParent && e.type != 'file' && !(e.ariaLabel || e.innerText || e.title
+        || e.placeholder || e.labels && e.labels.length)).map(e => e.outerHTML)"""
+    )
+    assert not nameless
+    assert not phone.wrong
+    phone.page.close()
+
+
+def question(file: Path, text: str) -> dict[str, Any]:
+    content = [{"type": "file", "file": client.handle_file(file)}, {"type": "text", "text": text}]
+    return {"role": "user", "content": content}
+
+
+def visitor(served: Served) -> Any:
+    return client.Client(served.url, verbose=False)
+
+
+def asked(served: Served, history: list[Any], **words: Any) -> list[Any]:
+    settings = {"model": served.room.names[0], "system": "", "seed": None} | words
+    return [history, *[settings[name] for name in ("model", "system")], 0, 1, 96, settings["seed"]]
+
+
+def test_a_client_gets_the_answer_in_pieces_and_can_stop_it(
+    served: Served, drawn: Path, slow: list[float]
+) -> None:
+    job = visitor(served).submit(*asked(served, [question(drawn, "What?")]), api_name="/answer")
+    pieces = iter(job)
+    texts = [next(pieces)[0][-1]["content"][0]["text"] for _ in range(3)]
+    assert texts[0] != texts[2]
+    assert texts[2].startswith(texts[0])
+    job.cancel()
+    time.sleep(1)
+    count = len(slow)
+    time.sleep(1)
+    assert len(slow) == count
+
+
+def test_a_second_visitor_waits_and_breaks_nothing(served: Served, drawn: Path) -> None:
+    other = drawn.with_name("other.png")
+    sheet(8)[0].save(other)
+    arguments = [asked(served, [question(file, "Describe the sheet.")]) for file in (drawn, other)]
+    visitors = [visitor(served) for _ in range(4)]
+    alone = [visitors[0].predict(*one, api_name="/answer")[0] for one in arguments]
+    jobs = [one.submit(*arguments[i % 2], api_name="/answer") for i, one in enumerate(visitors)]
+    for number, job in enumerate(jobs):
+        assert job.result()[0][-1]["content"] == alone[number % 2][-1]["content"]
+    assert len(served.room._sessions) <= MOST_SESSIONS
+
+
+@pytest.mark.parametrize("api", ["/answer", "/compare", "/paint"])
+def test_a_client_is_told_why_a_file_is_refused(served: Served, text_file: Path, api: str) -> None:
+    file, names = client.handle_file(text_file), served.room.names
+    arguments = {
+        "/answer": asked(served, [question(text_file, "What?")]),
+        "/compare": [file, "What?", names[0], names[-1]],
+        "/paint": [names[0], file, 8, "true"],
+    }[api]
+    with pytest.raises(client.exceptions.AppError, match=r"^notes\.png: is not a picture"):
+        visitor(served).predict(*arguments, api_name=api)
+
+
+def test_a_client_compares_paints_and_keeps_conversations(
+    served: Served, drawn: Path, tmp_path: Path
+) -> None:
+    me, file, names = visitor(served), client.handle_file(drawn), served.room.names
+    left, took, _, right, *_ = me.predict(file, "What is on it?", *names, api_name="/compare")
+    assert "answered" in took
+    assert isinstance(left, str)
+    assert isinstance(right, str)
+    shown, painted, caption = me.predict(names[0], file, 8, "true", api_name="/paint")
+    assert Image.open(shown).size == Image.open(painted).size
+    assert isinstance(caption, str)
+    history = me.predict(*asked(served, [question(drawn, "What?")]), api_name="/answer")[0]
+    history[0] = question(drawn, "What?")  # what the client got is a file of its own
+    saved = me.predict(history, "", api_name="/save")
+    saved = saved["value"] if isinstance(saved, dict) else saved
+    kept = tmp_path / "conversation.json"
+    shutil.copy(saved["path"] if isinstance(saved, dict) else saved, kept)
+    opened, _ = me.predict(client.handle_file(kept), api_name="/open")
+    assert [message["role"] for message in opened] == ["user", "user", "assistant"]
+    assert opened[-1]["content"][0]["text"] == history[-1]["content"][0]["text"]
+
+
+def test_a_file_that_is_too_large_is_not_taken(served: Served, tmp_path: Path) -> None:
+    large = tmp_path / "large.png"
+    large.write_bytes(bytes(11 * 10**6))
+    with pytest.raises(Exception, match=r"(?i)size|large"):
+        visitor(served).predict(
+            served.room.names[0], client.handle_file(large), 8, api_name="/paint"
+        )
+
+
+def test_who_does_not_log_in_gets_nothing(served: Served) -> None:
+    with app.running(served.room, login=[("ada", "secret")]) as page:
+        with pytest.raises(Exception, match=r"(?i)log ?in|auth|401"):
+            client.Client(page.local_url, verbose=False).predict(api_name="/answer")
+        assert client.Client(page.local_url, auth=("ada", "secret"), verbose=False)
+
+
+def test_uploads_are_gone_when_the_demo_ends(served: Served, drawn: Path) -> None:
+    with app.running(served.room) as page:
+        folder = Path(os.environ["GRADIO_TEMP_DIR"])
+        client.Client(page.local_url, verbose=False).predict(
+            served.room.names[0], client.handle_file(drawn), 8, "true", api_name="/paint"
+        )
+        assert any(folder.rglob("*.png"))
+    assert not folder.exists()
