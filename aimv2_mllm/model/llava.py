@@ -182,10 +182,6 @@ class AnyLlavaProcessor(LlavaProcessor):
         """How many tokens come of a picture of `grid` (rows, columns) of patches."""
         return self._counter.num_tokens(grid)
 
-    def token_grid(self, grid: Grid) -> Grid | None:
-        """Rows and columns of these tokens, or None where they have no places."""
-        return self._counter.out_grid(grid)
-
     def replace_image_token(self, image_inputs: Any, image_idx: int, **_: Any) -> str:
         height, width = (
             image_inputs["image_sizes"][image_idx]
