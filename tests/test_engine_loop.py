@@ -167,7 +167,7 @@ def test_killed_before_any_step_and_started_again_it_ends_the_same(
             raise Killed
         return batches(step)
 
-    monkeypatch.setattr(loop, "worth_a_thread", lambda device: ahead)
+    monkeypatch.setattr(upcoming, "worth_a_thread", lambda device: ahead)
     with pytest.raises(Killed):
         run(tmp_path, batches=dying)
     again = run(tmp_path)

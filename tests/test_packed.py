@@ -197,4 +197,4 @@ def test_a_torch_without_the_package_around_the_kernel_has_no_kernel(
             raise ModuleNotFoundError(name)
 
     monkeypatch.setattr(packed, "find_spec", find_spec)
-    assert not packed._has_varlen()
+    assert not packed.has_varlen()
