@@ -19,6 +19,7 @@ from parts import MAY_FAIL, ONE_AT_A_TIME, UNLISTED, a_sheet, given, told
 from views import compare, inside
 
 from aimv2_mllm import visit
+from aimv2_mllm.errors import UsageError
 from aimv2_mllm.sampling import Sampling
 from aimv2_mllm.showroom import Showroom
 
@@ -199,6 +200,12 @@ def running(
                 theme=gr.themes.Default(font=FONTS, font_mono=MONO), css=CSS, head=HEAD,
                 footer_links=[], quiet=True, prevent_thread_lock=True,
             )  # fmt: skip
+        except OSError as error:
+            page.close()
+            where = f"{host}:{port}" if port else host
+            said = f"{where}: no page can be served there: {str(error).partition('.')[0]}"
+            raise UsageError(f"{said}; give another --port, or --host") from None
+        try:
             yield page
         finally:
             page.close()

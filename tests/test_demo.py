@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import pytest
 from PIL import Image
 
+from aimv2_mllm.errors import UsageError
 from aimv2_mllm.model.decoding import Chooser
 from aimv2_mllm.showroom import MOST_SESSIONS, Showroom, sheet
 
@@ -365,3 +366,12 @@ def test_uploads_are_gone_when_the_demo_ends(served: Served, drawn: Path) -> Non
         )
         assert any(folder.rglob("*.png"))
     assert not folder.exists()
+
+
+def test_a_port_in_use_is_said_in_one_line(served: Served) -> None:
+    port = int(served.url.rstrip("/").rpartition(":")[2])
+    with (
+        pytest.raises(UsageError, match=rf"127.0.0.1:{port}: no page .* give another --port"),
+        app.running(served.room, port=port),
+    ):
+        pass
