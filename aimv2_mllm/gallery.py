@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from aimv2_mllm import charts
 from aimv2_mllm.charts import Picture
-from aimv2_mllm.data import scenes
+from aimv2_mllm.data import held_out, scenes
 from aimv2_mllm.evaluation import answers
 from aimv2_mllm.evaluation.summary import Findings
 
@@ -91,7 +91,7 @@ def sheet_gallery(findings: Findings, seed: int) -> list[dict[str, Any]]:
     ]
 
     def draw(number: int, name: str) -> Picture:
-        sheet = answers.held_out_sheet(seed, findings.asked[number].sheet)
+        sheet = held_out.held_out_sheet(seed, findings.asked[number].sheet)
         alt = f"A sheet with {scenes.caption(sheet)}"
         return Picture(name, alt, charts.picture(scenes.render(sheet, 112), 112))
 

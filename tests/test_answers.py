@@ -7,13 +7,14 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from aimv2_mllm.data import scenes
+from aimv2_mllm.data import held_out, scenes
 from aimv2_mllm.data.batches import picture_batch
 from aimv2_mllm.data.conversations import turn
+from aimv2_mllm.data.held_out import Asked
 from aimv2_mllm.data.templates import encode
 from aimv2_mllm.data.tokenizer import train_tokenizer
 from aimv2_mllm.evaluation import answers
-from aimv2_mllm.evaluation.answers import Asked, Speaker
+from aimv2_mllm.evaluation.answers import Speaker
 from aimv2_mllm.model import mllm
 from aimv2_mllm.model.encoder import AIMv2Encoder, EncoderConfig
 from aimv2_mllm.model.preprocessing import Preprocessing
@@ -54,11 +55,11 @@ def speaker() -> Speaker:
 
 
 def sheets(count: int) -> list[scenes.Scene]:
-    return [answers.held_out_sheet(SEED, index) for index in range(count)]
+    return [held_out.held_out_sheet(SEED, index) for index in range(count)]
 
 
 def test_every_kind_is_asked_equally_often() -> None:
-    asked = answers.held_out_questions(SEED, 3 * len(scenes.QUESTIONS) + 2)
+    asked = held_out.held_out_questions(SEED, 3 * len(scenes.QUESTIONS) + 2)
     counts = Counter(question.kind for question in asked)
     assert set(counts) == set(scenes.QUESTIONS)
     assert sorted(counts.values()) == [3, 3, 3, 3, 3, 4, 4]
@@ -66,9 +67,9 @@ def test_every_kind_is_asked_equally_often() -> None:
 
 
 def test_questions_are_the_seeds_and_about_held_out_ink() -> None:
-    asked = answers.held_out_questions(SEED, 70)
-    assert asked == answers.held_out_questions(SEED, 70)
-    assert asked != answers.held_out_questions(SEED + 1, 70)
+    asked = held_out.held_out_questions(SEED, 70)
+    assert asked == held_out.held_out_questions(SEED, 70)
+    assert asked != held_out.held_out_questions(SEED + 1, 70)
     heldout = set(scenes.split_scans("heldout").tolist())
     assert all(digit.scan in heldout for sheet in sheets(10) for digit in sheet.digits)
 
@@ -113,9 +114,9 @@ def test_a_language_model_is_asked_without_a_picture(speaker: Speaker) -> None:
 
 
 def test_a_sheet_in_words_names_each_digit_before_the_question() -> None:
-    for asked in answers.held_out_questions(SEED, 21):
-        text = answers.in_words(SEED, asked)
-        sheet = answers.held_out_sheet(SEED, asked.sheet)
+    for asked in held_out.held_out_questions(SEED, 21):
+        text = held_out.in_words(SEED, asked)
+        sheet = held_out.held_out_sheet(SEED, asked.sheet)
         told = text.removeprefix("On the sheet: ").removesuffix(f". {asked.text}")
         assert text == f"On the sheet: {told}. {asked.text}"
         assert answers.is_exact_caption(told, sheet)

@@ -9,6 +9,7 @@ import torch
 from tiny_towers import picture, saved
 
 from aimv2_mllm.chat import answer, load_model
+from aimv2_mllm.data import held_out
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.evaluation import answers
 from aimv2_mllm.job import Place
@@ -68,7 +69,7 @@ def test_a_run_is_aligned_tuned_judged_and_asked(
         assert config["model_type"] == model_type
         speaker = answers.load_mllm(folder)
         assert speaker.num_image_tokens == num_tokens
-        seen = answers.look(speaker, [answers.held_out_sheet(0, index) for index in range(2)])
+        seen = answers.look(speaker, [held_out.held_out_sheet(0, index) for index in range(2)])
         assert seen.shape == (2, num_tokens, 128)
     align, tune = ((done / stage / "metrics.jsonl").read_text() for stage in ("align", "tune"))
     assert align != tune

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from aimv2_mllm import llm_stages, report
-from aimv2_mllm.data import scenes
+from aimv2_mllm.data import held_out, scenes
 from aimv2_mllm.errors import RunFailed
 from aimv2_mllm.evaluation import answers, summary
 from aimv2_mllm.job import Place
@@ -276,7 +276,7 @@ def test_blind_questions_are_the_same_about_other_sheets(
     speaker = answers.load_mllm(finished.result("align"))
     for count in (QUESTIONS, 3):  # 3: about one sheet alone
         calls.clear()
-        found = summary.Findings({}, answers.held_out_questions(5, count))
+        found = summary.Findings({}, held_out.held_out_questions(5, count))
         summary._judge_seeing(found, speaker, 5)
         (texts, about), (blind_texts, elsewhere), _ = calls
         assert texts == blind_texts

@@ -4,11 +4,15 @@ Owns where rows and pictures lie; what a row must hold is `asked`'s.
 """
 
 import hashlib
+import io
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from PIL import Image
+
+from aimv2_mllm.data import held_out, scenes
 from aimv2_mllm.data.files import MAX_PICTURE_BYTES, Unusable, below, read_whole
 from aimv2_mllm.data.json_index import open_rows
 from aimv2_mllm.data.tables import load_table, picture_bytes
@@ -16,11 +20,12 @@ from aimv2_mllm.data.talk_sources import Questions
 from aimv2_mllm.errors import UsageError, show
 from aimv2_mllm.recipe_data import DatasetsSource, QuestionTalks
 
-TABLE = "questions.csv"
+TABLE, HANDWRITING = "questions.csv", "handwriting"
 GIVE = (
-    "give a file of JSON lines with image, question and answers, a folder with questions.csv, or a "
-    "dataset of the `datasets` library"
+    "give a file of JSON lines with image, question and answers, a folder with questions.csv, a "
+    "dataset of the `datasets` library, or handwriting"
 )
+NUM_QUESTIONS, SHEET_SIZE = 1400, 336  # of the embedded world; pixels, the side of a sheet
 
 
 class Source(Protocol):
@@ -130,9 +135,44 @@ class Dataset:
         return hashlib.sha256(picture_bytes(value)).hexdigest()
 
 
+class Sheets:
+    """Questions about held-out sheets of the embedded world of handwriting, of each kind as many."""
+
+    digest = f"{HANDWRITING} 0"
+
+    def __init__(self) -> None:
+        self._questions = held_out.held_out_questions(0, NUM_QUESTIONS)
+
+    def __len__(self) -> int:
+        return len(self._questions)
+
+    def name(self, row: int) -> str:
+        return f"{HANDWRITING}, question {row}"
+
+    def fields(self, row: int) -> Mapping[str, Any]:
+        asked = self._questions[row]
+        return {
+            "image": str(asked.sheet),
+            "question": asked.text,
+            "answers": [asked.truth],
+            "type": asked.kind,
+        }
+
+    def picture(self, value: Any) -> bytes:
+        stream = io.BytesIO()
+        sheet = scenes.render(held_out.held_out_sheet(0, int(value)), SHEET_SIZE)
+        Image.fromarray(sheet).save(stream, "PNG", compress_level=1)
+        return stream.getvalue()
+
+    def identity(self, value: Any) -> str:
+        return str(value)
+
+
 def open_asked(data: str, root: str | None, split: str, image: str) -> Source:
     """The source that `data` names; UsageError where there is none."""
     path = Path(data).expanduser()
+    if data == HANDWRITING and not path.exists():
+        return Sheets()
     if path.is_file():
         return JsonLines(path, Path(root).expanduser() if root else path.parent)
     if root is not None:

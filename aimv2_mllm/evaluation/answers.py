@@ -1,7 +1,7 @@
-"""Questions about held-out sheets, a model's greedy answers to them, and how these are scored.
+"""A model's greedy answers to questions about held-out sheets, and how these are scored.
 
-Owns what is asked and what counts as right. Prompts are the tokenizer's own chat template with the
-image mark repeated, as in training. Refuses to look at a training sheet.
+Owns what counts as right. Prompts are the tokenizer's own chat template with the image mark
+repeated, as in training.
 
 Letters in shapes: S sheets, M image tokens, E the LLM's width.
 """
@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from tqdm import tqdm
 from aimv2_mllm.data import scenes
 from aimv2_mllm.data.batches import picture_batch
 from aimv2_mllm.data.conversations import turn
+from aimv2_mllm.data.held_out import Asked
 from aimv2_mllm.data.templates import Asker
 from aimv2_mllm.model import mllm
 from aimv2_mllm.model.batched import Row, answer_rows
@@ -28,15 +29,6 @@ from aimv2_mllm.model.preprocessing import Preprocessing
 BATCH_SIZE = 100
 ANSWER_TOKENS = 16  # the longest right answer, "bottom right", has at most 13 (single bytes)
 CAPTION_TOKENS = 160  # four digits in words are about 130 characters
-
-
-class Asked(NamedTuple):
-    """A question: the index of its held-out sheet, its kind, its words, its one right answer."""
-
-    sheet: int
-    kind: str
-    text: str
-    truth: str
 
 
 @dataclass(frozen=True)
@@ -58,33 +50,6 @@ def load_mllm(folder: Path) -> Speaker:
 def load_language_model(folder: Path) -> Speaker:
     """The LLM in `folder` in float32, on the CPU, with its tokenizer."""
     return Speaker(mllm.load_llm(str(folder)).eval(), mllm.load_tokenizer(str(folder)))
-
-
-def held_out_questions(seed: int, count: int) -> list[Asked]:
-    """`count` questions, one of each kind about each held-out sheet; the last sheet may get fewer.
-
-    So there are equally many of each kind, give or take one.
-    """
-    kinds = list(scenes.QUESTIONS)
-    asked = []
-    for number in range(count):
-        sheet, kind = number // len(kinds), kinds[number % len(kinds)]
-        random = scenes.generator(seed, "asked", number)
-        question = scenes.question(held_out_sheet(seed, sheet), random, kind)
-        asked.append(Asked(sheet, *question))
-    return asked
-
-
-def held_out_sheet(seed: int, index: int) -> scenes.Scene:
-    """The held-out sheet number `index`: its scans are in no training sheet."""
-    return scenes.scene(seed, "heldout", index)
-
-
-def in_words(seed: int, asked: Asked) -> str:
-    """The question with its sheet described before it, the digits in any order, as in training."""
-    phrases = [scenes.phrase(digit) for digit in held_out_sheet(seed, asked.sheet).digits]
-    order = scenes.generator(seed, "told", asked.sheet).permutation(len(phrases))
-    return f"On the sheet: {scenes.in_words([phrases[i] for i in order])}. {asked.text}"
 
 
 @torch.inference_mode()

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from aimv2_mllm.data import labelled, scenes
+from aimv2_mllm.data import held_out, labelled, scenes
 from aimv2_mllm.data.batches import picture_batch
 from aimv2_mllm.data.conversations import DESCRIBE
+from aimv2_mllm.data.held_out import Asked
 from aimv2_mllm.evaluation import answers, dreams, zeroshot
-from aimv2_mllm.evaluation.answers import Asked, Speaker
+from aimv2_mllm.evaluation.answers import Speaker
 from aimv2_mllm.evaluation.controls import majority_answers, other_picture
 from aimv2_mllm.evaluation.features import see
 from aimv2_mllm.evaluation.intervals import wilson_interval
@@ -64,7 +65,7 @@ def evaluate(place: Place, narrate: Narrate) -> Findings:
     config = place.recipe.evaluation
     assert config is not None, "a run without evaluation is not judged"
     begun = time.perf_counter()
-    asked = answers.held_out_questions(config.seed, config.questions)
+    asked = held_out.held_out_questions(config.seed, config.questions)
     findings = Findings({"num_questions": 0}, asked)
     pretrained = last_stage(place, "pretrain")
     if pretrained is not None:
@@ -105,7 +106,7 @@ def _judge_pretraining(findings: Findings, folder: Path, place: Place) -> None:
         "encoder": _count(encoder),
         "decoder": _count(model) - _count(encoder),
     }
-    shown = [answers.held_out_sheet(seed, index) for index in range(config.sheets)]
+    shown = [held_out.held_out_sheet(seed, index) for index in range(config.sheets)]
     pixels = picture_batch(shown, preprocessing)
     half = encoder.config.num_patches // 2
     pictures = preprocessing.restore(pixels)
@@ -179,7 +180,7 @@ def _judge_by_words(findings: Findings, folder: Path, seed: int) -> None:
 def _judge_seeing(findings: Findings, speaker: Speaker, seed: int) -> None:
     asked, sheets = findings.asked, _sheets(findings.asked, seed)
     if len(sheets) == 1:  # the blind control needs another one
-        sheets = [*sheets, answers.held_out_sheet(seed, 1)]
+        sheets = [*sheets, held_out.held_out_sheet(seed, 1)]
     seen = answers.look(speaker, sheets)
     texts, about = [q.text for q in asked], [q.sheet for q in asked]
     elsewhere = [other_picture(sheet, len(sheets)) for sheet in about]
@@ -204,7 +205,7 @@ def _judge_seeing(findings: Findings, speaker: Speaker, seed: int) -> None:
 
 def _judge_reading(findings: Findings, speaker: Speaker, seed: int) -> None:
     asked = findings.asked
-    questions = [answers.in_words(seed, question) for question in asked]
+    questions = [held_out.in_words(seed, question) for question in asked]
     findings.given = answers.answer(speaker, questions)
     findings.numbers |= _scores("text", asked, findings.given)
     findings.numbers["parameters"] = _parameters(speaker)
@@ -225,7 +226,7 @@ def _scores(name: str, asked: list[Asked], given: list[str]) -> dict[str, Any]:
 
 
 def _sheets(asked: list[Asked], seed: int) -> list[scenes.Scene]:
-    return [answers.held_out_sheet(seed, index) for index in range(asked[-1].sheet + 1)]
+    return [held_out.held_out_sheet(seed, index) for index in range(asked[-1].sheet + 1)]
 
 
 def _parameters(speaker: Speaker) -> dict[str, int]:
