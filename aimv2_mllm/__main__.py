@@ -280,6 +280,24 @@ def evaluate(args: argparse.Namespace) -> None:
     print(f"\nreport: {Path(args.out) / 'report.md'}")
 
 
+def compare(args: argparse.Namespace) -> None:
+    """Train variants of a recipe, print a table of what each is worth, and write a report."""
+    from aimv2_mllm.model.hub import stay_offline_unless_reached
+
+    if args.data and not os.path.exists(args.data):
+        stay_offline_unless_reached()
+    from aimv2_mllm.comparison.compare import compare as measure
+    from aimv2_mllm.comparison.page import as_table
+
+    numbers = measure(args, _note)
+    print(as_table(numbers))
+    for one in numbers["failed"]:
+        _note(f"{PROGRAM}: failed: {one['run']}: {one['why']}")
+    print(f"\nreport: {Path(args.out) / 'report.md'}")
+    if numbers["failed"]:
+        raise SystemExit(1)
+
+
 def export(args: argparse.Namespace) -> None:
     """Write a finished result as a folder that other tools load."""
     from aimv2_mllm.export.formats import export as write
@@ -306,6 +324,7 @@ VERBS = {
     "dream": dream,
     "convert": convert,
     "evaluate": evaluate,
+    "compare": compare,
     "export": export,
     "verify-export": verify_export,
 }

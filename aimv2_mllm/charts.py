@@ -68,10 +68,10 @@ def loss_curves(lines: Sequence[Mapping[str, Any]], palette: Palette) -> bytes:
     # A part that is nothing throughout was not part of what was learned.
     parts = [part for part in PARTS if any(line.get(part) for line in lines)]
     names = PARTS | ({"text": CAPTION_PART} if "image" in lines[0] else {})
-    figure = _figure(3.9 * len(parts), 2.5, palette)
+    figure = new_figure(3.9 * len(parts), 2.5, palette)
     for column, part in enumerate(parts):
         axes = figure.add_subplot(1, len(parts), column + 1)
-        _calm(axes, palette)
+        calm(axes, palette)
         samples = [line["samples"] for line in lines]
         axes.plot(
             samples, [line[part] for line in lines], color=palette.series[0], linewidth=1.6,
@@ -85,7 +85,7 @@ def loss_curves(lines: Sequence[Mapping[str, Any]], palette: Palette) -> bytes:
         axes.set_ylim(0, 1.06 * max(line[part] for line in lines))
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         axes.locator_params(axis="x", nbins=5)
-    return _png(figure)
+    return as_png(figure)
 
 
 def accuracy_bars(
@@ -99,9 +99,9 @@ def accuracy_bars(
     `series` are the model and its controls: name -> kind -> share of right answers.
     """
     kinds = list(next(iter(series.values())))
-    figure = _figure(7.4, 0.7 + 0.56 * len(kinds), palette)
+    figure = new_figure(7.4, 0.7 + 0.56 * len(kinds), palette)
     axes = figure.add_subplot()
-    _calm(axes, palette)
+    calm(axes, palette)
     height = 0.8 / len(series)
     for row, ((name, shares), colour) in enumerate(zip(series.items(), palette.series)):  # noqa: B905
         places = np.arange(len(kinds)) + (row - (len(series) - 1) / 2) * height
@@ -121,13 +121,13 @@ def accuracy_bars(
         loc="lower left", bbox_to_anchor=(0, 1), ncols=len(series), frameon=False, fontsize=8,
         labelcolor=palette.ink, borderaxespad=0.2, handlelength=1.1, columnspacing=1.4,
     )  # fmt: skip
-    return _png(figure)
+    return as_png(figure)
 
 
 def sheet_grid(paintings: Sequence[Painting], palette: Palette = LIGHT) -> bytes:
     """The paintings side by side as PNG: original, features, prefix, painted, caption below."""
     rows = ("original", "features", "prefix", "painted")
-    figure = _figure(1.5 * len(paintings) + 0.7, 7.5, palette)
+    figure = new_figure(1.5 * len(paintings) + 0.7, 7.5, palette)
     grid = figure.add_gridspec(
         4, len(paintings), left=0.7 / (1.5 * len(paintings) + 0.7), right=0.995, top=0.99,
         bottom=0.19, wspace=0.07, hspace=0.05,
@@ -148,7 +148,7 @@ def sheet_grid(paintings: Sequence[Painting], palette: Palette = LIGHT) -> bytes
             fontsize=7.8, linespacing=1.35, color=palette.ink if right else "#b3362b",
             parse_math=False,
         )  # fmt: skip
-    return _png(figure, as_laid_out=True)
+    return as_png(figure, as_laid_out=True)
 
 
 def dream_grid(
@@ -169,7 +169,7 @@ def dream_grid(
     lines = textwrap.wrap(_printable(words[0]), round(15 * width))[:8]
     notes = textwrap.wrap(words[1], round(16 * width))
     words_height = 0.25 + 0.19 * len(lines) + 0.16 * len(notes)
-    figure = _figure(width, 5.0 + words_height, LIGHT)
+    figure = new_figure(width, 5.0 + words_height, LIGHT)
     grid = figure.add_gridspec(
         2, len(pairs), left=0.01, right=0.99, top=0.955, wspace=0.04, hspace=0.1,
         bottom=words_height / (5.0 + words_height),
@@ -183,19 +183,19 @@ def dream_grid(
     figure.canvas.draw()
     end = text.get_window_extent().y0 / figure.bbox.height
     figure.text(0.01, end - 0.015, "\n".join(notes), fontsize=8, color=LIGHT.faint, **style)
-    return _png(figure, as_laid_out=True)
+    return as_png(figure, as_laid_out=True)
 
 
 def feature_grid(entries: Sequence[tuple[str, np.ndarray, np.ndarray]]) -> bytes:
     """Pictures above their features as PNG; `entries` are (title, picture, features)."""
-    figure = _figure(1.7 * len(entries), 3.75, LIGHT)
+    figure = new_figure(1.7 * len(entries), 3.75, LIGHT)
     grid = figure.add_gridspec(
         2, len(entries), left=0.005, right=0.995, top=0.93, bottom=0.005, wspace=0.04, hspace=0.03
     )
     for column, (title, picture, features) in enumerate(entries):
         _tile(figure.add_subplot(grid[0, column]), picture, title)
         _tile(figure.add_subplot(grid[1, column]), features, "")
-    return _png(figure, as_laid_out=True)
+    return as_png(figure, as_laid_out=True)
 
 
 def _tile(axes: Axes, picture: np.ndarray, title: str) -> None:
@@ -221,13 +221,13 @@ def picture(pixels: np.ndarray, least_side: int = 168) -> bytes:
     return stream.getvalue()
 
 
-def _figure(width: float, height: float, palette: Palette) -> Figure:
+def new_figure(width: float, height: float, palette: Palette) -> Figure:
     figure = Figure((width, height), dpi=DOTS_PER_INCH, facecolor=palette.ground)
     FigureCanvasAgg(figure)
     return figure
 
 
-def _calm(axes: Axes, palette: Palette) -> None:
+def calm(axes: Axes, palette: Palette) -> None:
     axes.set_facecolor(palette.ground)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(palette.grid)
@@ -238,7 +238,7 @@ def _calm(axes: Axes, palette: Palette) -> None:
     axes.yaxis.label.set_color(palette.faint)
 
 
-def _png(figure: Figure, *, as_laid_out: bool = False) -> bytes:
+def as_png(figure: Figure, *, as_laid_out: bool = False) -> bytes:
     if not as_laid_out:
         figure.tight_layout(pad=0.6, w_pad=2)
     stream = io.BytesIO()

@@ -19,7 +19,7 @@ from aimv2_mllm.errors import UsageError, nearest
 from aimv2_mllm.evaluation.asking import Answers, ask_all, demand_same
 from aimv2_mllm.evaluation.controls import MAJORITY, SHOWN
 from aimv2_mllm.evaluation.judging import Judged, judge, summary
-from aimv2_mllm.evaluation.metrics import METRICS, Metric
+from aimv2_mllm.evaluation.metrics import METRICS
 from aimv2_mllm.evaluation_page import MORE, describe, pictures
 from aimv2_mllm.report import HTML, MARKDOWN, SUMMARY, fill, write_files
 
@@ -31,11 +31,11 @@ def evaluate(args: Namespace) -> dict[str, Any]:
     """The numbers of `args.model` on the questions `args.data` by `args.metric`; they, an answer a
     line and a report are written to `args.out`, where answers go on where they stopped."""
     metric = METRICS[args.metric]
-    columns = dict(_column(text) for text in args.column or ())
+    columns = columns_of(args.column)
     asked = load_asked(
         args.data, root=args.root, columns=columns, split=args.split, limit=args.limit
     )
-    _demand_fit(args, metric, asked)
+    demand_fit(args.data, args.metric, args.prompt, asked)
     prompts = [prompt_of(question, args.prompt) for question in asked.questions]
     model, folder = load_answerer(args.model), Path(args.out)
     identity = {
@@ -109,6 +109,11 @@ def prompt_of(question: Question, template: str | None) -> str:
     return template.replace("{choices}", "\n".join(lettered)).replace("{question}", question.text)
 
 
+def columns_of(words: Sequence[str] | None) -> dict[str, str]:
+    """What fields of the data are called, of words FIELD=NAME."""
+    return dict(map(_column, words or ()))
+
+
 def _column(text: str) -> tuple[str, str]:
     field, _, name = text.partition("=")
     if field not in FIELDS or not name:
@@ -117,12 +122,13 @@ def _column(text: str) -> tuple[str, str]:
     return field, name
 
 
-def _demand_fit(args: Namespace, metric: Metric, asked: Asked) -> None:
+def demand_fit(data: str, metric: str, prompt: str | None, asked: Asked) -> None:
+    """UsageError for a question of `data` that the metric cannot judge, or a prompt without it."""
     for question in asked.questions:
-        if why := metric.unfit(question):
-            raise UsageError(f"{args.data}: question {question.id} {why}")
-    if args.prompt is not None and "{question}" not in args.prompt:
-        raise UsageError(f"--prompt {args.prompt!r}: has no {{question}} where the question comes")
+        if why := METRICS[metric].unfit(question):
+            raise UsageError(f"{data}: question {question.id} {why}")
+    if prompt is not None and "{question}" not in prompt:
+        raise UsageError(f"--prompt {prompt!r}: has no {{question}} where the question comes")
 
 
 def _results(judged: Judged) -> list[str]:

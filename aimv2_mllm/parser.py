@@ -87,6 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_dream(verbs)
     _add_convert(verbs)
     _add_evaluate(verbs)
+    _add_compare(verbs)
     _add_export(verbs)
     for parsed in (parser, *verbs.choices.values()):
         parsed.allow_abbrev = False
@@ -264,15 +265,20 @@ def _add_evaluate(verbs: Any) -> None:
         "dataset of the datasets library, by folder or hub id",
     )
     words.add_argument(
+        "--out", metavar="FOLDER", default="evaluation", help="answers and report (evaluation)"
+    )
+    _add_judging(words)
+
+
+def _add_judging(words: argparse.ArgumentParser) -> None:
+    """What `evaluate` and `compare` are told about the questions."""
+    words.add_argument(
         "--metric", choices=METRICS, default="exact", help=f"{', '.join(METRICS)} (exact)"
     )
     words.add_argument(
         "--prompt",
         metavar="TEXT",
         help="what is asked, with {question} and, where there are any, {choices} in it",
-    )
-    words.add_argument(
-        "--out", metavar="FOLDER", default="evaluation", help="answers and report (evaluation)"
     )
     words.add_argument("--root", metavar="FOLDER", help="where pictures lie (the file's folder)")
     words.add_argument(
@@ -296,6 +302,42 @@ def _add_evaluate(verbs: Any) -> None:
         action="store_false",
         help="do not ask again without a picture and with another question's",
     )
+
+
+def _add_compare(verbs: Any) -> None:
+    words = verbs.add_parser(
+        "compare", help="train variants of a recipe, towers or connectors, and judge them alike"
+    )
+    _add_recipe(words)
+    words.add_argument(
+        "--vary",
+        metavar="KEY=A,B",
+        action="append",
+        required=True,
+        help="what varies, once for each: tower, connector, llm, image_size of the tower, or a key "
+        "of the recipe such as stages.tune.lora.r",
+    )
+    words.add_argument(
+        "--seeds", metavar="N", type=_whole(1, 100), default=1, help="repeat every run so often (1)"
+    )
+    words.add_argument(
+        "--jobs", metavar="N", type=_whole(1, 256), default=1, help="runs at a time (1)"
+    )
+    words.add_argument(
+        "--launcher",
+        metavar="WORDS",
+        help='what starts each run, such as "torchrun --nproc_per_node 8"',
+    )
+    words.add_argument(
+        "--data",
+        metavar="DATA",
+        help="the questions, as evaluate takes them (held-out sheets, where a recipe knows nothing "
+        "but handwriting)",
+    )
+    words.add_argument(
+        "--out", metavar="FOLDER", default="comparison", help="runs and report (comparison)"
+    )
+    _add_judging(words)
 
 
 def _setting(flag: str, kind: type[int] | type[float]) -> Callable[[str], Any]:

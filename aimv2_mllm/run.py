@@ -183,7 +183,7 @@ def _say_nothing(text: str) -> None:
 
 def _enter(place: Place, held: ExitStack, narrate: Narrate) -> None:
     """Make and hold the run folder, and claim it for the recipe."""
-    held.enter_context(_locked(place.folder))
+    held.enter_context(locked(place.folder))
     _claim(place, narrate)
 
 
@@ -267,8 +267,8 @@ def _claim(place: Place, narrate: Narrate) -> None:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the run folder, made if need be, against a second process."""
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder of runs, made if need be, against a second process."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("w")

@@ -99,6 +99,7 @@ TABLE = (
     "chat",
     "answerers",
     "evaluate",
+    "comparison",
     "transcript",
     "towers",
     "export",

@@ -182,9 +182,9 @@ def test_a_tracker_that_is_not_installed_is_missed_before_anything_is_trained(
 
 def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
     with (
-        runs._locked(tmp_path),
+        runs.locked(tmp_path),
         pytest.raises(UsageError, match="another process"),
-        runs._locked(tmp_path),
+        runs.locked(tmp_path),
     ):
         pass
 

@@ -136,7 +136,7 @@ class Dataset:
 
 
 class Sheets:
-    """Questions about held-out sheets of the embedded world of handwriting, of each kind as many."""
+    """Questions about held-out sheets of the world of handwriting, of each kind as many."""
 
     digest = f"{HANDWRITING} 0"
 

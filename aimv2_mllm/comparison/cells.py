@@ -1,0 +1,227 @@
+"""The runs of a comparison, each in processes of its own by the verbs `run` and `evaluate`.
+
+Owns what is done already, which processes run beside each other, and what became of those that
+failed: the others go on. Every command can be repeated by hand from a run's `log.txt`.
+"""
+
+import hashlib
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from tqdm import tqdm
+
+from aimv2_mllm.comparison.grid import Cell, Grid, Resized
+from aimv2_mllm.engine.disk import replace_file
+from aimv2_mllm.errors import RunFailed
+from aimv2_mllm.recipe import Recipe, dump_recipe
+
+DONE, LOG, ANSWERS = "done.json", "log.txt", "evaluation"
+PROGRAM = (sys.executable, "-m", "aimv2_mllm")
+Narrate = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Commands, one after the other, whose words go to `folder`/log.txt; `after` are the tasks that
+    must have ended well before."""
+
+    name: str
+    folder: Path
+    commands: tuple[tuple[str, ...], ...]
+    recipe: Recipe | None = None
+    after: tuple[Path, ...] = ()
+
+    @property
+    def digest(self) -> str:
+        """Changes with what the task does."""
+        said = [self.commands, dump_recipe(self.recipe) if self.recipe else ""]
+        return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+
+    def is_done(self) -> bool:
+        """Whether it has ended well, with these very commands."""
+        try:
+            done = json.loads((self.folder / DONE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return isinstance(done, dict) and done.get("digest") == self.digest
+
+
+def tasks_of(grid: Grid, out: Path, launcher: Sequence[str], judge: Sequence[str]) -> list[Task]:
+    """All tasks, seed by seed, in an order in which they can be done; `launcher` starts a run, and
+    `judge` are the words of `evaluate` behind the model."""
+    tasks, made = list[Task](), set[Path]()
+    for seed, recipe in grid.shared.items():
+        first: tuple[Path, ...] = ()
+        if recipe is not None:
+            folder = recipe.output.with_name(f"{recipe.output.name}-log")
+            tasks.append(Task(f"shared, seed {seed}", folder, (_run(launcher, folder),), recipe))
+            first = (folder,)
+        for cell in (cell for cell in grid.cells if cell.seed == seed):
+            after = first
+            if cell.resized is not None:
+                task = _resizing(cell.resized, first)
+                after = (task.folder,)
+                if task.folder not in made:
+                    tasks.append(task)
+                    made.add(task.folder)
+            answers = str(cell.folder / ANSWERS)
+            judged = (*PROGRAM, "evaluate", str(cell.recipe.output), *judge, "--out", answers)
+            commands = (_run(launcher, cell.folder), judged)
+            tasks.append(Task(_title(grid, cell), cell.folder, commands, cell.recipe, after))
+    return tasks
+
+
+def _resizing(resized: Resized, after: tuple[Path, ...]) -> Task:
+    source, folder, size = resized
+    words = ("convert", source, str(folder), "--layout", "original", "--image-size", str(size))
+    log = folder.with_name(f"{folder.name}-log")
+    return Task(f"tower {folder.name}", log, ((*PROGRAM, *words),), after=after)
+
+
+def _title(grid: Grid, cell: Cell) -> str:
+    named = grid.named(cell.values)
+    return f"{named}, seed {cell.seed}" if len(grid.seeds) > 1 else named
+
+
+def _run(launcher: Sequence[str], folder: Path) -> tuple[str, ...]:
+    return (*launcher, "run", str(folder / "recipe.yaml"))
+
+
+@dataclass
+class _Running:
+    task: Task
+    slot: int
+    log: IO[bytes]
+    begun: float
+    number: int = 0  # of the command
+    process: "subprocess.Popen[bytes] | None" = None
+
+
+def do_all(tasks: Sequence[Task], jobs: int, narrate: Narrate) -> dict[Path, str]:
+    """Do every task that is not done, `jobs` at a time; of those that failed, their folder and why.
+
+    A task whose forerunner failed fails too. Interrupted, it ends what runs, which saves itself,
+    and the same call goes on from there.
+    """
+    failed: dict[Path, str] = {}
+    waiting = [task for task in tasks if not task.is_done()]
+    undone = {task.folder for task in waiting}
+    running: list[_Running] = []
+    bar = tqdm(total=len(tasks), initial=len(tasks) - len(waiting), unit="run", disable=None)
+    try:
+        while waiting or running:
+            for task in [t for t in waiting if any(folder in failed for folder in t.after)]:
+                why = next(failed[folder] for folder in task.after if folder in failed)
+                waiting.remove(task)
+                failed[task.folder] = why
+                bar.update()
+            ready = (t for t in waiting if not any(folder in undone for folder in t.after))
+            while len(running) < jobs and (following := next(ready, None)) is not None:
+                waiting.remove(following)
+                running.append(_begin(following, _free_slot(running), jobs))
+            for one in [r for r in running if _has_ended(r, jobs)]:
+                running.remove(one)
+                undone.discard(one.task.folder)
+                bar.update()
+                seconds = f"{time.monotonic() - one.begun:.0f} s"
+                if why := _close(one):
+                    failed[one.task.folder] = why
+                    narrate(f"{one.task.name}: FAILED after {seconds}: {why}")
+                else:
+                    narrate(f"{one.task.name}: done in {seconds}")
+            time.sleep(0.1)
+    finally:
+        bar.close()
+        for one in running:
+            if one.process is not None:
+                one.process.terminate()
+        for one in running:
+            if one.process is not None:
+                one.process.wait()
+            one.log.close()
+    return failed
+
+
+def _free_slot(running: Sequence[_Running]) -> int:
+    taken = {one.slot for one in running}
+    return next(slot for slot in range(len(running) + 1) if slot not in taken)
+
+
+def _begin(task: Task, slot: int, jobs: int) -> _Running:
+    try:
+        task.folder.mkdir(parents=True, exist_ok=True)
+        if task.recipe is not None:
+            replace_file(task.folder / "recipe.yaml", dump_recipe(task.recipe).encode())
+        log = (task.folder / LOG).open("ab")
+    except OSError as error:
+        raise RunFailed(f"{task.folder}: cannot be written ({error.strerror})") from None
+    one = _Running(task, slot, log, time.monotonic())
+    _start(one, jobs)
+    return one
+
+
+def _start(one: _Running, jobs: int) -> None:
+    command = one.task.commands[one.number]
+    one.log.write(f"$ {shlex.join(command)}\n".encode())
+    one.log.flush()
+    one.process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=one.log,
+        stderr=subprocess.STDOUT,
+        env=os.environ | _share(one.slot, jobs),
+    )
+
+
+def _share(slot: int, jobs: int) -> Mapping[str, str]:
+    """The part of the machine for one of several processes: its threads, and its GPU if there are
+    enough for each."""
+    if jobs == 1:
+        return {}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    share = {"OMP_NUM_THREADS": str(max(1, (cores or 1) // jobs))}
+    devices = list(_devices())
+    return share | ({"CUDA_VISIBLE_DEVICES": devices[slot]} if len(devices) >= jobs else {})
+
+
+def _devices() -> Iterator[str]:
+    import torch
+
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    yield from given.split(",") if given else map(str, range(torch.cuda.device_count()))
+
+
+def _has_ended(one: _Running, jobs: int) -> bool:
+    """Whether the last command, or one that failed, has ended; else the next one is started."""
+    assert one.process is not None
+    code = one.process.poll()
+    if code is None:
+        return False
+    if code == 0 and one.number + 1 < len(one.task.commands):
+        one.number += 1
+        _start(one, jobs)
+        return False
+    return True
+
+
+def _close(one: _Running) -> str:
+    """Note that a task ended well; otherwise why it failed, in its own last words."""
+    assert one.process is not None
+    one.log.close()
+    if one.process.returncode == 0:
+        replace_file(
+            one.task.folder / DONE, json.dumps({"digest": one.task.digest}).encode() + b"\n"
+        )
+        return ""
+    lines = (one.task.folder / LOG).read_text(encoding="utf-8", errors="replace").splitlines()
+    said = [line for line in lines if line.startswith("aimv2-mllm: ")] or lines
+    last = said[-1].removeprefix("aimv2-mllm: ") if said else ""
+    return f"{last or f'exit code {one.process.returncode}'} (see {one.task.folder / LOG})"

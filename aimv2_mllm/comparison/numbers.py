@@ -1,0 +1,203 @@
+"""The numbers of a comparison: what the runs of each combination are worth, and what they took.
+
+Scores are compared on the same questions. Refuses runs that answered others.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from aimv2_mllm.comparison.cells import ANSWERS
+from aimv2_mllm.comparison.grid import Cell, Grid
+from aimv2_mllm.errors import UsageError
+from aimv2_mllm.evaluate import RESULTS
+from aimv2_mllm.evaluation.asking import SEEN
+from aimv2_mllm.evaluation.controls import SHOWN
+from aimv2_mllm.evaluation.intervals import bootstrap_interval
+from aimv2_mllm.folders import STAGE_FILE
+from aimv2_mllm.recipe import deciding
+
+Scores = dict[str, np.ndarray]  # pass -> (Q,) a score for each question
+
+
+def numbers_of(
+    grid: Grid, failed: Mapping[Path, str], speed: Mapping[tuple[str, ...], Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Every number of the comparison as plain data: `groups`, one for each combination with its
+    runs, `effects` of each axis, `failed` runs, and `facts` about its fairness."""
+    scores, ids = dict[Path, Scores](), list[str]()
+    for cell in grid.cells:
+        if cell.folder not in failed:
+            ids, scores[cell.folder] = _scores(cell, ids)
+    groups = []
+    for values in dict.fromkeys(cell.values for cell in grid.cells):
+        cells = [c for c in grid.cells if c.values == values and c.folder in scores]
+        if cells:
+            groups.append(
+                _group(grid, cells, [scores[c.folder] for c in cells]) | dict(speed.get(values, {}))
+            )
+    of_values = {
+        values: np.mean([scores[c.folder][SEEN] for c in cells], axis=0)
+        for values in dict.fromkeys(cell.values for cell in grid.cells)
+        if (cells := [c for c in grid.cells if c.values == values and c.folder in scores])
+    }
+    return {
+        "num_questions": len(ids),
+        "seeds": grid.seeds,
+        "axes": [{"name": a.word, "values": [a.shown(v) for v in a.values]} for a in grid.axes],
+        "groups": groups,
+        "effects": [
+            effect for place in range(len(grid.axes)) for effect in _effects(grid, place, of_values)
+        ],
+        "failed": [
+            {"run": _named(grid, cell), "why": failed[cell.folder]}
+            for cell in grid.cells
+            if cell.folder in failed
+        ],
+        "facts": _facts(grid, groups),
+    }
+
+
+def _named(grid: Grid, cell: Cell) -> str:
+    return f"{grid.named(cell.values)}, seed {cell.seed}"
+
+
+def _scores(cell: Cell, ids: list[str]) -> tuple[list[str], Scores]:
+    """The ids of the questions, and each one's score in every pass; they must be `ids` if any."""
+    path = cell.folder / ANSWERS / RESULTS
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    found = [line["id"] for line in lines]
+    if ids and found != ids:
+        raise UsageError(
+            f"{path}: has other questions than the runs before it; remove {cell.folder}"
+        )
+    passes = [name for name in (SEEN, *SHOWN) if name in lines[0]]
+    return found, {name: np.array([line[name]["score"] for line in lines]) for name in passes}
+
+
+def _group(grid: Grid, cells: Sequence[Cell], scores: Sequence[Scores]) -> dict[str, Any]:
+    """One combination: its score over the seeds, its controls, and what it took."""
+    runs = [_run(cell, found) for cell, found in zip(cells, scores, strict=True)]
+    mean = np.mean([found[SEEN] for found in scores], axis=0)
+    first = runs[0]
+    return {
+        "values": [axis.shown(v) for axis, v in zip(grid.axes, cells[0].values, strict=True)],
+        "score": float(mean.mean()),
+        # Over questions: the seeds' own spread stands beside it.
+        "interval": list(bootstrap_interval(mean.tolist())),
+        "least": min(run["score"] for run in runs),
+        "most": max(run["score"] for run in runs),
+        "controls": {
+            name: float(np.mean([found[name].mean() for found in scores]))
+            for name in SHOWN
+            if name in scores[0]
+        },
+        **{key: first[key] for key in ("trained_parameters", "parameters", "samples", "targets")},
+        **{
+            key: round(float(np.mean([run[key] for run in runs])), 3)
+            for key in ("train_seconds", "memory_gib")
+        },
+        "runs": runs,
+    }
+
+
+def _run(cell: Cell, scores: Scores) -> dict[str, Any]:
+    records = [
+        json.loads((cell.recipe.output / name / "model" / STAGE_FILE).read_text(encoding="utf-8"))
+        for name in cell.recipe.stages
+    ]
+    parts = [part for record in records for part in record["parts"]]
+    memory = [
+        record["last"].get("accelerator_gib", record["last"]["memory_gib"]) for record in records
+    ]
+    return {
+        "seed": cell.seed,
+        "folder": str(cell.folder),
+        "score": float(scores[SEEN].mean()),
+        "trained_parameters": {name: count for name, count, trained in parts if trained},
+        "parameters": sum(count for _, count, _ in records[-1]["parts"]),
+        "samples": sum(record["last"]["samples"] for record in records),
+        "targets": sum(record["last"]["tokens"] for record in records),
+        "train_seconds": sum(record["seconds"] for record in records),
+        "memory_gib": max(memory),
+    }
+
+
+def _effects(
+    grid: Grid, place: int, scores: Mapping[tuple[str, ...], np.ndarray]
+) -> list[dict[str, Any]]:
+    """What each value of an axis is worth over the others: means over those combinations of the
+    other axes of which every value's runs ended well, and the difference to the best value."""
+    axis = grid.axes[place]
+    if len(axis.values) < 2:
+        return []
+
+    def others(values: tuple[str, ...]) -> tuple[str, ...]:
+        return values[:place] + values[place + 1 :]
+
+    of_value = {
+        value: {others(v): s for v, s in scores.items() if v[place] == value}
+        for value in axis.values
+    }
+    complete = set.intersection(*(set(found) for found in of_value.values()))
+    if not complete:
+        return []
+    means = {
+        value: np.mean([found[rest] for rest in complete], axis=0)
+        for value, found in of_value.items()
+    }
+    best = max(means, key=lambda value: float(means[value].mean()))
+    return [
+        {
+            "axis": axis.word,
+            "value": axis.shown(value),
+            "score": float(mean.mean()),
+            "over": len(complete),
+            "behind": float((means[best] - mean).mean()),
+            "behind_interval": list(bootstrap_interval((means[best] - mean).tolist())),
+        }
+        for value, mean in means.items()
+    ]
+
+
+def _facts(grid: Grid, groups: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Whether runs can be compared: what was equal in all of them, and what was not."""
+    if not groups:
+        return []
+    facts = ["Every run answered the same questions; controls too."]
+    same = _alike([_samples_of(cell) for cell in grid.cells if cell.seed == grid.seeds[0]])
+    facts.append(
+        "The same samples in the same order, in the same number of steps, for every run of a seed."
+        if same
+        else "NOT the same samples in the same order: what varies changes the data or the steps."
+    )
+    for key, what in (
+        ("image_tokens", "tokens of a picture"),
+        ("trained", "trained parameters"),
+        ("parameters", "parameters in all"),
+        ("targets", "supervised tokens"),
+    ):
+        counts = [
+            sum(group["trained_parameters"].values()) if key == "trained" else group.get(key)
+            for group in groups
+        ]
+        known = sorted({count for count in counts if count is not None})
+        if known:
+            even = len(known) == 1
+            many = f"{known[0]:,}" if even else f"{known[0]:,} to {known[-1]:,}"
+            facts.append(f"{'Equal' if even else 'NOT equal'}: {what}, {many}.")
+    return facts
+
+
+def _samples_of(cell: Cell) -> list[Any]:
+    stages = [deciding(stage.model_dump(mode="json")) for stage in cell.recipe.stages.values()]
+    return [
+        (stage["data"], stage["train"]["steps"], stage["train"]["batch_size"]) for stage in stages
+    ]
+
+
+def _alike(found: Sequence[Any]) -> bool:
+    return all(one == found[0] for one in found)

@@ -1,0 +1,121 @@
+"""What the report of a comparison says, as plain data for its two templates.
+
+Owns every sentence of it; refuses to compute: see `numbers`.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from aimv2_mllm import charts
+from aimv2_mllm.charts import Picture
+from aimv2_mllm.comparison import plots
+from aimv2_mllm.evaluation.metrics import METRICS
+
+# A key of a group -> the head of its column, and how it is written.
+COLUMNS = {
+    "image_tokens": ("tokens of a picture", "{:,}"),
+    "trained": ("trained parameters", "{:,}"),
+    "train_seconds": ("training, s", "{:,.0f}"),
+    "memory_gib": ("memory in training, GiB", "{:.2f}"),
+    "first_token_ms": ("first token, ms", "{:.1f}"),
+}
+
+
+def describe(numbers: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything that the templates say of a comparison, by the names they use."""
+    metric, groups, seeds = METRICS[numbers["metric"]], numbers["groups"], numbers["seeds"]
+    axes = [axis["name"] for axis in numbers["axes"]]
+    label = f"{metric.title}, {metric.unit}"
+    versions = ", ".join(f"{name} {number}" for name, number in numbers["versions"].items())
+    heads, rows = _table(numbers)
+    at_once = f", {numbers['jobs']} runs at a time" * (numbers["jobs"] > 1)
+    return {
+        "title": f"{numbers['recipe']}: {' × '.join(axes) or 'one run'}",
+        "about": (
+            f"{len(groups):,} combinations of {', '.join(axes)} with {len(seeds)} "
+            f"seed{'s' * (len(seeds) > 1)} each, asked {numbers['num_questions']:,} questions of "
+            f"{numbers['data']}, judged by {metric.title}."
+        ),
+        "heads": heads,
+        "num_axes": len(axes),
+        "rows": rows,
+        "effects": [
+            {
+                **effect,
+                "score": _percent(effect["score"]),
+                "behind": _behind(effect),
+            }
+            for effect in numbers["effects"]
+        ],
+        "pictures": _pictures(numbers, label) if groups else [],
+        "facts": numbers["facts"],
+        "failed": numbers["failed"],
+        "command": numbers["command"],
+        "made_with": (
+            "Intervals are over questions, as if they were independent; where seeds differ by more "
+            "than that, the seeds are what counts. Seconds are sums of a run's own stages"
+            f"{at_once}; the first token is the median of single questions, nothing else "
+            f"running. {versions}."
+        ),
+    }
+
+
+def pictures(page: Mapping[str, Any]) -> Iterable[Picture]:
+    """The pictures that `report.md` shows, to lie as files beside it."""
+    yield from page["pictures"]
+
+
+def as_table(numbers: Mapping[str, Any]) -> str:
+    """The combinations as Markdown, for a terminal and a README."""
+    heads, rows = _table(numbers)
+    num_axes = len(numbers["axes"])
+    rule = f"|{'---|' * num_axes}{'---:|' * (len(heads) - num_axes)}"
+    return "\n".join(
+        [f"| {' | '.join(heads)} |", rule, *(f"| {' | '.join(row)} |" for row in rows)]
+    )
+
+
+def _table(numbers: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """The heads of the table, and a row for each combination."""
+    metric, groups = METRICS[numbers["metric"]], numbers["groups"]
+    has_seeds = len(numbers["seeds"]) > 1
+    controls = list(groups[0]["controls"]) if groups else []
+    columns = [key for key in COLUMNS if key == "trained" or all(key in g for g in groups)]
+    heads = [axis["name"] for axis in numbers["axes"]]
+    heads += [f"{metric.title}, {metric.unit}", "95 % interval"]
+    heads += ["least to most seed"] if has_seeds else []
+    heads += [name.replace("_", " ") for name in controls] + [COLUMNS[key][0] for key in columns]
+    rows = []
+    for group in groups:
+        values = {**group, "trained": sum(group["trained_parameters"].values())}
+        row = [*group["values"], _percent(group["score"]), _range(*group["interval"])]
+        row += [_range(group["least"], group["most"])] if has_seeds else []
+        row += [_percent(group["controls"][name]) for name in controls]
+        rows.append(row + [COLUMNS[key][1].format(values[key]) for key in columns])
+    return heads, rows
+
+
+def _range(low: float, high: float) -> str:
+    return f"{_percent(low)} to {_percent(high)}"
+
+
+def _behind(effect: Mapping[str, Any]) -> str:
+    if effect["behind"] == 0:
+        return "best"
+    ends = _range(*effect["behind_interval"])
+    return f"{_percent(effect['behind'])} ({ends}) behind the best"
+
+
+def _pictures(numbers: Mapping[str, Any], label: str) -> list[Picture]:
+    groups, values = numbers["groups"], [axis["values"] for axis in numbers["axes"]]
+    looks = (charts.LIGHT, charts.DARK)
+    rows = [plots.score_rows(groups, palette, label) for palette in looks]
+    panels = [plots.cost_panels(groups, values, palette, label) for palette in looks]
+    return [
+        Picture("scores.png", f"{label}, of each combination", *rows),
+        Picture("costs.png", f"{label}, against what it costs", *panels),
+    ]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"
