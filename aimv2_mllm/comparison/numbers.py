@@ -98,7 +98,7 @@ def _group(grid: Grid, cells: Sequence[Cell], scores: Sequence[Scores]) -> dict[
         **{key: first[key] for key in ("trained_parameters", "parameters", "samples", "targets")},
         **{
             key: round(float(np.mean([run[key] for run in runs])), 3)
-            for key in ("train_seconds", "memory_gib")
+            for key in ("train_tflop", "train_seconds", "memory_gib")
         },
         "runs": runs,
     }
@@ -121,6 +121,7 @@ def _run(cell: Cell, scores: Scores) -> dict[str, Any]:
         "parameters": sum(count for _, count, _ in records[-1]["parts"]),
         "samples": sum(record["last"]["samples"] for record in records),
         "targets": sum(record["last"]["tokens"] for record in records),
+        "train_tflop": sum(record["last"]["flops"] for record in records) / 1e12,
         "train_seconds": sum(record["seconds"] for record in records),
         "memory_gib": max(memory),
     }

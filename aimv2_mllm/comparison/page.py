@@ -15,6 +15,7 @@ from aimv2_mllm.evaluation.metrics import METRICS
 COLUMNS = {
     "image_tokens": ("tokens of a picture", "{:,}"),
     "trained": ("trained parameters", "{:,}"),
+    "train_tflop": ("training, TFLOP", "{:,.1f}"),
     "train_seconds": ("training, s", "{:,.0f}"),
     "memory_gib": ("memory in training, GiB", "{:.2f}"),
     "first_token_ms": ("first token, ms", "{:.1f}"),

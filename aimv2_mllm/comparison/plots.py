@@ -12,7 +12,7 @@ COLOURS = ("#2f6fb0", "#d1702a", "#3a9a5b", "#8a5fb5", "#c2a020", "#4ba3b8", "#b
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
 COSTS = {
     "image_tokens": "tokens of a picture",
-    "train_seconds": "training, seconds",
+    "train_tflop": "training, TFLOP",
     "first_token_ms": "first token of an answer, ms",
     "memory_gib": "most memory in training, GiB",
 }

@@ -22,7 +22,7 @@ from aimv2_mllm.errors import RunFailed
 
 # The fields that differ between two runs of the same recipe; all others are equal bit for bit.
 TIMED_FIELDS = frozenset(
-    {"samples_per_s", "targets_per_s", "mfu", "memory_gib", "accelerator_gib", "seconds"}
+    {"samples_per_s", "targets_per_s", "mfu", "memory_gib", "accelerator_gib", "seconds", "flops"}
 )
 METRICS = "metrics.jsonl"
 SECONDS_BETWEEN_PLAIN_LINES = 10.0
@@ -54,11 +54,13 @@ class Step:
 
 @dataclass
 class Progress:
-    """How far a run is: counts from its first step on, seconds of all sessions, the last line."""
+    """How far a run is: counts from its first step on, seconds and floating-point operations of all
+    sessions, the last line."""
 
     step: int = 0
     samples: int = 0
     seconds: float = 0.0
+    flops: float = 0.0
     targets: dict[str, int] = field(default_factory=dict)
     skipped: dict[str, int] = field(default_factory=dict)
     last: dict[str, Any] = field(default_factory=dict)
@@ -69,6 +71,7 @@ class Progress:
         self.step += 1
         self.samples += step.samples
         self.seconds += step.seconds
+        self.flops += step.flops
         self.window.steps += 1
         self.window.samples += step.samples
         self.window.targets += sum(step.targets.values())
@@ -97,6 +100,7 @@ class Progress:
             "mfu": float(f"{window.flops / window.seconds / peak:.4g}"),
             **peak_memory(),
             "seconds": round(self.seconds, 3),
+            "flops": float(f"{self.flops:.6g}"),
         }
         return self.last
 
