@@ -327,6 +327,11 @@ def test_verbs_and_flags_are_frozen() -> None:
             "--help", "MODEL", "DATA", "--metric", "--prompt", "--out", "--root", "--column",
             "--split", "--limit", "--batch-size", "--max-new-tokens", "--no-controls",
         ],
+        "compare": [
+            "--help", "RECIPE", "key.sub=value", "--vary", "--seeds", "--jobs", "--launcher",
+            "--data", "--out", "--metric", "--prompt", "--root", "--column", "--split", "--limit",
+            "--batch-size", "--max-new-tokens", "--no-controls",
+        ],
         "export": [
             "--help", "RUN", "DST", "--format", "--dtype", "--max-shard-size", "--layout",
         ],

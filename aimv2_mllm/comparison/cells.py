@@ -54,7 +54,7 @@ class Task:
         return isinstance(done, dict) and done.get("digest") == self.digest
 
 
-def tasks_of(grid: Grid, out: Path, launcher: Sequence[str], judge: Sequence[str]) -> list[Task]:
+def tasks_of(grid: Grid, launcher: Sequence[str], judge: Sequence[str]) -> list[Task]:
     """All tasks, seed by seed, in an order in which they can be done; `launcher` starts a run, and
     `judge` are the words of `evaluate` behind the model."""
     tasks, made = list[Task](), set[Path]()

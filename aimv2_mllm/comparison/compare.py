@@ -41,7 +41,7 @@ def compare(args: Namespace, narrate: Narrate) -> dict[str, Any]:
     )
     demand_fit(data, args.metric, args.prompt, asked)
     launcher = (*shlex.split(args.launcher), "-m", "aimv2_mllm") if args.launcher else PROGRAM
-    tasks = tasks_of(grid, out, launcher, [data, *_judge(args)])
+    tasks = tasks_of(grid, launcher, [data, *_judge(args)])
     with ExitStack() as held:
         held.enter_context(locked(out))
         todo = sum(not task.is_done() for task in tasks)
