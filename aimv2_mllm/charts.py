@@ -52,8 +52,12 @@ class Palette(NamedTuple):
     series: tuple[str, ...]
 
 
-LIGHT = Palette("#ffffff", "#1f2733", "#697586", "#e7eaee", ("#2f6fb0", "#9db0c4", "#d5dce3"))
-DARK = Palette("#161b22", "#e3e8ee", "#93a0b0", "#2a323d", ("#6ea8e6", "#5d6f85", "#353f4d"))
+LIGHT = Palette(
+    "#ffffff", "#1f2733", "#697586", "#e7eaee", ("#2f6fb0", "#8fa4ba", "#bcc8d4", "#dfe5ea")
+)
+DARK = Palette(
+    "#161b22", "#e3e8ee", "#93a0b0", "#2a323d", ("#6ea8e6", "#64778d", "#46536a", "#323c4a")
+)
 
 # A loss part -> its name and unit; the text part is a caption's in pre-training, else an answer's.
 PARTS = {"image": ("pixel loss", "squared error"), "text": ("answer loss", "nats per token")}
@@ -98,6 +102,7 @@ def accuracy_bars(
 
     `series` are the model and its controls: name -> kind -> share of right answers.
     """
+    assert len(series) <= len(palette.series), list(series)
     kinds = list(next(iter(series.values())))
     figure = new_figure(7.4, 0.7 + 0.56 * len(kinds), palette)
     axes = figure.add_subplot()

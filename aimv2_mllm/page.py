@@ -27,7 +27,12 @@ PROBES = {
     ),
     "raw pixels, no encoder": ("digit_knn_accuracy_pixels", None),
 }
-SERIES = {"accuracy": "model", "blind": "blind", "majority": "majority"}
+SERIES = {
+    "accuracy": "model",
+    "blind": "blind",
+    "text_only": "text only",
+    "majority": "majority",
+}
 
 
 def describe(place: Place, findings: Findings) -> dict[str, Any]:
@@ -119,6 +124,7 @@ def _headline(numbers: dict[str, Any]) -> list[dict[str, str]]:
             rows.append((name, f"{_percent(numbers[f'{key}_accuracy'])} %", more))
     for key, name, more in (
         ("vqa_accuracy_blind", "the same with another picture", "what needs no eyes"),
+        ("vqa_accuracy_text_only", "the same without a picture", "what the words alone tell"),
         ("caption_exact", "sheets described exactly", "every digit, its ink and its place"),
         ("digit_linear_accuracy", "single digits told", "a linear classifier on frozen features"),
     ):
@@ -188,6 +194,7 @@ def _questions(numbers: dict[str, Any]) -> dict[str, Any]:
     rows += [(kind, [shares[kind] for shares in series.values()]) for kind in series["model"]]
     controls = {
         "blind": "Blind: the same model asked the same question with another sheet's picture.",
+        "text only": "Text only: the same model asked the same question without a picture.",
         "majority": "Majority: no model, always the most frequent right answer of that kind.",
     }
     light, dark = (charts.accuracy_bars(series, p) for p in (charts.LIGHT, charts.DARK))

@@ -141,7 +141,8 @@ def write_files(folder: Path, files: dict[str, bytes]) -> None:
 
 def _told(numbers: dict[str, Any]) -> list[str]:
     """The headline numbers as lines for a terminal."""
-    names = ("vqa_accuracy", "vqa_accuracy_blind", "text_accuracy", "caption_exact")
+    seeing = [f"vqa_accuracy{end}" for end in ("", "_blind", "_text_only")]
+    names = (*seeing, "text_accuracy", "caption_exact")
     probes = [f"digit_{probe}_accuracy" for probe in ("knn", "linear")]
     shares = [*names, *(f"{name}{end}" for name in probes for end in ("", "_untrained"))]
     shares += [f"digit_zeroshot_accuracy{end}" for end in ("", "_shuffled")]

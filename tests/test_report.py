@@ -24,9 +24,12 @@ TINY = {
 }
 TRAIN = {"steps": 2, "batch_size": 4, "lr": 1e-3, "log_every": 1}
 QUESTIONS, SHEETS = 15, 2  # 15: the last sheet is asked one question only
-BY_KIND = ("vqa_accuracy_by_kind", "vqa_blind_by_kind", "vqa_majority_by_kind")
+BY_KIND = (
+    "vqa_accuracy_by_kind", "vqa_blind_by_kind", "vqa_text_only_by_kind", "vqa_majority_by_kind",
+)  # fmt: skip
 KEYS = {
     "num_questions", "vqa_accuracy", "vqa_accuracy_interval", "vqa_accuracy_blind",
+    "vqa_accuracy_text_only",
     "vqa_accuracy_majority", *BY_KIND, "caption_exact", "caption_loss", "pixel_loss",
     "pixel_loss_flat", "digit_knn_accuracy", "digit_knn_accuracy_untrained",
     "digit_knn_accuracy_pixels", "digit_linear_accuracy", "digit_linear_accuracy_untrained",
@@ -267,7 +270,7 @@ def test_blind_questions_are_the_same_about_other_sheets(
 ) -> None:
     calls = []
 
-    def answer(speaker, questions, *, about, **_):
+    def answer(speaker, questions, *, about=(), seen=None, **_):
         calls.append((list(questions), list(about)))
         return ["7"] * len(questions)
 
@@ -278,8 +281,9 @@ def test_blind_questions_are_the_same_about_other_sheets(
         calls.clear()
         found = summary.Findings({}, held_out.held_out_questions(5, count))
         summary._judge_seeing(found, speaker, 5)
-        (texts, about), (blind_texts, elsewhere), _ = calls
-        assert texts == blind_texts
+        (texts, about), (blind_texts, elsewhere), (texts_alone, nothing), _ = calls
+        assert texts == blind_texts == texts_alone
+        assert nothing == []
         assert about == [question.sheet for question in found.asked]
         assert all(here != there for here, there in zip(about, elsewhere, strict=True))
 

@@ -78,7 +78,7 @@ def evaluate(place: Place, narrate: Narrate) -> Findings:
         _judge_by_words(findings, place.result(contrasted), config.seed)
     assembled = last_stage(place, "align", "tune")
     if assembled is not None:
-        narrate(f"evaluation: {config.questions:,} questions about held-out pictures, asked twice")
+        narrate(f"evaluation: {config.questions:,} questions about held-out pictures, and controls")
         _judge_seeing(findings, answers.load_mllm(place.result(assembled)), config.seed)
     elif last_stage(place, "language") == list(place.recipe.stages)[-1]:
         narrate(f"evaluation: {config.questions:,} questions about held-out sheets in words")
@@ -186,6 +186,7 @@ def _judge_seeing(findings: Findings, speaker: Speaker, seed: int) -> None:
     elsewhere = [other_picture(sheet, len(sheets)) for sheet in about]
     findings.given = answers.answer(speaker, texts, seen=seen, about=about)
     blind = answers.answer(speaker, texts, seen=seen, about=elsewhere)
+    alone = answers.answer(speaker, texts)
     captions = answers.answer(
         speaker,
         [DESCRIBE[0]] * len(sheets),
@@ -198,6 +199,8 @@ def _judge_seeing(findings: Findings, speaker: Speaker, seed: int) -> None:
         **_scores("vqa", asked, findings.given),
         "vqa_accuracy_blind": answers.accuracy(asked, blind),
         "vqa_blind_by_kind": answers.by_kind(asked, blind),
+        "vqa_accuracy_text_only": answers.accuracy(asked, alone),
+        "vqa_text_only_by_kind": answers.by_kind(asked, alone),
         "caption_exact": sum(exact) / len(exact),
         "parameters": _parameters(speaker),
     }
