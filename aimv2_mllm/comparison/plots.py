@@ -63,21 +63,24 @@ def cost_panels(
         axes.set_ylabel(label, fontsize=8)
         if cost == "image_tokens":
             _count_on_a_log_scale(axes, sorted({group[cost] for group in groups}))
-    handles = [
-        Line2D([], [], color=COLOURS[n % len(COLOURS)], marker="o", linestyle="", label=value)
-        for n, value in enumerate(axis_values[0] if axis_values else ())
-    ]
-    handles += [
-        Line2D([], [], color=palette.faint, marker=MARKS[n % len(MARKS)], linestyle="", label=value)
-        for n, value in enumerate(axis_values[1] if len(axis_values) > 1 else ())
-    ]
-    if handles:
+        else:
+            axes.set_xlim(0, 1.08 * max(group[cost] for group in groups))
+            axes.locator_params(axis="x", nbins=5)
+    for place, values in enumerate(axis_values[:2]):
+        handles = [_key(n, value, place, palette) for n, value in enumerate(values)]
         figure.legend(
-            handles=handles, loc="upper center", ncols=min(len(handles), 5), frameon=False,
-            fontsize=8, labelcolor=palette.ink, handletextpad=0.1, bbox_to_anchor=(0.5, 1.06),
+            handles=handles, loc="upper center", ncols=len(handles), frameon=False, fontsize=8,
+            labelcolor=palette.ink, handletextpad=0.1, bbox_to_anchor=(0.5, 1.07 - 0.04 * place),
         )  # fmt: skip
     figure.tight_layout(pad=0.6, w_pad=2)
     return as_png(figure, as_laid_out=True)
+
+
+def _key(number: int, value: str, place: int, palette: Palette) -> Line2D:
+    """An entry of the legend for a value of the first or the second axis."""
+    colour = palette.faint if place else COLOURS[number % len(COLOURS)]
+    mark = MARKS[number % len(MARKS)] if place else "o"
+    return Line2D([], [], color=colour, marker=mark, linestyle="", label=value)
 
 
 def _look(group: Mapping[str, Any], axis_values: Sequence[Sequence[str]]) -> tuple[str, str]:
