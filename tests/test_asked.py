@@ -177,3 +177,13 @@ def test_a_damaged_picture_is_unusable_when_it_is_opened(folder: Path) -> None:
     asked = load_asked(lines(folder, ROW))
     with pytest.raises(Unusable, match="is not a picture"):
         asked.open(0)
+
+
+def test_the_world_of_handwriting_is_asked_of_each_kind_alike() -> None:
+    asked = load_asked("handwriting", limit=21)
+    kinds = [question.kind for question in asked.questions]
+    assert {kinds.count(kind) for kind in kinds} == {3}
+    assert [question.picture for question in asked.questions] == [str(n // 7) for n in range(21)]
+    assert asked.open(0).size == (336, 336)
+    assert asked.open(6).tobytes() == asked.open(0).tobytes() != asked.open(7).tobytes()
+    assert len(load_asked("handwriting").questions) == 1400
