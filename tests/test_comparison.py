@@ -128,6 +128,19 @@ def test_a_failed_run_is_told_in_its_own_last_words_and_the_others_go_on(tmp_pat
     assert [line.split(":")[0] for line in said] == ["bad", "good"]
 
 
+def test_a_run_that_was_killed_is_said_to_be(tmp_path: Path) -> None:
+    bad = task(tmp_path / "bad", "import os; print('aimv2-mllm: step 3'); os.kill(os.getpid(), 9)")
+    failed = do_all([bad], 1, lambda _: None)
+    assert failed[bad.folder].startswith("ended by SIGKILL, as where memory is short")
+
+
+def test_why_a_run_failed_is_what_its_last_command_said(tmp_path: Path) -> None:
+    codes = ("print('aimv2-mllm: an old line')", "print('the last words'); raise SystemExit(3)")
+    commands = tuple((sys.executable, "-c", code) for code in codes)
+    [why] = do_all([Task("two", tmp_path / "two", commands)], 1, lambda _: None).values()
+    assert why.startswith("the last words (see")
+
+
 def test_what_is_done_is_not_done_again_and_what_failed_is(tmp_path: Path) -> None:
     code = f"open({str(tmp_path / 'count')!r}, 'a').write('x')"
     good, bad = task(tmp_path / "good", code), task(tmp_path / "bad", f"{code}; 1 / 0")

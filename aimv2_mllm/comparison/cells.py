@@ -8,10 +8,12 @@ import hashlib
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -116,12 +118,17 @@ def do_all(tasks: Sequence[Task], jobs: int, narrate: Narrate) -> dict[Path, str
     undone = {task.folder for task in waiting}
     running: list[_Running] = []
     bar = tqdm(total=len(tasks), initial=len(tasks) - len(waiting), unit="run", disable=None)
-    try:
+
+    def tell(text: str) -> None:
+        bar.clear()
+        narrate(text)
+        bar.refresh()
+
+    with _ended(running, tell), bar:
         while waiting or running:
             for task in [t for t in waiting if any(folder in failed for folder in t.after)]:
-                why = next(failed[folder] for folder in task.after if folder in failed)
                 waiting.remove(task)
-                failed[task.folder] = why
+                failed[task.folder] = next(failed[f] for f in task.after if f in failed)
                 bar.update()
             ready = (t for t in waiting if not any(folder in undone for folder in t.after))
             while len(running) < jobs and (following := next(ready, None)) is not None:
@@ -134,20 +141,30 @@ def do_all(tasks: Sequence[Task], jobs: int, narrate: Narrate) -> dict[Path, str
                 seconds = f"{time.monotonic() - one.begun:.0f} s"
                 if why := _close(one):
                     failed[one.task.folder] = why
-                    narrate(f"{one.task.name}: FAILED after {seconds}: {why}")
+                    tell(f"{one.task.name}: FAILED after {seconds}: {why}")
                 else:
-                    narrate(f"{one.task.name}: done in {seconds}")
+                    tell(f"{one.task.name}: done in {seconds}")
             time.sleep(0.1)
-    finally:
-        bar.close()
-        for one in running:
-            if one.process is not None:
-                one.process.terminate()
-        for one in running:
-            if one.process is not None:
-                one.process.wait()
-            one.log.close()
     return failed
+
+
+@contextmanager
+def _ended(running: list[_Running], tell: Narrate) -> Iterator[None]:
+    """On the way out, also by SIGINT and SIGTERM, end the processes of those that still run."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        if running:
+            tell(f"{len(running)} runs are told to save themselves and end")
+        processes = [one.process for one in running if one.process is not None]
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.wait()
+        for one in running:
+            one.log.close()
 
 
 def _free_slot(running: Sequence[_Running]) -> int:
@@ -177,6 +194,7 @@ def _start(one: _Running, jobs: int) -> None:
         stdin=subprocess.DEVNULL,
         stdout=one.log,
         stderr=subprocess.STDOUT,
+        process_group=0,  # Ctrl-C is for us, who then end them
         env=os.environ | _share(one.slot, jobs),
     )
 
@@ -221,7 +239,11 @@ def _close(one: _Running) -> str:
             one.task.folder / DONE, json.dumps({"digest": one.task.digest}).encode() + b"\n"
         )
         return ""
-    lines = (one.task.folder / LOG).read_text(encoding="utf-8", errors="replace").splitlines()
+    whole = (one.task.folder / LOG).read_text(encoding="utf-8", errors="replace")
+    lines = [line for line in whole.rpartition("\n$ ")[2].splitlines()[1:] if line.strip()]
     said = [line for line in lines if line.startswith("aimv2-mllm: ")] or lines
     last = said[-1].removeprefix("aimv2-mllm: ") if said else ""
+    if one.process.returncode < 0:
+        last = f"ended by {signal.Signals(-one.process.returncode).name}"
+        last += ", as where memory is short" * (one.process.returncode == -signal.SIGKILL)
     return f"{last or f'exit code {one.process.returncode}'} (see {one.task.folder / LOG})"
