@@ -18,6 +18,10 @@ that the pass before the first epoch kept, which is not counted. Trainer's epoch
 Each side runs in processes of its own, which take turns, each on its part of the rows. Seconds,
 processor seconds and memory count from the reading of the first row to the end of the last
 optimiser step, after one forward and backward of a short row that warms up.
+
+The losses of the two are those of the same tokens and agree to about 1e-4 in the first step:
+pictures are cut to a square before they are resized here, and after it there, where the longer side
+is a whole number of pixels. Later steps of LoRA also differ by its first weights, drawn by each.
 """
 
 import argparse
