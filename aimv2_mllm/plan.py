@@ -158,9 +158,7 @@ def _planned(
         full, fullest, more = talks_of(name, stage, job, full, wrong=wrong, half=device.has_bf16)
         notes += more
     if by_tokens:
-        samples = sum(len(batch["lengths"]) for batch in full)
-        tokens = sum(batch["input_ids"].shape[1] for batch in full)
-        number = min(math.ceil(micro * tokens / samples / by_tokens), micro)
+        number = math.ceil(micro * len(full) / sum(len(batch["lengths"]) for batch in full))
     outline, fullest = replace(outline, num_micro_batches=number), fullest or _largest(full)
     memory, flops = _cost(job, outline, full, fullest, device, num_devices)
     return replace(

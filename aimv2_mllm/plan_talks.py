@@ -49,7 +49,7 @@ def talks_of(
     if budget is not None:
         fullest = filled(batches, budget, job.batches)
         tokens = fullest["input_ids"].shape[1]
-        more = "" if tokens == budget else ": that of a longest conversation alone"
+        more = "" if tokens == budget else ", which the longest conversation alone may have"
         notes.append(f"memory is that of a micro-batch of {tokens:,} tokens{more}")
     if job.prepare is not None:
         dtype, every = held_dtype(stage.train, half), [*batches, *([fullest] if fullest else [])]
