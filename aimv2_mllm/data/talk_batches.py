@@ -69,7 +69,11 @@ class TalkBatches:
 
     def _packed(self, step: int) -> list[list[Draft]]:
         """This rank's micro-batches by tokens. Each rank reads the text of the whole step, and so
-        plans the same; of the others' pictures it reads none."""
+        plans the same; of the others' pictures it reads none.
+
+        What stands in for a row whose picture is bad stays where that row was, so that such a
+        micro-batch may have more tokens than the budget; files that are missing show in the text.
+        """
         assert self.train.micro_batch_tokens is not None
         size = self.train.batch_size
         drafts = self._drafts(range(step * size, (step + 1) * size))
