@@ -102,13 +102,22 @@ def test_rows_with_bad_pictures_are_replaced_and_counted_once_on_any_ranks(
     for step in range(5):
         expected = talks(batches_of(source, batch=12, micro=3)(step))
         left_out += expected[1]
-        for num_ranks in (1, 2, 3):
-            made = of_ranks(source, num_ranks, step, batch=12, tokens=60)
+        for num_ranks, tokens in ((1, 60), (2, 60), (1, 10_000), (3, 10_000)):
+            made = of_ranks(source, num_ranks, step, batch=12, tokens=tokens)
             assert talks(made) == expected
             for batch in made:
                 lengths = batch["lengths"].tolist()
                 assert lengths[:-1] == sorted(lengths[:-1])
     assert set(left_out) == {"unreadable", "undecodable"}
+
+
+def test_a_blank_picture_is_within_the_budget(tmp_path: Path) -> None:
+    source = written(tmp_path, [llava_row("q", "a")] * 4)
+    [[length]] = [batch["lengths"].tolist() for batch in batches_of(source, batch=1, tokens=1)(0)]
+    two = 2 * (length - BLANK) + BLANK
+    for tokens, expected in ((two, [2, 2]), (two - 1, [1, 1, 1, 1])):
+        made = batches_of(source, batch=4, tokens=tokens)(0)
+        assert [len(batch["lengths"]) for batch in made] == expected
 
 
 def test_the_embedded_world_is_packed_too() -> None:
