@@ -63,8 +63,8 @@ class StagePlan:
     name: str
     kind: str
     train: TrainConfig
-    micro_batch: int
-    num_micro_batches: int  # of a step, on one device
+    micro_batch: int  # samples; those of a step, on one device, where tokens are counted
+    num_micro_batches: int  # of a step, on one device; 0: not known
     sources: Sequence[SourceUse]
     table: Sequence[tuple[str, int, bool]] = ()
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -122,7 +122,7 @@ def _outlined(name: str, stage: Stage, wrong: set[str], num_devices: int) -> tup
     count = max(stage.train.batch_size // num_devices, 1)
     micro = min(stage.train.micro_batch_size or count, count)
     sources, is_missing = _sources(f"stages.{name}", stage, wrong)
-    whole = math.ceil(count / micro)
+    whole = 0 if stage.train.micro_batch_tokens else math.ceil(count / micro)
     return StagePlan(name, stage.kind, stage.train, micro, whole, sources), is_missing
 
 
@@ -143,7 +143,9 @@ def _planned(
     except (UsageError, RunFailed) as error:
         return outline, str(error)
     longest = longest_caption(stage) if is_missing else None
-    full = [grown(dict(batch), micro, longest) for batch in batches]
+    by_tokens = stage.train.micro_batch_tokens
+    full = [grown(dict(batch), 1 if by_tokens else micro, longest) for batch in batches]
+    fullest, number = None, outline.num_micro_batches
     notes: list[str] = []
     if longest:
         notes.append(f"no captions at hand: all are counted with {longest} tokens")
@@ -153,13 +155,16 @@ def _planned(
     trained = sum(p.nbytes for named in job.parts.values() for _, p in named)
     if isinstance(job.batches, TalkBatches):
         assert not isinstance(stage, PretrainStage | LitStage), stage
-        full, more = talks_of(name, stage, job, full, wrong=wrong, half=device.has_bf16)
+        full, fullest, more = talks_of(name, stage, job, full, wrong=wrong, half=device.has_bf16)
         notes += more
-    memory, flops = _cost(job, stage.train, full, device, num_devices, outline.num_micro_batches)
+    if by_tokens:
+        number = math.ceil(micro * len(full) / sum(len(batch["lengths"]) for batch in full))
+    outline, fullest = replace(outline, num_micro_batches=number), fullest or _largest(full)
+    memory, flops = _cost(job, outline, full, fullest, device, num_devices)
     return replace(
         outline,
         table=table,
-        shapes={k: _shape(v) for k, v in _largest(full).items() if _shape(v)},
+        shapes={k: _shape(v) for k, v in fullest.items() if _shape(v)},
         memory=memory,
         flops=flops,
         checkpoint=3 * trained,
@@ -195,13 +200,14 @@ def _largest(batches: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _cost(
     job: Job,
-    train: TrainConfig,
+    outline: StagePlan,
     batches: Sequence[dict[str, Any]],
+    fullest: dict[str, Any],
     device: Accelerator,
     num_devices: int,
-    num_micro_batches: int,
 ) -> tuple[Memory, float]:
-    """Memory of the largest micro-batch, and operations of a mean sample."""
+    """Memory of the `fullest` micro-batch, and operations of a mean sample of `batches`."""
+    train = outline.train
     half = train.precision == "bf16" and device.has_bf16
     is_sharded = num_devices > 1 and train.strategy == "fsdp2"
     model = job.model.train()
@@ -221,13 +227,13 @@ def _cost(
             half=half and not is_sharded,
             checkpointing=train.activation_checkpointing,
             words=max(words, default=0),
-            gradients_before=num_devices > 1 or num_micro_batches > 1,
+            gradients_before=num_devices > 1 or outline.num_micro_batches > 1,
         )
 
-    prints = [rehearsed(batch) for batch in batches]
+    prints = {id(batch): rehearsed(batch) for batch in [*batches, fullest]}
     samples = sum(len(next(iter(batch.values()))) for batch in batches)
-    flops = sum(one.flops for one in prints) / samples
-    most = prints[next(i for i, b in enumerate(batches) if b is _largest(batches))]
+    flops = sum(prints[id(batch)].flops for batch in batches) / samples
+    most = prints[id(fullest)]
     if not is_sharded:
         return Memory(weights, most.gradients, 2 * trained, most.activations, most.logits), flops
     share = num_devices

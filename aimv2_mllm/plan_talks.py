@@ -1,9 +1,11 @@
 """The conversations of a plan: long ones where none are at hand, and pictures as kept features."""
 
 from collections.abc import Set
-from typing import Any
+from itertools import cycle
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from aimv2_mllm.data.talk_batches import TalkBatches
 from aimv2_mllm.engine.precision import held_dtype
@@ -16,27 +18,82 @@ Batch = dict[str, Any]
 AnyTalks = AlignStage | TuneStage | LanguageStage
 
 
+class Talks(NamedTuple):
+    """The batches that a plan counts with, where tokens are counted the one with which memory is
+    measured, and what is to be noted of them."""
+
+    batches: list[Batch]
+    fullest: Batch | None
+    notes: list[str]
+
+
 def talks_of(
     name: str, stage: AnyTalks, job: Job, batches: list[Batch], *, wrong: Set[str], half: bool
-) -> tuple[list[Batch], list[str]]:
-    """The `batches` of the stage `name` as training has them, and what is to be noted of them.
+) -> Talks:
+    """The `batches` of the stage `name` as training has them.
 
     `wrong` are the keys of the recipe that have a problem; `half`: the device has bfloat16.
     """
-    notes = []
+    assert isinstance(job.batches, TalkBatches), job.batches
+    notes, most = [], job.batches.corpus.max_tokens
+    budget = stage.train.micro_batch_tokens
     num_sources = len(stage.data.sources)
     missing = sum(f"stages.{name}.data.sources.{n}" in wrong for n in range(num_sources))
     if missing == num_sources:
-        assert isinstance(job.batches, TalkBatches), job.batches
-        most, size = job.batches.corpus.max_tokens, len(batches[0]["lengths"])
+        size = len(batches[0]["lengths"]) if budget is None else max(budget // most, 1)
         batches = [as_long(batches[0], size, most)]
         notes.append(f"no conversations at hand: all are counted with {most:,} tokens")
     elif missing:
         notes.append(f"{missing} of {num_sources} sources not at hand: counted as the others")
+    fullest = None
+    if budget is not None:
+        fullest = filled(batches, budget, job.batches)
+        tokens = fullest["input_ids"].shape[1]
+        more = "" if tokens == budget else ", which the longest conversation alone may have"
+        notes.append(f"memory is that of a micro-batch of {tokens:,} tokens{more}")
     if job.prepare is not None:
-        batches = with_features(job, batches, held_dtype(stage.train, half))
+        dtype, every = held_dtype(stage.train, half), [*batches, *([fullest] if fullest else [])]
+        kept = with_features(job, every, dtype)
+        batches, fullest = kept[: len(batches)], kept[-1] if fullest else None
         notes.append("features of all pictures are counted as kept")
-    return batches, notes
+    return Talks(batches, fullest, notes)
+
+
+def filled(batches: list[Batch], budget: int, made_by: TalkBatches) -> Batch:
+    """A packed batch of exactly `budget` tokens, or as many as the longest conversation alone can
+    have: those of `batches` over and over, whole, and the last with words that are supervised."""
+    writer = made_by.writer
+    blank = len(writer.blank().ids)
+    budget = max(budget, made_by.corpus.max_tokens + blank)
+    talks = [
+        piece
+        for batch in batches
+        for piece in zip(
+            *(batch[key][0].split(batch["lengths"].tolist()) for key in ("input_ids", "labels")),
+            strict=True,
+        )
+    ]
+    chosen, tokens = list[tuple[Tensor, Tensor]](), 0
+    for ids, labels in cycle(talks):
+        if chosen and tokens + len(ids) > budget:
+            break
+        chosen.append((ids, labels))
+        tokens += len(ids)
+    chosen.sort(key=lambda talk: len(talk[0]))
+    more = chosen[-1][0][-1:].expand(max(budget - tokens, 0))
+    chosen[-1] = (torch.cat([chosen[-1][0], more]), torch.cat([chosen[-1][1], more]))
+    lengths = [len(ids) for ids, _ in chosen]
+    full = {
+        "lengths": torch.tensor(lengths),
+        "input_ids": torch.cat([ids for ids, _ in chosen])[None],
+        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+        "labels": torch.cat([labels for _, labels in chosen])[None],
+    }
+    if "pixel_values" in batches[0]:
+        count = int((full["input_ids"] == writer.image_token_id).sum()) // blank
+        shape = batches[0]["pixel_values"].shape[1:]
+        full["pixel_values"] = torch.empty(count, *shape, device="meta")
+    return full
 
 
 def as_long(batch: Batch, size: int, most: int) -> Batch:

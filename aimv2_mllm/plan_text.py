@@ -32,11 +32,13 @@ def limits(recipe: Recipe, plan: Plan, device: Accelerator, num_devices: int) ->
         sharing = num_devices if device.is_shared else 1
         if stage.memory is not None and stage.memory.total * sharing > device.memory:
             needed = stage.memory.total * sharing / GIB
+            unit = "tokens" if stage.train.micro_batch_tokens else "size"
             found.append(
                 Problem(
                     f"stages.{stage.name}.train",
                     f"needs {needed:.1f} GiB where there are {device.memory / GIB:.1f}: try a lower"
-                    " micro_batch_size, activation_checkpointing, strategy fsdp2 or more devices",
+                    f" micro_batch_{unit}, activation_checkpointing, strategy fsdp2 or more"
+                    " devices",
                 )
             )
     needed = _disk(plan)
@@ -76,9 +78,13 @@ def _stage(
         f"  {part:<12}{count:>15,}  {'trained' if trained else 'frozen'}"
         for part, count, trained in stage.table
     ]
+    number, tokens = stage.num_micro_batches, train.micro_batch_tokens
+    at_once = f"{number} x {stage.micro_batch}"
+    if tokens:
+        at_once = f"{stage.micro_batch}, {f'about {number} x ' * bool(number)}{tokens:,} tokens"
     lines.append(
         f"  steps       {train.steps:,} of {train.batch_size:,} samples: {stage.samples:,} in all;"
-        f" per device {stage.num_micro_batches} x {stage.micro_batch} a step"
+        f" per device {at_once} a step"
     )
     for source in stage.sources:
         rows = "rows not known" if source.rows is None else f"{source.rows:,} rows"

@@ -23,6 +23,7 @@ EXECUTION_KEYS = {
     "train": frozenset(
         {
             "micro_batch_size",
+            "micro_batch_tokens",
             "device",
             "strategy",
             "activation_checkpointing",

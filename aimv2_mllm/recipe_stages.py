@@ -118,6 +118,7 @@ class PretrainStage(StageSection):
     """Pre-trains an encoder on pictures and captions."""
 
     PARTS = ("encoder", "decoder")
+    BY_SAMPLES = "all have as many patches, so that samples or patches are what weighs"
     kind: Literal["pretrain"] = Field(default="pretrain", description="the kind of the stage")
     data: CaptionData = Field(default=CaptionData(), description="the samples")
     encoder: EncoderChoice = Field(description="the encoder to pre-train")
@@ -180,6 +181,9 @@ class LitStage(StageSection):
     """Trains a text tower and a pooling head beside a frozen encoder (LiT), for zero-shot use."""
 
     PARTS = ("head", "text")
+    BY_SAMPLES = (
+        "contrasts are within a micro-batch, and how many there are decides what is learned"
+    )
     kind: Literal["lit"] = Field(default="lit", description="the kind of the stage")
     tower: Text = Field(description="an earlier pretrain stage, a folder or a hub id")
     text: TextTowerChoice = Field(default=TextTowerChoice(), description="the text tower")

@@ -21,6 +21,12 @@ class TrainConfig(Section):
         default=None,
         description="samples per forward pass on a device, at most batch_size; null: all of them",
     )
+    micro_batch_tokens: Count | None = Field(
+        default=None,
+        description="align, tune and language: in its place tokens per forward pass, those of "
+        "pictures included: as many conversations as fit, and all devices alike; a longer one "
+        "is alone",
+    )
     lr: Number = Field(gt=0, description="peak learning rate")
     final_lr: Number = Field(default=0.0, ge=0, description="learning rate after the last step")
     warmup_steps: int = Field(default=0, ge=0, description="steps of warm-up, fewer than steps")
@@ -71,6 +77,17 @@ class TrainConfig(Section):
             raise ValueError(f"must be at most batch_size, which is {batch}")
         return value
 
+    @field_validator("micro_batch_tokens")
+    @classmethod
+    def _stands_alone(cls, value: int | None, info: ValidationInfo) -> int | None:
+        size = info.data.get("micro_batch_size")
+        if value and size:
+            raise ValueError(
+                f"must be null where micro_batch_size is {size}: a micro-batch is counted in "
+                "samples or in tokens"
+            )
+        return value
+
     @field_validator("warmup_steps")
     @classmethod
     def _ends_before_the_last_step(cls, value: int, info: ValidationInfo) -> int:
@@ -84,6 +101,7 @@ class StageSection(Section):
     """What the section of every stage is made of."""
 
     PARTS: ClassVar[tuple[str, ...]]  # what is trained, by the names that part_lr may have
+    BY_SAMPLES: ClassVar[str] = ""  # why its micro-batches are counted in samples alone
 
     @classmethod
     def parts_of(cls, said: Mapping[str, Any]) -> tuple[str, ...]:
@@ -92,7 +110,12 @@ class StageSection(Section):
 
     @field_validator("train", check_fields=False)
     @classmethod
-    def _names_parts_of_the_stage(cls, value: TrainConfig, info: ValidationInfo) -> TrainConfig:
+    def _suits_the_stage(cls, value: TrainConfig, info: ValidationInfo) -> TrainConfig:
+        if value.micro_batch_tokens and cls.BY_SAMPLES:
+            raise ValueError(
+                "must have micro_batch_size in place of micro_batch_tokens in a stage of this kind:"
+                f" {cls.BY_SAMPLES}"
+            )
         parts = cls.parts_of(info.data)
         unknown = [part for part in value.part_lr if part not in parts]
         if unknown:

@@ -42,7 +42,10 @@ def stood_in(here: str, stage: Stage, wrong: set[str], micro: int, folder: Path)
     if is_native:  # what a micro-batch holds follows from its size
         size = few = micro
     few -= few % size
-    update["train"] = stage.train.model_copy(update={"batch_size": few, "micro_batch_size": size})
+    sizes = {"batch_size": few, "micro_batch_size": size}
+    if stage.train.micro_batch_tokens is not None:
+        del sizes["micro_batch_size"]
+    update["train"] = stage.train.model_copy(update=sizes)
     listed = enumerate(stage.data.sources)
     there: list[Any] = [s for i, s in listed if f"{here}.data.sources.{i}" not in wrong]
     if not there:

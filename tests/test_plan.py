@@ -105,6 +105,36 @@ def test_memory_is_what_is_allocated(
     assert 0 <= footprint.logits < footprint.activations
 
 
+@pytest.mark.parametrize("name", ["align", "tune"])
+def test_a_micro_batch_by_tokens_is_planned_full(tiny_run: Path, tmp_path: Path, name: str) -> None:
+    def words(tokens: int) -> list[str]:
+        own = ["train.batch_size=32", f"train.micro_batch_tokens={tokens}", "data.max_tokens=120"]
+        return [f"stages.{name}.{word}" for word in own]
+
+    def planned(tokens: int) -> tuple[StagePlan, Memory]:
+        found = plan(tiny_recipe(tmp_path / "new", *words(tokens)), LARGE, 1)
+        assert not found.problems
+        [stage] = [stage for stage in found.stages if stage.name == name]
+        assert stage.memory
+        assert any(f"a micro-batch of {tokens:,} tokens" in note for note in stage.notes)
+        assert stage.shapes["input_ids"] == (1, tokens)
+        return stage, stage.memory
+
+    (few, small), (many, large) = planned(200), planned(800)
+    assert few.num_micro_batches >= 3 * many.num_micro_batches > 0
+    assert few.flops == pytest.approx(many.flops, rel=0.05)  # but for padding in attention
+    # What training allocates for the fullest of its own.
+    recipe = tiny_recipe(tiny_run, *words(800))
+    stage, where = recipe.stages[name], Place(recipe, tiny_run)
+    job = STAGES[stage.kind].build(stage, where)
+    batch = max(job.batches(0), key=lambda batch: batch["input_ids"].shape[1])
+    share = batch["input_ids"].shape[1] / 800
+    assert 0.7 < share <= 1
+    measured = most_bytes(job.model.train(), job.objective, batch) + batch["pixel_values"].nbytes
+    assert large.activations + large.gradients == pytest.approx(measured / share, rel=0.2)
+    assert small.activations < large.activations / 2
+
+
 def test_every_other_kind_of_stage_is_planned_too(tiny_run: Path, tmp_path: Path) -> None:
     from test_encoder_stages import lit, pretrain
 
@@ -211,6 +241,29 @@ def test_every_problem_is_told_beside_the_plan(
     assert "all are counted with 64 tokens" in out
     assert "counted with 32,000 words" in out
     assert "caption_ids 16x64" in out
+
+
+def test_micro_batches_by_tokens_are_planned_without_conversations_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train.micro_batch_size=null", "train.micro_batch_tokens=1000", "data.max_tokens=120"]
+    words.append("data.sources=[{kind: llava, file: nowhere.json}]")
+    code, out, err = dry_run(
+        capsys,
+        str(RECIPES / "quickstart.yaml"),
+        f"output={tmp_path / 'run'}",
+        *(f"stages.align.{word}" for word in words),
+        "stages.tune.train.micro_batch_size=null",
+        "stages.tune.train.micro_batch_tokens=50",
+        "stages.tune.data.max_tokens=150",
+    )
+    assert code == 2
+    assert "stages.align.data.sources.0: nowhere.json: cannot be read" in err
+    assert "all are counted with 120 tokens" in out
+    assert "memory is that of a micro-batch of 1,000 tokens\n" in out
+    assert "per device 32, about 4 x 1,000 tokens a step" in out
+    # 16 of them are of a blank picture beside the longest conversation.
+    assert "micro-batch of 166 tokens, which the longest conversation alone may have" in out
 
 
 def test_what_does_not_fit_is_a_problem(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ from aimv2_mllm.recipe import (
 )
 from aimv2_mllm.recipe_data import SOURCE_SECTIONS
 from aimv2_mllm.recipe_file import MAX_BYTES, load_recipe
-from aimv2_mllm.recipe_stages import STAGES, DecoderChoice, PretrainStage
+from aimv2_mllm.recipe_stages import STAGES, DecoderChoice, LitStage, PretrainStage
 from aimv2_mllm.recipe_train import TrainConfig
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -396,6 +396,18 @@ def test_a_rate_for_a_part_that_the_stage_does_not_train_is_refused(file: Path) 
     assert re.search(r"stages\.tune\.train: .* lora, connector; did you mean connector\?", said)
 
 
+def test_micro_batches_are_counted_in_one_way_and_in_tokens_only_where_stages_talk(
+    file: Path,
+) -> None:
+    both = ["stages.tune.train.micro_batch_size=2", "stages.tune.train.micro_batch_tokens=99"]
+    assert "micro_batch_tokens: is 99, must be null where micro_batch_size is 2" in mistake(
+        file, *both
+    )
+    said = mistake(file, "stages.see.train.micro_batch_tokens=99")
+    assert re.search(r"stages.see.train: .* in place of micro_batch_tokens .*: all have as", said)
+    assert "contrasts are within a micro-batch" in LitStage.BY_SAMPLES
+
+
 def test_how_a_run_is_executed_is_no_change_and_decides_nothing(file: Path) -> None:
     def own(recipe: Recipe) -> dict[str, Any]:
         return deciding(recipe.stages["see"].model_dump(mode="json"))
@@ -403,11 +415,15 @@ def test_how_a_run_is_executed_is_no_change_and_decides_nothing(file: Path) -> N
     words = ["device=cpu", "strategy=fsdp2", "compile=on", "activation_checkpointing=on"]
     words += ["micro_batch_size=1", "checkpoint_every=7", "keep_checkpoints=9"]
     words += ["trackers=[wandb]"]
-    assert {word.split("=")[0] for word in words} == EXECUTION_KEYS["train"]
+    tokens = "micro_batch_tokens"  # in place of micro_batch_size, where stages talk
+    assert {word.split("=")[0] for word in words} | {tokens} == EXECUTION_KEYS["train"]
     old, new = load_recipe(file), load_recipe(file, [f"stages.see.train.{word}" for word in words])
     assert old != new
     assert changed_keys(old, new) == []
     assert own(old) == own(new)
+    packed = load_recipe(file, [f"stages.tune.train.{tokens}=99"])
+    assert packed != old
+    assert changed_keys(old, packed) == []
     other = load_recipe(file, ["stages.see.train.precision=bf16"])
     assert own(old) != own(other)
 

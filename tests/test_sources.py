@@ -57,6 +57,19 @@ def test_a_folder_gives_pictures_with_the_text_beside_them(tmp_path: Path) -> No
     assert source.name(2) == str(tmp_path / "b" / "1.jpg")
 
 
+def test_a_caption_is_read_without_its_picture_which_must_be_there(tmp_path: Path) -> None:
+    written(tmp_path)
+    source = opened("folder", folder=tmp_path)
+    caption, picture = source.caption(0)
+    assert caption == sheet(0)[1]
+    (tmp_path / "0.jpg").write_bytes(b"another")
+    assert picture() == b"another"
+    (tmp_path / "0.jpg").unlink()
+    for read in (lambda: source.caption(0), picture):
+        with pytest.raises(Unusable, match=r"0\.jpg: cannot be read"):
+            read()
+
+
 def test_a_folder_with_metadata_gives_what_that_lists(tmp_path: Path) -> None:
     rows = written(tmp_path)
     lines(

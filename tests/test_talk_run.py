@@ -106,10 +106,18 @@ def results(folder: Path) -> dict[str, Any]:
     return found
 
 
+BY_TOKENS = [
+    f"stages.{stage}.train.micro_batch_{rest}"
+    for stage in ("align", "tune")
+    for rest in ("size=null", "tokens=70")
+]
+
+
+@pytest.mark.parametrize("how", [[], BY_TOKENS], ids=["by samples", "by tokens"])
 def test_a_run_on_conversations_is_the_same_with_workers_and_after_a_kill(
-    world: Path, monkeypatch: pytest.MonkeyPatch
+    world: Path, monkeypatch: pytest.MonkeyPatch, how: list[str]
 ) -> None:
-    said = run(world, "whole")
+    said = run(world, "whole", *how)
     assert f"  5 rows, the first is {world}/rows.jsonl, row 0" in said
     whole = results(world / "whole")
     lines = whole["tune"][0]
@@ -117,10 +125,25 @@ def test_a_run_on_conversations_is_the_same_with_workers_and_after_a_kill(
     assert all(line["text"] > 0 for line in lines)
     die_in_step_5(monkeypatch)
     with pytest.raises(Killed):
-        run(world, "killed", "stages.align.data.workers=1")
+        run(world, "killed", "stages.align.data.workers=1", *how)
     monkeypatch.undo()
-    assert "continuing from step 3" in run(world, "killed", "stages.tune.data.workers=1")
+    assert "continuing from step 3" in run(world, "killed", "stages.tune.data.workers=1", *how)
     assert results(world / "killed") == whole
+
+
+def test_a_run_goes_on_with_micro_batches_by_tokens_to_the_same_losses(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(world, "samples")
+    die_in_step_5(monkeypatch)
+    with pytest.raises(Killed):
+        run(world, "changed")
+    monkeypatch.undo()
+    assert "continuing from step 3" in run(world, "changed", *BY_TOKENS)
+    for stage in ("align", "tune"):
+        old, new = (results(world / name)[stage][0] for name in ("samples", "changed"))
+        for was, now in zip(old, new, strict=True):
+            assert now == pytest.approx(was, abs=1e-4, rel=1e-4)
 
 
 def test_a_model_tuned_in_llavas_way_is_talked_to_in_it(

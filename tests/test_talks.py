@@ -16,6 +16,7 @@ import torch
 from corpora import jpeg, sheet, write_shard
 from PIL import Image
 
+from aimv2_mllm.data.batches import EVERYTHING, Share
 from aimv2_mllm.data.decode import decode, decode_padded, middle_square
 from aimv2_mllm.data.drawing import Skipped
 from aimv2_mllm.data.talk_batches import TalkBatches, conversation_batches
@@ -31,12 +32,21 @@ IMAGE = TOKENIZER.convert_tokens_to_ids("<image>")
 
 
 def batches_of(
-    *sources: dict[str, Any], batch: int = 8, micro: int | None = None, **data: Any
+    *sources: dict[str, Any],
+    batch: int = 8,
+    micro: int | None = None,
+    tokens: int | None = None,
+    share: Share = EVERYTHING,
+    **data: Any,
 ) -> TalkBatches:
+    train = TrainConfig(
+        steps=99, batch_size=batch, micro_batch_size=micro, micro_batch_tokens=tokens, lr=1.0
+    )
     return conversation_batches(
         ConversationData.model_validate({"sources": list(sources), **data}),
-        TrainConfig(steps=99, batch_size=batch, micro_batch_size=micro, lr=1.0),
+        train,
         seed=0,
+        share=share,
         tokenizer=TOKENIZER,
         preprocessing=PREPROCESSING,
         num_image_tokens=4,

@@ -3,7 +3,7 @@ used: a pure function of (seed, g) over any sources that are read by row."""
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -28,6 +28,11 @@ class Skipped:
         self.counts[error.reason] += 1
         if len(self.examples) < EXAMPLES:
             self.examples.append(f"{error} ({error.reason})")
+
+    def join(self, other: "Skipped") -> None:
+        """Count those of `other` too."""
+        self.counts.update(other.counts)
+        self.examples += other.examples[: EXAMPLES - len(self.examples)]
 
 
 class Drawing:
@@ -71,10 +76,17 @@ class Drawing:
         return self._orders[turn] is None
 
     def first_usable(self, number: int, skipped: Skipped, use: Callable[[int, int, int], T]) -> T:
-        """What `use` makes of the first row for sample `number` that it can use.
+        """What `use` makes of the first row for sample `number` that it can use, as `usable`."""
+        return next(self.usable(number, skipped, use))
+
+    def usable(
+        self, number: int, skipped: Skipped, use: Callable[[int, int, int], T]
+    ) -> Generator[T, None, None]:
+        """What `use` makes of the rows for sample `number`, one after the other.
 
         `use` is given the source, the row, and its place in the order; the rows that it finds
-        `Unusable` are added to `skipped`. RunFailed after `MOST_TRIES` of them.
+        `Unusable` are added to `skipped`, and so is one of which that is thrown in later. RunFailed
+        after `MOST_TRIES` of them.
         """
         turn, position = self.turn(number)
         source, order = self._sources[turn], self._orders[turn]
@@ -83,7 +95,7 @@ class Drawing:
         for place in range(position, position + MOST_TRIES):
             row = order.row(place)
             try:
-                return use(turn, row, place)
+                yield use(turn, row, place)
             except Unusable as error:
                 name = source.name(row)
                 text = str(error) if name in str(error) else f"{name}: {error}"

@@ -8,8 +8,9 @@ import glob
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from aimv2_mllm.errors import UsageError, nearest
 MAX_PICTURE_BYTES = 256 * 2**20  # of one encoded picture
 MAX_TEXT_BYTES = 2**20  # of one caption with what stands beside it
 MAX_SHARDS = 1_000_000  # that a pattern may mean
+Later = Callable[[], bytes]  # an encoded picture, read when it is called; then it may be `Unusable`
 
 
 class Unusable(ValueError):
@@ -61,12 +63,25 @@ def read_at(descriptor: int, offset: int, size: int) -> bytes:
 
 def read_whole(path: Path, most: int) -> bytes:
     """A file's content; `Unusable` where it is missing, no regular file, or above `most` bytes."""
+    with _readable(path, most) as (descriptor, size):
+        return read_at(descriptor, 0, size)
+
+
+def read_later(path: Path, most: int) -> Later:
+    """What reads a file's content; `Unusable` already now where `read_whole` would not read it."""
+    with _readable(path, most):
+        return partial(read_whole, path, most)
+
+
+@contextmanager
+def _readable(path: Path, most: int) -> Iterator[tuple[int, int]]:
+    """A descriptor of the file and its size, in bytes."""
     try:
         with regular_file(path) as descriptor:
             size = os.fstat(descriptor).st_size
             if size > most:
                 raise Unusable("too_large", f"{path}: has {size:,} bytes, {most:,} are the most")
-            return read_at(descriptor, 0, size)
+            yield descriptor, size
     except UsageError as error:
         raise Unusable("unreadable", str(error)) from None
     except OSError as error:

@@ -1,7 +1,7 @@
 """Image-caption rows in tar shards, local or behind a URL, each read by its place in the shard.
 
-A row costs one read of its picture and one of its caption, whatever the order; nothing is unpacked
-and no member's name ever becomes a path.
+A row costs one read of its picture and two small ones of its header and caption, whatever the
+order; nothing is unpacked and no member's name ever becomes a path.
 """
 
 import hashlib
@@ -20,12 +20,14 @@ from aimv2_mllm.data.cache import ShardCache, remote_files, user_cache
 from aimv2_mllm.data.files import (
     MAX_PICTURE_BYTES,
     MAX_TEXT_BYTES,
+    Later,
     Unusable,
     as_text,
     local_files,
     read_at,
     regular_file,
 )
+from aimv2_mllm.data.pairs import Source
 from aimv2_mllm.data.shard_index import (
     BLOCK,
     INDEX_ENDING,
@@ -54,7 +56,7 @@ class Shard:
         return "://" in self.url
 
 
-class Shards:
+class Shards(Source):
     """The rows of all shards of one source, in the order in which the recipe names them."""
 
     def __init__(self, config: ShardsSource) -> None:
@@ -82,8 +84,8 @@ class Shards:
         number, place = self._place(row)
         return f"{self._shards[number].url}, row {place}"
 
-    def read(self, row: int) -> tuple[bytes, str]:
-        """The row's encoded picture and its caption; `Unusable` where one of them is not there.
+    def caption(self, row: int) -> tuple[str, Later]:
+        """The row's caption, and what reads its picture; `Unusable` where one is not there.
 
         RunFailed when the shard is not what it was when it was opened.
         """
@@ -97,22 +99,24 @@ class Shards:
             raise Unusable("no_caption", f"{name}: has no caption")
         if columns["image_size"] > MAX_PICTURE_BYTES or columns["text_size"] > MAX_TEXT_BYTES:
             raise Unusable("too_large", f"{name}: its picture or caption is too large to be read")
-        header_and_picture, text = self._bytes(shard, columns)
-        if zlib.crc32(header_and_picture[:BLOCK]) != columns["header_crc"]:
+        picture = (columns["image_offset"], columns["image_size"])
+        header, text = self._pieces(
+            shard, (picture[0] - BLOCK, BLOCK), (columns["text_offset"], columns["text_size"])
+        )
+        if zlib.crc32(header) != columns["header_crc"]:
             raise _changed(shard)
         caption = as_text(text, name)
         caption = _field(caption, self._field, name) if columns["text_is_json"] else caption
-        return header_and_picture[BLOCK:], caption
+        return caption, lambda: self._pieces(shard, picture)[0]
 
-    def _bytes(self, shard: Shard, columns: dict[str, int]) -> tuple[bytes, bytes]:
-        begin, size = columns["image_offset"] - BLOCK, columns["image_size"] + BLOCK
+    def _pieces(self, shard: Shard, *pieces: tuple[int, int]) -> list[bytes]:
+        """Those pieces of a shard, given as their first byte and their number of bytes."""
         for _ in range(3):  # another process may drop a copy between finding and opening it
             with suppress(FileNotFoundError), regular_file(self._local(shard)) as descriptor:
-                picture = read_at(descriptor, begin, size)
-                text = read_at(descriptor, columns["text_offset"], columns["text_size"])
-                if (len(picture), len(text)) != (size, columns["text_size"]):
+                found = [read_at(descriptor, begin, size) for begin, size in pieces]
+                if any(len(one) != size for one, (_, size) in zip(found, pieces, strict=True)):
                     raise _changed(shard)
-                return picture, text
+                return found
         raise _changed(shard)
 
     def _place(self, row: int) -> tuple[int, int]:

@@ -10,20 +10,23 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from aimv2_mllm.data.files import (
     MAX_PICTURE_BYTES,
     MAX_TEXT_BYTES,
+    Later,
     Unusable,
     as_text,
     below,
     read_at,
+    read_later,
     read_whole,
     regular_file,
 )
+from aimv2_mllm.data.pairs import Source
 from aimv2_mllm.data.shards import Shards
 from aimv2_mllm.data.tables import Table
 from aimv2_mllm.errors import UsageError, show
@@ -38,21 +41,7 @@ ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 METADATA = "metadata.jsonl"
 
 
-class Source(Protocol):
-    """Rows by number."""
-
-    groups: list[int]  # how many rows lie together, in order; their sum is the number of rows
-    notes: list[str]  # what a user should know of it
-    digest: str  # changes when other rows would be read
-
-    def read(self, row: int) -> tuple[bytes, str]:
-        """The encoded picture and the caption of a row; `Unusable` where they cannot be had."""
-
-    def name(self, row: int) -> str:
-        """Where the row is, in words."""
-
-
-class JsonLines:
+class JsonLines(Source):
     """One JSON mapping a line: a picture's path below `root`, and its caption."""
 
     def __init__(self, file: Path, root: Path, *, image: str, caption: str) -> None:
@@ -88,15 +77,15 @@ class JsonLines:
         """Where the row is, in words."""
         return f"{self._file}:{self._numbers[row]}"
 
-    def read(self, row: int) -> tuple[bytes, str]:
-        """The row's encoded picture and its caption."""
+    def caption(self, row: int) -> tuple[str, Later]:
+        """The row's caption, and what reads its picture."""
         begin, end = int(self._offsets[row]), int(self._ends[row])
         with regular_file(self._file) as descriptor:
             fields = self._fields(read_at(descriptor, begin, end - begin), self._numbers[row])
         caption = fields.get(self._caption)
         if not isinstance(caption, str):
             raise Unusable("no_caption", f"{self.name(row)}: has no text {show(self._caption)}")
-        return read_whole(below(self._root, fields[self._image]), MAX_PICTURE_BYTES), caption
+        return caption, read_later(below(self._root, fields[self._image]), MAX_PICTURE_BYTES)
 
 
 def _lines(file: Path) -> Iterator[bytes]:
@@ -112,7 +101,7 @@ def _lines(file: Path) -> Iterator[bytes]:
         raise UsageError(f"{file}: cannot be read ({error.strerror})") from None
 
 
-class Folder:
+class Folder(Source):
     """Pictures in a folder and those in it, each with its caption in a .txt beside it."""
 
     def __init__(self, folder: Path) -> None:
@@ -129,14 +118,14 @@ class Folder:
         """Where the row is, in words."""
         return str(self._folder / self._names[row])
 
-    def read(self, row: int) -> tuple[bytes, str]:
-        """The row's encoded picture and its caption."""
+    def caption(self, row: int) -> tuple[str, Later]:
+        """The row's caption, and what reads its picture."""
         path = below(self._folder, self._names[row])
         text = below(self._folder, str(Path(self._names[row]).with_suffix(".txt")))
         if not text.exists():
             raise Unusable("no_caption", f"{path}: there is no {text.name} beside it")
         caption = as_text(read_whole(text, MAX_TEXT_BYTES), str(text))
-        return read_whole(path, MAX_PICTURE_BYTES), caption
+        return caption, read_later(path, MAX_PICTURE_BYTES)
 
 
 def _pictures(folder: Path) -> Iterator[str]:

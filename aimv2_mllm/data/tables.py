@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from aimv2_mllm.data.files import MAX_PICTURE_BYTES, Unusable, read_whole
+from aimv2_mllm.data.files import MAX_PICTURE_BYTES, Later, Unusable, read_later, read_whole
+from aimv2_mllm.data.pairs import Source
 from aimv2_mllm.errors import UsageError, nearest, show
 from aimv2_mllm.recipe_data import DatasetsSource
 
@@ -19,26 +20,63 @@ class _Named(Protocol):
     split: str
 
 
-class Table:
+class Table(Source):
     """The rows of a data set of the library `datasets`."""
 
     def __init__(self, config: DatasetsSource) -> None:
         columns = {"image": config.image, "caption": config.caption}
         self._config = config
-        self._rows, self.digest = load_table(config, columns)
-        self.groups, self.notes = [len(self._rows)], list[str]()
+        rows, self.digest = load_table(config, columns)
+        self._captions = rows.select_columns([config.caption])
+        self._pictures = Pictures(rows, config.image)
+        self.groups, self.notes = [len(rows)], list[str]()
 
     def name(self, row: int) -> str:
         """Where the row is, in words."""
         return f"{self._config.dataset}, row {row}"
 
-    def read(self, row: int) -> tuple[bytes, str]:
-        """The row's encoded picture and its caption."""
-        fields = self._rows[row]
-        picture, caption = fields[self._config.image], fields[self._config.caption]
+    def caption(self, row: int) -> tuple[str, Later]:
+        """The row's caption, and what reads its picture."""
+        caption = self._captions[row][self._config.caption]
         if not isinstance(caption, str):
             raise Unusable("no_caption", f"{self.name(row)}: its caption is no text")
-        return picture_bytes(picture), caption
+        pictures = self._pictures.of(row)
+        if len(pictures) != 1:
+            raise Unusable("unreadable", f"{self.name(row)}: has {len(pictures)} pictures")
+        return caption, picture_later(pictures[0])
+
+
+class Pictures:
+    """A column with a picture, or several, a row, whose bytes stay in the file."""
+
+    def __init__(self, rows: Any, column: str) -> None:
+        self._rows, self._column = rows.select_columns([column]).with_format("arrow"), column
+
+    def of(self, row: int) -> list[Any]:
+        """The pictures of a row for `picture_later`, none of them looked at."""
+        import pyarrow as pa
+
+        value = self._rows[row][self._column][0]
+        if not value.is_valid:
+            return []
+        return list(value.values) if isinstance(value, pa.ListScalar) else [value]
+
+
+def picture_later(value: Any) -> Later:
+    """What reads a picture of `Pictures`, as `picture_bytes` does; `Unusable` where it is not
+    there."""
+    import pyarrow as pa
+
+    inner = value
+    if isinstance(value, pa.StructScalar) and value.is_valid:
+        inner = value.get("bytes")
+        if inner is None or not inner.is_valid or not inner.as_buffer().size:
+            inner = value.get("path")
+    if inner is None or not inner.is_valid:
+        raise Unusable("unreadable", "has no picture")
+    if isinstance(inner, pa.StringScalar):
+        return read_later(Path(inner.as_py()), MAX_PICTURE_BYTES)
+    return lambda: picture_bytes(value.as_py())
 
 
 def picture_bytes(picture: Any) -> bytes:

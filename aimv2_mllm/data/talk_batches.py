@@ -13,7 +13,8 @@ from aimv2_mllm.data.conversations import IGNORED
 from aimv2_mllm.data.drawing import Skipped
 from aimv2_mllm.data.feature_shards import picture_key
 from aimv2_mllm.data.feature_store import FeatureStore
-from aimv2_mllm.data.talks import Seen, TalkCorpus, TalkSample
+from aimv2_mllm.data.packing import Talk, plan
+from aimv2_mllm.data.talks import Draft, Seen, TalkCorpus, TalkSample
 from aimv2_mllm.data.templates import Encoded, Writer
 from aimv2_mllm.model.preprocessing import Preprocessing
 from aimv2_mllm.objective import ConversationBatch
@@ -42,22 +43,47 @@ class TalkBatches:
     features: FeatureStore | None = None  # of the pictures, where they are kept
 
     def __call__(self, step: int) -> list[TalkBatch]:
-        """The rank's share of the step's samples in micro-batches of like length."""
+        """The rank's part of the step's samples, in micro-batches of like length or, with
+        `micro_batch_tokens`, as `packing.plan` has them."""
         skipped = Skipped()
 
-        def read(numbers: Sequence[int]) -> list[TalkSample]:
-            return [self.corpus.sample(n, self.writer, skipped, self._see) for n in numbers]
+        def collated(drafts: Sequence[Draft]) -> Any:
+            samples = [draft.sample(self._see, skipped) for draft in drafts]
+            # Again: a row that stands in for one with a bad picture has another length.
+            return self._collated(sorted(samples, key=_length))
 
-        def length(sample: TalkSample) -> int:
-            return len(sample.encoded.ids)
-
-        batches: list[TalkBatch] = micro_batches(
-            self.train, read, self._collated, length, share=self.share
-        )(step)
+        batches: list[TalkBatch]
+        if self.train.micro_batch_tokens is None:
+            batches = micro_batches(self.train, self._drafts, collated, _length, share=self.share)(
+                step
+            )
+        else:
+            batches = [collated(drafts) for drafts in self._packed(step)]
         if skipped.counts:
             batches[0]["skipped"] = dict(skipped.counts)
             batches[0]["skipped_rows"] = skipped.examples
         return batches
+
+    def _drafts(self, numbers: Sequence[int]) -> list[Draft]:
+        return [self.corpus.draft(number, self.writer) for number in numbers]
+
+    def _packed(self, step: int) -> list[list[Draft]]:
+        """This rank's micro-batches by tokens. Each rank reads the text of the whole step, and so
+        plans the same; of the others' pictures it reads none.
+
+        What stands in for a row whose picture is bad stays where that row was, so that such a
+        micro-batch may have more tokens than the budget; files that are missing show in the text.
+        """
+        assert self.train.micro_batch_tokens is not None
+        size = self.train.batch_size
+        drafts = self._drafts(range(step * size, (step + 1) * size))
+        ranks = plan(
+            [Talk(_length(draft), draft.has_pictures) for draft in drafts],
+            num_ranks=self.share.size,
+            budget=self.train.micro_batch_tokens,
+            blank=len(self.writer.blank().ids),
+        )
+        return [[drafts[index] for index in members] for members in ranks[self.share.rank]]
 
     def _collated(self, samples: Sequence[TalkSample]) -> ConversationBatch:
         rows = [sample.encoded for sample in samples]
@@ -102,6 +128,10 @@ class TalkBatches:
         return self.corpus.pixels(content)
 
 
+def _length(one: Draft | TalkSample) -> int:
+    return len(one.encoded.ids)
+
+
 def conversation_batches(
     data: ConversationData,
     train: TrainConfig,
@@ -116,8 +146,8 @@ def conversation_batches(
     alone. Each picture stands for `num_image_tokens` tokens.
 
     Opens the sources of `data`; UsageError where one cannot be read, or where the tokenizer's
-    template does not tell what the assistant says. A rank gets its contiguous `share` of every
-    step.
+    template does not tell what the assistant says. A rank gets its `share` of every step: with
+    `micro_batch_size` a contiguous one.
     """
     writer = Writer(tokenizer, data.template, num_image_tokens=num_image_tokens)
     corpus = TalkCorpus(data, world_seed(seed, data), preprocessing)

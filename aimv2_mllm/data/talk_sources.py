@@ -13,11 +13,18 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from aimv2_mllm.data.conversations import IMAGE_TOKEN, Message, messages_of
-from aimv2_mllm.data.files import MAX_PICTURE_BYTES, Unusable, below, read_whole
+from aimv2_mllm.data.files import (
+    MAX_PICTURE_BYTES,
+    Later,
+    Unusable,
+    below,
+    read_later,
+    read_whole,
+)
 from aimv2_mllm.data.json_index import open_rows
 from aimv2_mllm.data.order import mixed
 from aimv2_mllm.data.sources import open_source
-from aimv2_mllm.data.tables import load_table, picture_bytes
+from aimv2_mllm.data.tables import Pictures, load_table, picture_later
 from aimv2_mllm.errors import UsageError, nearest, show
 from aimv2_mllm.recipe_data import (
     CaptionTalks,
@@ -35,10 +42,10 @@ MAX_TABLE_BYTES = 256 * 2**20  # of a CSV, which is held in memory
 
 
 class Talk(NamedTuple):
-    """A conversation and its encoded pictures, in the order of the messages."""
+    """A conversation and what reads its pictures, in the order of the messages."""
 
     messages: list[Message]
-    pictures: list[bytes]
+    pictures: list[Later]
 
 
 class TalkSource(Protocol):
@@ -49,7 +56,8 @@ class TalkSource(Protocol):
     digest: str  # changes when other rows would be read
 
     def read(self, row: int) -> Talk:
-        """The conversation of a row; `Unusable` where it cannot be had."""
+        """The conversation of a row; `Unusable` where it cannot be had, as far as that shows before
+        its pictures are read."""
 
     def name(self, row: int) -> str:
         """Where the row is, in words."""
@@ -87,7 +95,7 @@ class LlavaJson:
         if not all(isinstance(path, str) and path for path in paths):
             raise Unusable("odd_row", f"image is {show(image)}, not a path or a list of paths")
         messages = messages_of(said, len(paths))
-        pictures = [read_whole(below(self._root, path), MAX_PICTURE_BYTES) for path in paths]
+        pictures = [read_later(below(self._root, path), MAX_PICTURE_BYTES) for path in paths]
         return Talk(messages, pictures)
 
 
@@ -100,8 +108,10 @@ class TableOfTalks:
         columns: dict[str, str] = {config.kind: self._column}
         if config.images is not None:
             columns["images"] = config.images
-        self._rows, self.digest = load_table(config, columns)
-        self.groups, self.notes = [len(self._rows)], list[str]()
+        rows, self.digest = load_table(config, columns)
+        self._turns = rows.select_columns([self._column])
+        self._pictures = None if config.images is None else Pictures(rows, config.images)
+        self.groups, self.notes = [len(rows)], list[str]()
 
     def name(self, row: int) -> str:
         """Where the row is, in words."""
@@ -109,10 +119,7 @@ class TableOfTalks:
 
     def read(self, row: int) -> Talk:
         """The row's conversation and pictures."""
-        fields = self._rows[row]
-        images = fields[self._config.images] if self._config.images is not None else None
-        images = images if isinstance(images, list) else [] if images is None else [images]
-        turns = fields[self._column]
+        turns = self._turns[row][self._column]
         if isinstance(turns, str):
             try:
                 turns = json.loads(turns)
@@ -126,8 +133,9 @@ class TableOfTalks:
                 said.append((str(one.get("role")), _content(one.get("content"))))
             else:
                 said += [(role, _content(one.get(role))) for role in ("user", "assistant")]
-        messages = messages_of(said, len(images))
-        return Talk(messages, [picture_bytes(image) for image in images])
+        pictures = self._pictures.of(row) if self._pictures is not None else []
+        messages = messages_of(said, len(pictures))
+        return Talk(messages, [picture_later(picture) for picture in pictures])
 
 
 def _listed(value: Any, name: str) -> list[Any]:
@@ -166,7 +174,7 @@ class Captions:
 
     def read(self, row: int) -> Talk:
         """The row's picture, one of the prompts, always the same, and the caption."""
-        picture, caption = self._pairs.read(row)
+        caption, picture = self._pairs.caption(row)
         prompt = self._prompts[mixed(row) % len(self._prompts)]
         return Talk(messages_of([("user", prompt), ("assistant", caption)], 1), [picture])
 
@@ -231,7 +239,7 @@ class Questions:
         image, question, answer = (fields[name] for name in COLUMNS)
         messages = messages_of([("user", question), ("assistant", answer)], 1 if image else 0)
         path = below(self._folder, image)
-        return Talk(messages, [read_whole(path, MAX_PICTURE_BYTES)] if image else [])
+        return Talk(messages, [read_later(path, MAX_PICTURE_BYTES)] if image else [])
 
 
 TALK_SOURCES: dict[str, Callable[[Any], TalkSource]] = {

@@ -1,7 +1,8 @@
 """Conversation number g of a run, from whichever source has its turn: tokens and pixels, or why
 not. A pure function of (seed, g)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +12,7 @@ from aimv2_mllm.data import scenes
 from aimv2_mllm.data.conversations import Message, conversation, num_pictures
 from aimv2_mllm.data.decode import decode, decode_padded, middle_square, rim_of
 from aimv2_mllm.data.drawing import Drawing, Skipped
-from aimv2_mllm.data.files import Unusable
+from aimv2_mllm.data.files import Later, Unusable
 from aimv2_mllm.data.talk_sources import Talk, open_talk_sources
 from aimv2_mllm.data.templates import Encoded, Writer
 from aimv2_mllm.errors import UsageError
@@ -23,6 +24,7 @@ TURNS = "turns"  # last turns of rows that were too long, counted beside rows (e
 
 # A picture as (S, S, 3) uint8, or what a tower made of it (N, D).
 Seen = np.ndarray | Tensor
+See = Callable[[bytes], Seen]  # of an encoded picture
 
 
 class TalkSample(NamedTuple):
@@ -30,6 +32,50 @@ class TalkSample(NamedTuple):
 
     encoded: Encoded
     pictures: list[Seen]
+
+
+class Said(NamedTuple):
+    """What is said in a row, in tokens; `pictures` are looked at when they are called, and `turns`
+    were too many."""
+
+    encoded: Encoded
+    pictures: list[Callable[[See], Seen]]
+    turns: int
+
+
+class Draft:
+    """A sample of which the text is known and the pictures are not: what `encoded` says stands if
+    these can be used, and otherwise another row takes its place."""
+
+    def __init__(self, tries: Generator[Said, None, None], skipped: Skipped) -> None:
+        self._tries, self._skipped = tries, skipped  # which has the rows left out by `tries`
+        self._said = next(tries)
+
+    @property
+    def encoded(self) -> Encoded:
+        """The conversation in tokens."""
+        return self._said.encoded
+
+    @property
+    def has_pictures(self) -> bool:
+        """Whether it is about any."""
+        return bool(self._said.pictures)
+
+    def sample(self, see: See, skipped: Skipped) -> TalkSample:
+        """The sample, once; what had to be left out for it is added to `skipped`.
+
+        RunFailed when too many rows one after the other are unusable.
+        """
+        said, pictures = self._said, None
+        while pictures is None:
+            try:
+                pictures = [look(see) for look in said.pictures]
+            except Unusable as error:
+                said = self._tries.throw(error)
+        skipped.join(self._skipped)
+        if said.turns:
+            skipped.counts[TURNS] += said.turns
+        return TalkSample(said.encoded, pictures)
 
 
 class TalkCorpus:
@@ -60,39 +106,42 @@ class TalkCorpus:
         return self._data.image_aspect
 
     def sample(
-        self,
-        number: int,
-        writer: Writer,
-        skipped: Skipped,
-        see: Callable[[bytes], Seen] | None = None,
+        self, number: int, writer: Writer, skipped: Skipped, see: See | None = None
     ) -> TalkSample:
         """Sample `number`; what had to be left out for it is added to `skipped`.
 
         An encoded picture becomes what `see` makes of it, by default `pixels`.
         RunFailed when too many rows one after the other are unusable.
         """
+        return self.draft(number, writer).sample(see or self.pixels, skipped)
+
+    def draft(self, number: int, writer: Writer) -> Draft:
+        """The same of which no picture was read yet."""
         turn, position = self._drawing.turn(number)
-        world = self._sources[turn]
+        world, skipped = self._sources[turn], Skipped()
         if isinstance(world, HandwritingTalks):
-            sheet = scenes.scene(self.seed, "train", position)
-            messages = self._about(world, sheet, position, "talk")
-            try:
-                encoded = self._fitted(messages, writer, skipped)[0]
-            except Unusable as error:
-                text = f"data.sources.{turn}: a conversation {error}: choose another template or"
-                raise UsageError(f"{text} a larger max_tokens") from None
-            size = self._preprocessing.image_size if self._preprocessing else 0
-            return TalkSample(encoded, [scenes.render(sheet, size)] if size else [])
+            return Draft(self._of_world(world, turn, position, writer), skipped)
 
-        def use(turn: int, row: int, place: int) -> TalkSample:
+        def use(turn: int, row: int, place: int) -> Said:
             talk = self._read(turn, row)
-            left_out = Skipped()
-            encoded, kept = self._fitted(talk.messages, writer, left_out)
-            pictures = [(see or self.pixels)(content) for content in talk.pictures[:kept]]
-            skipped.counts.update(left_out.counts)  # only of a row that is used
-            return TalkSample(encoded, pictures)
+            encoded, turns = self._fitted(talk.messages, writer)
+            kept = num_pictures(talk.messages[: len(talk.messages) - 2 * turns])
+            return Said(encoded, [partial(_seen, read) for read in talk.pictures[:kept]], turns)
 
-        return self._drawing.first_usable(number, skipped, use)
+        return Draft(self._drawing.usable(number, skipped, use), skipped)
+
+    def _of_world(
+        self, world: HandwritingTalks, turn: int, position: int, writer: Writer
+    ) -> Generator[Said, None, None]:
+        sheet = scenes.scene(self.seed, "train", position)
+        messages = self._about(world, sheet, position, "talk")
+        try:
+            encoded, turns = self._fitted(messages, writer)
+        except Unusable as error:
+            text = f"data.sources.{turn}: a conversation {error}: choose another template or"
+            raise UsageError(f"{text} a larger max_tokens") from None
+        size = self._preprocessing.image_size if self._preprocessing else 0
+        yield Said(encoded, [lambda see: scenes.render(sheet, size)] if size else [], turns)
 
     def words(self, number: int, skipped: Skipped) -> list[Message]:
         """What is said in sample `number` of a corpus for a model without eyes; of the embedded
@@ -125,15 +174,10 @@ class TalkCorpus:
             raise Unusable("picture", "is about a picture, and an LLM alone is trained")
         return talk
 
-    def _fitted(
-        self, messages: list[Message], writer: Writer, skipped: Skipped
-    ) -> tuple[Encoded, int]:
-        """The conversation in tokens, cut if need be, and how many pictures are left of it."""
+    def _fitted(self, messages: list[Message], writer: Writer) -> tuple[Encoded, int]:
+        """The conversation in tokens, cut if need be, and how many turns that took."""
         cut = self._data.too_long == "cut"
-        encoded, turns = writer.fitted(messages, self._data.max_tokens, cut=cut)
-        if turns:
-            skipped.counts[TURNS] += turns
-        return encoded, num_pictures(messages[: len(messages) - 2 * turns])
+        return writer.fitted(messages, self._data.max_tokens, cut=cut)
 
     def num_places(self, samples: int) -> int:
         """How many rows so many samples are made of, each counted once."""
@@ -146,9 +190,11 @@ class TalkCorpus:
         for turn, own in self._drawing.rows(samples):
             for place in own[max(places.start - first, 0) : max(places.stop - first, 0)]:
                 try:
-                    yield from self._read(turn, self._drawing.row(turn, place)).pictures
+                    talk = self._read(turn, self._drawing.row(turn, place))
+                    contents = [read() for read in talk.pictures]
                 except Unusable:
                     continue
+                yield from contents
             first += len(own)
 
     def pixels(self, content: bytes) -> np.ndarray:
@@ -160,3 +206,7 @@ class TalkCorpus:
         if self._data.image_aspect == "crop":
             return decode(content, size, middle_square)
         return decode_padded(content, size, rim_of(self._preprocessing.mean))
+
+
+def _seen(read: Later, see: See) -> Seen:
+    return see(read())

@@ -64,6 +64,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--batch", type=int, default=8, help="rows of an optimiser step")
     parser.add_argument("--micro-batch", type=int, default=2, help="rows of a forward pass")
+    parser.add_argument("--tokens", type=int, help="in its place, of a forward pass of ours")
     parser.add_argument("--rounds", type=int, default=2, help="turns of each side")
     parser.add_argument("--checkpointing", action="store_true", help="of activations, both sides")
     parser.add_argument("--device", default="cpu")
@@ -124,7 +125,8 @@ def recipe_of(args: argparse.Namespace, folder: Path, steps: int) -> Recipe:
         "train": {
             "steps": steps,
             "batch_size": args.batch,
-            "micro_batch_size": args.micro_batch,
+            "micro_batch_size": None if args.tokens else args.micro_batch,
+            "micro_batch_tokens": args.tokens,
             "lr": LR,
             "final_lr": LR,
             "betas": [0.9, 0.95],
@@ -233,7 +235,8 @@ def report(args: argparse.Namespace, words: list[str]) -> None:
             for side, done in runs.items():
                 done.append(in_a_child("tuning.py", *words, "--child", side, str(turn), name))
     print(f"{args.mode}: aimv2_{args.tower} at {args.image_size} px, LLM {args.llm}, {args.rows} "
-          f"rows, {args.batch} a step, {args.micro_batch} at once, {args.precision}, "
+          f"rows, {args.batch} a step, {args.micro_batch} at once"
+          f"{f' (ours: {args.tokens:,} tokens)' if args.tokens else ''}, {args.precision}, "
           f"{args.device}, {torch.get_num_threads()} threads"
           f"{', checkpointing' * args.checkpointing}")  # fmt: skip
     print(f"{'':9}{'seconds':>9}{'rows/s':>9}{'processor s':>13}{'GiB':>8}   loss of each step")
