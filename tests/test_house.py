@@ -324,7 +324,7 @@ def test_verbs_and_flags_are_frozen() -> None:
         ],
         "convert": ["--help", "SRC", "DST", "--layout", "--image-size", "--dtype"],
         "evaluate": [
-            "--help", "MODEL", "DATA", "--metric", "--prompt", "--out", "--root", "--column",
+            "--help", "MODEL", "DATA", "--out", "--metric", "--prompt", "--root", "--column",
             "--split", "--limit", "--batch-size", "--max-new-tokens", "--no-controls",
         ],
         "compare": [
