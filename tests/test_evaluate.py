@@ -310,7 +310,7 @@ def test_a_question_is_put_as_the_prompt_says() -> None:
 def test_small_files_tell_models_apart(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"1")
-    before = answerers._digest(tmp_path)
-    assert before == answerers._digest(tmp_path)
+    before = answerers.digest(tmp_path)
+    assert before == answerers.digest(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"2")
-    assert before != answerers._digest(tmp_path)
+    assert before != answerers.digest(tmp_path)

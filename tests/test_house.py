@@ -97,8 +97,10 @@ TABLE = (
     "chatbot",
     "session",
     "chat",
+    "scoring",
     "answerers",
     "evaluate",
+    "lmms",
     "transcript",
     "towers",
     "export",
@@ -150,7 +152,8 @@ ONLY = {
         "chatbot",
         "session",
     },
-    "answerers": {"errors", "data", "model", "folders", "chat"},
+    "scoring": {"errors", "model", "prompts", "chatbot"},
+    "answerers": {"errors", "sampling", "data", "model", "folders", "prompts", "chat"},
     "transcript": {"errors", "data", "prompts"},
     "visit": {"errors", "data", "prompts", "transcript"},
     "towers": {"errors", "model", "towers"},
@@ -325,6 +328,10 @@ def test_verbs_and_flags_are_frozen() -> None:
         "evaluate": [
             "--help", "MODEL", "DATA", "--metric", "--prompt", "--out", "--root", "--column",
             "--split", "--limit", "--batch-size", "--max-new-tokens", "--no-controls",
+        ],
+        "lmms-eval": [
+            "--help", "MODEL", "TASKS", "--out", "--environment", "--include-path", "--limit",
+            "--batch-size", "--processes", "--dtype", "--simple", "--print",
         ],
         "export": [
             "--help", "RUN", "DST", "--format", "--dtype", "--max-shard-size", "--layout",
