@@ -1,6 +1,6 @@
 """How likely a model finds a given answer, for questions whose answers are chosen and not written.
 
-Refuses what `chatbot` refuses, and an answer of no tokens.
+Refuses what `chatbot` refuses, and an empty answer.
 """
 
 from collections.abc import Sequence
@@ -31,10 +31,10 @@ def likelihood(
 
     from aimv2_mllm.model.decoding import embedded
 
+    if not answer.strip():
+        raise UsageError("the answer is empty")
     tokenizer = bot.processor.tokenizer
     said = tokenizer(_behind(bot, messages, answer), add_special_tokens=False).input_ids
-    if not said:
-        raise UsageError(f"the answer {answer!r} has no tokens")
     prompt = prompt_of(bot, messages, images, len(said), {})
     if len(said) > prompt.room:
         raise UsageError(f"the answer has {len(said)} tokens, and there is room for {prompt.room}")

@@ -144,5 +144,5 @@ def table(
 
 
 def _written(number: Number) -> str:
-    error = "" if number.error is None else f" ± {number.error:.1f}"
-    return f"{number.value:,.1f}{error}" if abs(number.value) >= 2 else f"{number.value:.4g}{error}"
+    error = "" if number.error is None else f" ± {number.error:.2g}"
+    return f"{number.value:,.4g}{error}"

@@ -47,9 +47,10 @@ def run_benchmarks(args: Namespace, narrate: Callable[[str], None]) -> str:
         "simple": args.simple,
         "lmms_eval": there.version,
     }
+    for one in asked.wanted:
+        demand_same(out / one.name, {"task": one.task, **identity})
     numbers, failed = dict[str, list[Number]](), dict[str, str]()
     for one, command in zip(asked.wanted, commands, strict=True):
-        demand_same(out / one.name, {"task": one.task, **identity})
         try:
             numbers[one.name] = _numbers(one, command, out / one.name, narrate)
         except (RunFailed, UsageError) as error:
@@ -70,11 +71,11 @@ def _command(python: Path, one: Benchmark, args: Namespace) -> list[str]:
     model += f",dtype={DTYPES[args.dtype]}" if args.dtype else ""
     words = [str(python), *(launch if args.processes > 1 else []), "-m", "lmms_eval"]
     words += ["--model", MODEL, "--model_args", model, "--tasks", one.task]
-    words += ["--batch_size", str(args.batch_size), "--log_samples"]
+    words += ["--batch_size", str(args.batch_size)]
     words += ["--output_path", str(Path(args.out) / one.name / "lmms-eval")]
     words += [] if args.limit is None else ["--limit", str(args.limit)]
     words += ["--include_path", args.include_path] if args.include_path else []
-    return [*words, *(["--force_simple"] if args.simple else [])]
+    return [*words, "--log_samples", *(["--force_simple"] if args.simple else [])]
 
 
 def _demand_tasks(wanted: tuple[Benchmark, ...], there: Inventory) -> None:
@@ -134,9 +135,9 @@ def _why(log: str) -> str | None:
     if not said:
         errors = re.findall(r"^\w[\w.]*(?:Error|Exception): .*", log, re.MULTILINE)
         return str(errors[-1]) if errors else None
-    why = str(said[-1]).partition(". Please set `--verbosity")[0]
+    why = str(said[-1]).partition(". Please set")[0]
     # It tries again for minutes, and then says only that it did.
-    if tried := re.match(r"RetryError\[.* raised (\w+)\]", why):
+    if tried := re.match(r"RetryError\[.* raised (\w+)>\]", why):
         raised = re.findall(rf"^(?:\w+\.)*{tried[1]}: (.*)", log, re.MULTILINE)
         why = raised[-1] if raised else why
     if "Currently messages is used for generation only" in why:

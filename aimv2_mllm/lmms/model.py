@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from lmms_eval.api.instance import Instance
+from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
@@ -80,9 +80,12 @@ class _Model(lmms):
             raise UsageError(f"{name}: {error} ({self._refused} questions cannot be asked)")
         _note(f"{name} counts as not answered: {error}")
 
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
         """For each (question, answer), the mean cross-entropy of the answer's tokens and whether
-        they are the likeliest; lmms-eval takes the least, and not the greatest, for the best."""
+        they are the likeliest; lmms-eval takes the least, and not the greatest, for the best.
+
+        It makes text of a bare pair (0.7.3), so each comes as what it takes for a whole answer.
+        """
         if not isinstance(self._answerer, Ours):
             raise UsageError("the task compares likelihoods, which only models of ours tell here")
         found = []
@@ -91,7 +94,7 @@ class _Model(lmms):
             if callable(answer):
                 answer = answer(self._document(request))
             told = likelihood(self._answerer.bot, messages, pictures, answer.strip())
-            found.append((told.loss, told.is_greedy))
+            found.append(GenerationResult((told.loss, told.is_greedy)))
         return found
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
