@@ -108,8 +108,8 @@ def _call(command: Sequence[str], what: str) -> str:
 
 def _why(said: str) -> str:
     lines = [line.strip() for line in said.splitlines() if line.strip()]
-    if any("Errno -2" in line or "Errno -3" in line or "Network is un" in line for line in lines):
-        return "no network"
+    if any("after connection broken by" in line for line in lines):  # pip's words
+        return "the package index cannot be reached"
     missing = [line for line in lines if "No module named" in line]
     if missing:
         return f"{missing[-1]}: {EXTRA}"
