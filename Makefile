@@ -11,6 +11,7 @@ TORCH ?= torch==2.13.0
 # LLaVA as its users have it; PyPI's is its git c121f04. It pins other libraries, hence --no-deps.
 LLAVA := llava-torch==1.2.2.post1
 OLD := .venv-llava437
+LMMS := .venv-lmms-eval
 
 BIN := $(VENV)/bin
 
@@ -19,7 +20,7 @@ BIN := $(VENV)/bin
 quickstart: setup
 	$(BIN)/aimv2-mllm run recipes/quickstart.yaml
 
-test: setup $(OLD)/installed
+test: setup $(OLD)/installed $(LMMS)/lmms_eval.txt
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -42,4 +43,9 @@ $(OLD)/installed: tests/llava437.txt
 	$(OLD)/bin/python -m pip install $(TORCH)
 	$(OLD)/bin/python -m pip install -r tests/llava437.txt
 	$(OLD)/bin/python -m pip install --no-deps $(LLAVA)
+	touch $@
+
+# A layer over $(VENV), without torch; it has the loop that tests compare `evaluate` with.
+$(LMMS)/lmms_eval.txt: aimv2_mllm/assets/lmms_eval.txt $(VENV)/installed
+	$(BIN)/python -m aimv2_mllm.lmms.environment $(LMMS)
 	touch $@

@@ -298,6 +298,16 @@ def compare(args: argparse.Namespace) -> None:
         raise SystemExit(1)
 
 
+def lmms_eval(args: argparse.Namespace) -> None:
+    """Print what lmms-eval makes of a model's answers, or the commands that would tell it."""
+    from aimv2_mllm.lmms.command import run_benchmarks
+    from aimv2_mllm.model.hub import stay_offline_unless_reached
+
+    if not args.print:
+        stay_offline_unless_reached()
+    print(run_benchmarks(args, _note).rstrip())
+
+
 def export(args: argparse.Namespace) -> None:
     """Write a finished result as a folder that other tools load."""
     from aimv2_mllm.export.formats import export as write
@@ -325,6 +335,7 @@ VERBS = {
     "convert": convert,
     "evaluate": evaluate,
     "compare": compare,
+    "lmms-eval": lmms_eval,
     "export": export,
     "verify-export": verify_export,
 }

@@ -14,9 +14,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.folders import CONFIG_FILE, talking_folder
 from aimv2_mllm.model.hub import HUB_ID
+from aimv2_mllm.sampling import GREEDY, Sampling
 
 if TYPE_CHECKING:
     from PIL import Image
+
+    from aimv2_mllm.prompts import Message
 
 OURS = ("llava", "aimv2_mllm_llava")  # model types that `chat` asks as they were trained
 SMALL = 2**20  # bytes; a larger file is known by its size and time
@@ -25,6 +28,7 @@ GIVE = (
     "image-text model"
 )
 Asking = tuple[str, "Image.Image | None"]  # a question, and the picture that it is about
+Talk = tuple["Sequence[Message]", "Sequence[Image.Image]"]  # a picture for each image part
 
 
 class Answerer(Protocol):
@@ -32,21 +36,37 @@ class Answerer(Protocol):
 
     identity: str  # changes with its weights or its processor
 
+    @property
+    def model(self) -> Any:
+        """The network, which may be moved to another device or precision."""
+
     def __call__(self, asked: Sequence[Asking], max_new_tokens: int) -> list[str]:
         """The greedy answers, each to a conversation of its own, without blanks around them."""
+
+    def reply(
+        self, talks: Sequence[Talk], max_new_tokens: int, sampling: Sampling = GREEDY
+    ) -> list[str]:
+        """What it says next in each of `talks`, computed together, without blanks around it."""
 
 
 def load_answerer(source: str) -> Answerer:
     """The model called `source`: a run, a model's folder, or a hub id; on the GPU where there is
     one. UsageError where there is none that sees and talks, or not all of it."""
-    if not isdir(source):
-        if exists(source):
-            raise UsageError(f"{source}: is a file; {GIVE}")
-        if not HUB_ID.fullmatch(source):
-            raise UsageError(f"{source}: there is no such folder; {GIVE}")
+    folder = found(source)
+    if folder is None:
         return Foreign(source)
-    folder = talking_folder(Path(source))
     return Ours(folder) if _model_type(folder) in OURS else Foreign(str(folder))
+
+
+def found(source: str) -> Path | None:
+    """The folder of the model called `source`; None: it is a hub id. UsageError as above."""
+    if isdir(source):
+        return talking_folder(Path(source))
+    if exists(source):
+        raise UsageError(f"{source}: is a file; {GIVE}")
+    if not HUB_ID.fullmatch(source):
+        raise UsageError(f"{source}: there is no such folder; {GIVE}")
+    return None
 
 
 def _model_type(folder: Path) -> Any:
@@ -58,7 +78,7 @@ def _model_type(folder: Path) -> Any:
         raise UsageError(f"{folder / CONFIG_FILE}: cannot be read ({error}); {GIVE}") from None
 
 
-def _digest(folder: Path) -> str:
+def digest(folder: Path) -> str:
     """What tells the model in `folder` from another: its small files, the size and time of others.
 
     The report and the records that do not change what it says count too.
@@ -71,28 +91,40 @@ def _digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-class Ours:
+class _Asked:
+    """What can hold conversations, asked single questions."""
+
+    def __call__(self, asked: Sequence[Asking], max_new_tokens: int) -> list[str]:
+        return self.reply([_talk(text, picture) for text, picture in asked], max_new_tokens)
+
+    def reply(
+        self, talks: Sequence[Talk], max_new_tokens: int, sampling: Sampling = GREEDY
+    ) -> list[str]:
+        raise NotImplementedError
+
+
+class Ours(_Asked):
     """A Llava, which gets pictures and tokens as in its training."""
 
     def __init__(self, folder: Path) -> None:
         from aimv2_mllm.chat import load_model
 
-        self._bot, self.identity = load_model(folder), _digest(folder)
+        self.bot, self.identity = load_model(folder), digest(folder)
 
-    def __call__(self, asked: Sequence[Asking], max_new_tokens: int) -> list[str]:
+    @property
+    def model(self) -> Any:
+        return self.bot.model
+
+    def reply(
+        self, talks: Sequence[Talk], max_new_tokens: int, sampling: Sampling = GREEDY
+    ) -> list[str]:
         from aimv2_mllm.chat import answer_all
-        from aimv2_mllm.data.conversations import turn
 
-        talks = [
-            (turn(text, "", image=picture is not None)[:1], [] if picture is None else [picture])
-            for text, picture in asked
-        ]
-        return answer_all(
-            self._bot, talks, max_new_tokens=max_new_tokens, batch_size=max(1, len(talks))
-        )
+        words: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling}
+        return answer_all(self.bot, talks, batch_size=max(1, len(talks)), **words)
 
 
-class Foreign:
+class Foreign(_Asked):
     """Any image-text model of transformers, asked through its own processor and chat template."""
 
     def __init__(self, source: str) -> None:
@@ -100,63 +132,93 @@ class Foreign:
 
         self._source = source
         with silent_transformers():
-            self._model, self._processor = _load(source)
+            self.model, self._processor = _load(source)
         if getattr(self._processor, "chat_template", None) is None:
             raise UsageError(f"{source}: has no chat template, so nobody knows how to ask it")
         self._tokenizer = getattr(self._processor, "tokenizer", self._processor)
         self._tokenizer.padding_side = "left"  # all answers begin at one column
         if self._tokenizer.pad_token_id is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
-        commit = getattr(self._model.config, "_commit_hash", None)
-        self.identity = _digest(Path(source)) if isdir(source) else f"{source} {commit}"
+        commit = getattr(self.model.config, "_commit_hash", None)
+        self.identity = digest(Path(source)) if isdir(source) else f"{source} {commit}"
 
-    def __call__(self, asked: Sequence[Asking], max_new_tokens: int) -> list[str]:
-        answers = [""] * len(asked)
+    def reply(
+        self, talks: Sequence[Talk], max_new_tokens: int, sampling: Sampling = GREEDY
+    ) -> list[str]:
+        answers = [""] * len(talks)
         # Processors take a batch of which each has a picture, or none has.
         for sees in (True, False):
-            rows = [row for row, (_, picture) in enumerate(asked) if (picture is not None) == sees]
+            rows = [row for row, (_, pictures) in enumerate(talks) if bool(pictures) == sees]
             if rows:
-                given = self._answers([asked[row] for row in rows], max_new_tokens)
+                given = self._answers([talks[row] for row in rows], max_new_tokens, sampling)
                 for row, text in zip(rows, given, strict=True):
                     answers[row] = text
         return answers
 
-    def _answers(self, asked: Sequence[Asking], max_new_tokens: int) -> list[str]:
+    def _answers(self, talks: Sequence[Talk], max_new_tokens: int, sampling: Sampling) -> list[str]:
         import torch
 
-        talks = [_talk(text, picture) for text, picture in asked]
+        sees = bool(talks[0][1])
         try:
             inputs = self._processor.apply_chat_template(
-                talks,
+                [_shown(messages, pictures) for messages, pictures in talks],
                 add_generation_prompt=True,
                 tokenize=True,
                 return_dict=True,
                 return_tensors="pt",
                 processor_kwargs={"padding": True},
-            ).to(self._model.device, dtype=self._model.dtype)
+            ).to(self.model.device, dtype=self.model.dtype)
             with torch.inference_mode():
-                written = self._model.generate(
-                    **inputs, max_new_tokens=max_new_tokens, pad_token_id=self._pad
+                written = self.model.generate(
+                    **inputs,
+                    max_new_tokens=max_new_tokens,
+                    pad_token_id=int(self._tokenizer.pad_token_id),
+                    **_drawn(sampling),
                 )
         # Each family's processor and template refuses in words of its own.
         except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-            what = "a picture" if asked[0][1] is not None else "a question without a picture"
-            remedy = "" if asked[0][1] is not None else "; give --no-controls"
+            what = "a picture" if sees else "a question without a picture"
+            remedy = "" if sees else "; give --no-controls"
             raise UsageError(
                 f"{self._source}: refuses {what} ({' '.join(str(error).split())[:200]}){remedy}"
             ) from None
         new = written[:, inputs["input_ids"].shape[1] :]  # (B, tokens of the longest answer)
         texts = self._tokenizer.batch_decode(new, skip_special_tokens=True)
-        return [text.strip() for text in texts]
-
-    @property
-    def _pad(self) -> int:
-        return int(self._tokenizer.pad_token_id)
+        return [_until(text, sampling.stop).strip() for text in texts]
 
 
-def _talk(text: str, picture: "Image.Image | None") -> list[dict[str, Any]]:
-    seen = [] if picture is None else [{"type": "image", "image": picture}]
-    return [{"role": "user", "content": [*seen, {"type": "text", "text": text}]}]
+def _talk(text: str, picture: "Image.Image | None") -> Talk:
+    from aimv2_mllm.data.conversations import turn
+
+    asked = turn(text, "", image=picture is not None)[:1]
+    return asked, [] if picture is None else [picture]
+
+
+def _shown(messages: "Sequence[Message]", pictures: "Sequence[Image.Image]") -> list[Any]:
+    """The messages with the pictures in them, as processors take them."""
+    rest = iter(pictures)
+    return [
+        {
+            **message,
+            "content": [
+                {**part, "image": next(rest)} if part["type"] == "image" else part
+                for part in message["content"]
+            ],
+        }
+        for message in messages
+    ]
+
+
+def _drawn(sampling: Sampling) -> dict[str, Any]:
+    """What `generate` is told of how tokens are chosen; nothing where it is greedy."""
+    if not sampling.temperature:
+        return {}
+    names = ("temperature", "top_p", "top_k")
+    return {"do_sample": True} | {name: getattr(sampling, name) for name in names}
+
+
+def _until(text: str, stops: Sequence[str]) -> str:
+    return text[: min((place for stop in stops if (place := text.find(stop)) >= 0), default=None)]
 
 
 def _load(source: str) -> tuple[Any, Any]:

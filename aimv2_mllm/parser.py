@@ -88,6 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_convert(verbs)
     _add_evaluate(verbs)
     _add_compare(verbs)
+    _add_lmms_eval(verbs)
     _add_export(verbs)
     for parsed in (parser, *verbs.choices.values()):
         parsed.allow_abbrev = False
@@ -338,6 +339,49 @@ def _add_compare(verbs: Any) -> None:
         "--out", metavar="FOLDER", default="comparison", help="runs and report (comparison)"
     )
     _add_judging(words)
+
+
+def _add_lmms_eval(verbs: Any) -> None:
+    words = verbs.add_parser(
+        "lmms-eval", help="let lmms-eval ask a model and judge, in an environment of its own"
+    )
+    words.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a run folder, or the folder or hub id of an image-text model",
+    )
+    words.add_argument(
+        "tasks",
+        metavar="TASKS",
+        help="names of lmms-eval's tasks, as in mme,gqa, or a file of benchmarks such as "
+        "recipes/benchmarks/paper.yaml",
+    )
+    words.add_argument(
+        "--out", metavar="FOLDER", default="lmms-eval", help="answers and table (lmms-eval)"
+    )
+    words.add_argument(
+        "--environment",
+        metavar="FOLDER",
+        default=".venv-lmms-eval",
+        help="its virtual environment, made where there is none (.venv-lmms-eval)",
+    )
+    words.add_argument("--include-path", metavar="FOLDER", help="where more tasks are")
+    counts = (
+        ("--limit", MOST_PICTURES, None, "first so many questions of each task (all)"),
+        ("--batch-size", 10_000, 8, "questions at once (8)"),
+        ("--processes", MOST_DEVICES, 1, "how many ask together, one a device (1)"),
+    )
+    for name, high, default, text in counts:
+        words.add_argument(name, metavar="N", type=_whole(1, high), default=default, help=text)
+    words.add_argument("--dtype", choices=DTYPES, help="precision: fp32, bf16 (the model's)")
+    words.add_argument(
+        "--simple",
+        action="store_true",
+        help="ask by text and pictures instead of messages, as tasks that compare likelihoods want",
+    )
+    words.add_argument(
+        "--print", action="store_true", help="only print the commands that would be run"
+    )
 
 
 def _setting(flag: str, kind: type[int] | type[float]) -> Callable[[str], Any]:

@@ -20,6 +20,7 @@ from aimv2_mllm.data.asked import Question
 from aimv2_mllm.data.tokenizer import train_tokenizer
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.evaluate import prompt_of
+from aimv2_mllm.sampling import Sampling
 
 WORDS = ["what is it", "where is the red one", "is it the one", "what is the red"]
 SMALL = {
@@ -307,10 +308,27 @@ def test_a_question_is_put_as_the_prompt_says() -> None:
     assert prompt_of(choice, "{choices}: {question}") == "A. cat\nB. dog: Which?"
 
 
+def test_another_model_holds_conversations_about_several_pictures(other: Path) -> None:
+    model = load_answerer(str(other))
+    noise, red = Image.effect_noise((40, 30), 90).convert("RGB"), Image.new("RGB", (30, 60), "red")
+    parts = [{"type": "text", "text": WORDS[0]}, {"type": "image"}, {"type": "image"}]
+    messages = [{"role": "user", "content": parts}]
+    [first], [other_way] = (
+        model.reply([(messages, pictures)], 8) for pictures in ([noise, red], [red, noise])
+    )
+    assert first != other_way
+    stop = first[2:4]
+    assert model.reply([(messages, [noise, red])], 8, Sampling(stop=(stop,))) == [
+        first[: first.index(stop)].strip()
+    ]
+    drawn = {model.reply([(messages, [noise, red])], 8, Sampling(2.0))[0] for _ in range(4)}
+    assert len(drawn) > 1
+
+
 def test_small_files_tell_models_apart(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"1")
-    before = answerers._digest(tmp_path)
-    assert before == answerers._digest(tmp_path)
+    before = answerers.digest(tmp_path)
+    assert before == answerers.digest(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"2")
-    assert before != answerers._digest(tmp_path)
+    assert before != answerers.digest(tmp_path)

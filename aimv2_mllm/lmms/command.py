@@ -1,0 +1,147 @@
+"""What the verb `lmms-eval` does: our answers judged by lmms-eval, a process for each benchmark.
+
+Owns its words on the terminal and the folder of results. A benchmark that is done is not run again,
+one that fails is told and the others go on.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+
+from aimv2_mllm.answerers import digest, found
+from aimv2_mllm.errors import RunFailed, UsageError, nearest
+from aimv2_mllm.evaluation.asking import demand_same
+from aimv2_mllm.lmms.benchmarks import Benchmark, Number, benchmarks_of, numbers_of, table
+from aimv2_mllm.lmms.environment import Inventory, demand_environment, inventory, python_of
+from aimv2_mllm.lmms.plugin import MODEL
+
+RESULTS, LOG, TABLE = "results.json", "log.txt", "table.md"
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+
+
+def run_benchmarks(args: Namespace, narrate: Callable[[str], None]) -> str:
+    """The table of `args.tasks` for `args.model`, written to `args.out` too; RunFailed with a line
+    for each benchmark that failed. With `args.print`, the commands that would be run."""
+    asked = benchmarks_of(args.tasks)
+    folder = found(args.model)
+    if wrong := [mark for mark in ",='\"{}" if mark in args.model]:
+        raise UsageError(f"{args.model}: lmms-eval takes no {wrong[0]} in a name; link or move it")
+    environment, out = Path(args.environment), Path(args.out)
+    python = python_of(environment)
+    commands = [_command(python, one, args) for one in asked.wanted]
+    if args.print:
+        make = [sys.executable, "-m", "aimv2_mllm.lmms.environment", args.environment]
+        first = [] if python.exists() else [make]
+        return "\n".join(shlex.join(words) for words in [*first, *commands])
+    there = inventory(demand_environment(environment, narrate), args.include_path)
+    _demand_tasks(asked.wanted, there)
+    identity = {
+        "model": args.model if folder is None else digest(folder),
+        "limit": args.limit,
+        "dtype": args.dtype,
+        "simple": args.simple,
+        "lmms_eval": there.version,
+    }
+    for one in asked.wanted:
+        demand_same(out / one.name, {"task": one.task, **identity})
+    numbers, failed = dict[str, list[Number]](), dict[str, str]()
+    for one, command in zip(asked.wanted, commands, strict=True):
+        try:
+            numbers[one.name] = _numbers(one, command, out / one.name, narrate)
+        except (RunFailed, UsageError) as error:
+            failed[one.name] = str(error)
+            narrate(str(error))
+        told = table(asked, numbers, failed)
+        (out / TABLE).write_text(told, encoding="utf-8")
+    if failed:
+        narrate(told)
+        raise RunFailed("\n".join(failed.values()))
+    return told
+
+
+def _command(python: Path, one: Benchmark, args: Namespace) -> list[str]:
+    """What runs lmms-eval for one benchmark, by a launcher where several processes are wanted."""
+    launch = ["-m", "accelerate.commands.launch", "--num_processes", str(args.processes)]
+    model = f"pretrained={args.model}"
+    model += f",dtype={DTYPES[args.dtype]}" if args.dtype else ""
+    words = [str(python), *(launch if args.processes > 1 else []), "-m", "lmms_eval"]
+    words += ["--model", MODEL, "--model_args", model, "--tasks", one.task]
+    words += ["--batch_size", str(args.batch_size)]
+    words += ["--output_path", str(Path(args.out) / one.name / "lmms-eval")]
+    words += [] if args.limit is None else ["--limit", str(args.limit)]
+    words += ["--include_path", args.include_path] if args.include_path else []
+    return [*words, "--log_samples", *(["--force_simple"] if args.simple else [])]
+
+
+def _demand_tasks(wanted: tuple[Benchmark, ...], there: Inventory) -> None:
+    unknown = [one.task for one in wanted if one.task not in there.tasks]
+    if unknown:
+        lines = [
+            f"lmms-eval {there.version} has no task {task}{nearest(task, there.tasks)}"
+            for task in unknown
+        ]
+        raise UsageError("\n".join(lines))
+
+
+def _numbers(
+    one: Benchmark, command: list[str], folder: Path, narrate: Callable[[str], None]
+) -> list[Number]:
+    """The numbers of a benchmark, which is run where `folder` does not have them."""
+    done = folder / RESULTS
+    if done.exists():
+        narrate(f"{one.name}: is done already")
+        return numbers_of(done, one)
+    narrate(shlex.join(command))
+    before = set(folder.rglob("*_results.json"))
+    code = _run(command, folder / LOG)
+    made = sorted(set(folder.rglob("*_results.json")) - before)
+    # lmms-eval ends with 0 whatever happened.
+    if code or not made:
+        why = _why((folder / LOG).read_text(encoding="utf-8", errors="replace"))
+        raise RunFailed(f"{one.name}: {why or f'ended with {code}'}; see {folder / LOG}")
+    numbers = numbers_of(made[-1], one)
+    unfinished = done.with_suffix(".part")
+    unfinished.write_bytes(made[-1].read_bytes())
+    unfinished.replace(done)
+    return numbers
+
+
+def _run(command: list[str], log: Path) -> int:
+    """The exit code of a command, whose words go to stderr and to the file `log`."""
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    with (
+        log.open("wb") as file,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment
+        ) as process,
+    ):
+        assert process.stdout is not None
+        while piece := os.read(process.stdout.fileno(), 65536):
+            file.write(piece)
+            sys.stderr.write(piece.decode(errors="replace"))
+            sys.stderr.flush()
+    return process.returncode
+
+
+def _why(log: str) -> str | None:
+    """What lmms-eval says of its own error, in a line."""
+    log = re.sub(r"\x1b\[[0-9;]*m", "", log)
+    said = re.findall(r"Error during evaluation: (.*)", log)
+    if not said:
+        errors = re.findall(r"^\w[\w.]*(?:Error|Exception): .*", log, re.MULTILINE)
+        return str(errors[-1]) if errors else None
+    why = str(said[-1]).partition(". Please set")[0]
+    # It tries again for minutes, and then says only that it did.
+    if tried := re.match(r"RetryError\[.* raised (\w+)>\]", why):
+        raised = re.findall(rf"^(?:\w+\.)*{tried[1]}: (.*)", log, re.MULTILINE)
+        why = raised[-1] if raised else why
+    if "Currently messages is used for generation only" in why:
+        why = "compares likelihoods: give --simple"
+    if missing := re.search(r"No module named '(\w+)", why):
+        why = f"needs the module {missing[1]}: install it in the environment"
+    return why
