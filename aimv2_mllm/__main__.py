@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from aimv2_mllm.errors import RunFailed, UsageError, nearest
-from aimv2_mllm.parser import PROGRAM, build_parser
+from aimv2_mllm.parser import PROGRAM, parse
 
 # Modules that `pip install aimv2-mllm` alone does not bring.
 OPTIONAL = {
@@ -354,14 +354,13 @@ def _call(argv: Sequence[str]) -> None:
     if verb is not None and verb not in VERBS:
         known = f"there is {', '.join(VERBS)}{nearest(verb, VERBS)}"
         raise UsageError(f"there is no verb {verb}; {known}")
-    parser = build_parser()
-    args = parser.parse_args(argv)
+    args = parse(argv)
     if args.version:
         from importlib.metadata import version
 
         print(version(PROGRAM))
     elif args.verb is None:
-        parser.error(f"a verb is missing: {', '.join(VERBS)}")
+        raise UsageError(f"a verb is missing: {', '.join(VERBS)}; see {PROGRAM} --help")
     else:
         VERBS[args.verb](args)
 

@@ -1,7 +1,7 @@
 """The words of the command line: verbs, flags, and what their values may be."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, NoReturn
 
@@ -20,6 +20,7 @@ PROBES = ("knn", "linear", "attentive", "all", "zeroshot")
 STATISTICS = ("true", "previous", "prefix")
 METRICS = ("exact", "vqa", "choice", "yesno", "anls", "relaxed", "caption")
 FORMATS = ("llava", "adapter", "original-llava", "encoder")
+MANY = {"run": "overrides", "doctor": "overrides", "demo": "models"}  # what may be given many times
 LAYOUTS, DTYPES = ("original", "transformers", "timm"), ("fp32", "bf16")
 
 
@@ -93,6 +94,22 @@ def build_parser() -> argparse.ArgumentParser:
     for parsed in (parser, *verbs.choices.values()):
         parsed.allow_abbrev = False
     return parser
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """What the words of a command say; UsageError for what they cannot.
+
+    argparse takes words of which there may be many in one row alone: those that come after a flag
+    are put to them here, so that `run RECIPE --dry-run key=value` is what it looks like.
+    """
+    parser = build_parser()
+    args, left = parser.parse_known_args(argv)
+    many = MANY.get(args.verb)
+    while many is not None and left and not left[0].startswith("-"):
+        getattr(args, many).append(left.pop(0))
+    if left:
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
+    return args
 
 
 def _add_recipe(words: argparse.ArgumentParser) -> None:

@@ -17,6 +17,7 @@ import aimv2_mllm
 from aimv2_mllm import __main__ as cli
 from aimv2_mllm.data import scenes
 from aimv2_mllm.errors import RunFailed
+from aimv2_mllm.parser import parse
 
 ROOT = Path(aimv2_mllm.__file__).parents[1]
 RECIPE = """\
@@ -175,6 +176,33 @@ def test_three_mistakes_are_named_at_once(refused: Refused, here: Path) -> None:
 def test_unknown_overrides_are_refused(refused: Refused) -> None:
     assert "did you mean steps?" in refused("run", "tiny.yaml", "stages.words.train.step=3")
     assert "is not an override" in refused("run", "tiny.yaml", "steps")
+
+
+@pytest.mark.parametrize("verb", ["run", "doctor"])
+def test_values_may_stand_among_flags(verb: str) -> None:
+    values, flags = ["seed=1", "name=a", "seed=2"], ["--devices", "3"] if verb == "run" else []
+    switch = ["--dry-run"] if verb == "run" else []
+    for words in (
+        ["tiny.yaml", *values, *switch, *flags],
+        ["tiny.yaml", *switch, values[0], *flags, *values[1:]],
+        [*switch, "tiny.yaml", values[0], *flags, *values[1:]],
+        [*flags, *switch, "tiny.yaml", *values],
+        ["tiny.yaml", *flags, *values, *switch],
+    ):
+        args = parse([verb, *words])
+        assert (args.recipe, args.overrides) == ("tiny.yaml", values), words
+        if switch:
+            assert (args.dry_run, args.devices) == (True, 3), words
+    assert parse(["demo", "a", "--port", "80", "b"]).models == ["a", "b"]
+
+
+def test_mistakes_among_flags_are_one_line(refused: Refused) -> None:
+    said = refused("run", "tiny.yaml", "--dry-run", "stages.words.train.step=3")
+    assert "did you mean steps?" in said
+    assert "is not an override" in refused("run", "tiny.yaml", "--dry-run", "steps")
+    said = refused("run", "tiny.yaml", "--dry-run", "seed=1", "--device", "2")
+    assert said == "aimv2-mllm: unrecognized arguments: --device 2; see aimv2-mllm --help\n"
+    assert "arguments: c.png" in refused("sample", "m", "b.png", "--seed", "1", "c.png")
 
 
 BAD_PICTURES = {

@@ -14,9 +14,10 @@ from test_export import Said, failed, refused, said
 
 from aimv2_mllm import __main__ as command
 from aimv2_mllm import load_encoder
-from aimv2_mllm.export import llava_answers, verify
+from aimv2_mllm.export import llava_answers, original, verify
 from aimv2_mllm.export.original import llava_config, renamed
 from aimv2_mllm.export.source import talking
+from aimv2_mllm.model.mllm import TINY_LLM
 
 __all__ = ["said"]  # a fixture
 
@@ -168,6 +169,23 @@ def test_llava_says_what_the_run_says_wherever_the_folder_is(
     code, out, _ = said("verify-export", moved)
     assert code == 1
     assert "vision_tower is not a folder" in out
+
+
+def test_merges_are_written_as_tokenizers_of_any_age_read_them(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer
+
+    path = shutil.copytree(TINY_LLM, tmp_path / "llm") / "tokenizer.json"
+    before = Tokenizer.from_file(str(path)).encode("Which digit is red?").ids
+    assert original._write_merges(path.parent) == []
+    raw = json.loads(path.read_text())
+    assert {type(merge) for merge in raw["model"]["merges"]} == {str}
+    assert Tokenizer.from_file(str(path)).encode("Which digit is red?").ids == before
+    assert original._write_merges(path.parent) == []
+    raw["model"]["merges"] = [["a b", "c"]]  # which has no older form
+    path.write_text(json.dumps(raw))
+    [why] = original._write_merges(path.parent)
+    assert "merges of tokens with blanks" in why
+    assert json.loads(path.read_text()) == raw
 
 
 def test_every_tensor_gets_llavas_name_and_the_head_its_own(v1_run: Path, tiny_run: Path) -> None:

@@ -19,7 +19,7 @@ from torch import nn
 from aimv2_mllm.engine.checkpoint import what_is_kept
 from aimv2_mllm.engine.distributed import Ranks
 from aimv2_mllm.engine.journal import Journal, is_due
-from aimv2_mllm.engine.memory import keep_freed_memory
+from aimv2_mllm.engine.memory import keep_freed_memory, release_freed_memory
 from aimv2_mllm.engine.optimizer import Parts, set_learning_rates
 from aimv2_mllm.engine.precision import has_bf16
 from aimv2_mllm.engine.skipping import Skipping
@@ -96,6 +96,8 @@ def train(
                     narrate(f"stopped after step {progress.step}; {GO_ON}")
                     break
         training.give_back()
+    del training
+    release_freed_memory()  # what is saved needs it in other pieces
     return progress.summary()
 
 

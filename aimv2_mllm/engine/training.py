@@ -12,11 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
+from torch.utils._pytree import tree_leaves
 
 from aimv2_mllm.engine import checkpoint, metrics
 from aimv2_mllm.engine.disk import sync
 from aimv2_mllm.engine.distributed import Ranks
 from aimv2_mllm.engine.flops import FlopCounter
+from aimv2_mllm.engine.memory import release_freed_memory
 from aimv2_mllm.engine.optimizer import Parts, build_optimizer, restore, training_tensors
 from aimv2_mllm.engine.precision import autocast
 from aimv2_mllm.engine.strategies import give_back, place, whole
@@ -72,6 +74,7 @@ class Training:
         self.optimizer = build_optimizer(self._parts, run.config)
         self.device = self._placed.device
         self._flops_per_sample: float | None = None
+        self._most = 0  # bytes of the largest micro-batch so far
 
     def resume(self, narrate: Callable[[str], None]) -> metrics.Progress:
         """How far the newest whole checkpoint is, restored; the metrics are cut back to it."""
@@ -174,6 +177,10 @@ class Training:
         counter: FlopCounter | None,
     ) -> Loss:
         device, placed = self.device, self._placed
+        size = sum(value.nbytes for value in tree_leaves(batch) if isinstance(value, Tensor))
+        if size > self._most:
+            self._most = size
+            release_freed_memory()
         on_device = {name: _moved(value, device) for name, value in batch.items()}
         with autocast(device, placed.precision), counter or nullcontext():
             return objective(placed.call, on_device, totals)

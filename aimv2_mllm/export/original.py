@@ -53,6 +53,7 @@ def write_original(name: str, folder: Path, options: Options) -> tuple[Source, d
     )
     copy_files(source.folder, folder, lambda file: "processor" not in file)
     _write_tokenizer(folder)
+    newer = _newer(source.config["text_config"]) + _write_merges(folder)
     write_json(folder / CONFIG_FILE, llava_config(source))
     apart = folder / "apart"
     write_tower(source, apart, torch.float16)
@@ -63,7 +64,7 @@ def write_original(name: str, folder: Path, options: Options) -> tuple[Source, d
         "dtype": "float16",
         "template": "v1" if bot.processor.chat_template == V1_CHAT_TEMPLATE else "plain",
         "feature_norm": feature_norm(source.config),
-        "not_on_4_37": _newer(source.config["text_config"]),
+        "not_on_4_37": newer,
         "reference": reference(bot.model, bot.processor, dtype=torch.float16, ids=as_trained(bot)),
     }
 
@@ -164,3 +165,18 @@ def _write_tokenizer(folder: Path) -> None:
     if not (folder / "tokenizer.model").is_file():
         raw["tokenizer_class"] = "PreTrainedTokenizerFast"
     write_json(path, raw)
+
+
+def _write_merges(folder: Path) -> list[str]:
+    """Write the merges of tokenizer.json as tokenizers before 0.20 reads them, and newer too: "a b"
+    in place of ["a", "b"]. What of them LLaVA's own transformers, 4.37.2, cannot read."""
+    path = folder / "tokenizer.json"
+    raw = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    pairs = raw.get("model", {}).get("merges") or []
+    if all(isinstance(pair, str) for pair in pairs):
+        return []
+    if any(" " in part for pair in pairs for part in pair):
+        return ["merges of tokens with blanks in them, in tokenizer.json"]
+    raw["model"]["merges"] = [" ".join(pair) for pair in pairs]
+    write_json(path, raw)
+    return []

@@ -1,5 +1,6 @@
 """A folder written whole or not at all: under another name, synced, then renamed."""
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -31,21 +32,48 @@ def new_folder(destination: Path) -> Iterator[Path]:
         raise UsageError(f"{destination}: is a file; give a new folder")
     if destination.is_dir() and any(destination.iterdir()):
         raise UsageError(f"{destination}: is not empty; give a new folder, or remove this one")
-    unfinished = destination.with_name(f".{destination.name}.{os.getpid()}.part")
+    unfinished = destination.with_name(f".{destination.name}.part")
     try:
-        unfinished.mkdir(parents=True)
-        yield unfinished
-        for file in (path for path in unfinished.rglob("*") if path.is_file()):
-            file.chmod(0o644)  # safetensors writes for the owner alone
-            sync(file)
-        sync(unfinished)
-        unfinished.rename(destination)
-        sync(destination.parent)
+        unfinished.mkdir(parents=True, exist_ok=True)
+        with _held(unfinished, destination):
+            try:
+                _empty(unfinished)  # of what a process left that was killed
+                yield unfinished
+                for file in (path for path in unfinished.rglob("*") if path.is_file()):
+                    file.chmod(0o644)  # safetensors writes for the owner alone
+                    sync(file)
+                sync(unfinished)
+                unfinished.rename(destination)
+                sync(destination.parent)
+            finally:
+                shutil.rmtree(unfinished, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         said = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise UsageError(f"{destination}: cannot be written ({said})") from None
+
+
+@contextmanager
+def _held(unfinished: Path, destination: Path) -> Iterator[None]:
+    """Hold the folder `unfinished` against a second process, as long as this one lives."""
+    handle = os.open(unfinished, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(
+                f"{destination}: another process is writing it; wait for that, or give a new folder"
+            ) from None
+        yield
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        os.close(handle)
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def demand_room(destination: Path, needed: int) -> None:
