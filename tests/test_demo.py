@@ -90,6 +90,18 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return made
 
 
+@pytest.fixture
+def paced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers that begin so late that a page without one is seen before."""
+    begin = Chooser.__init__
+
+    def late(self: Chooser, *given: Any) -> None:
+        time.sleep(1)
+        begin(self, *given)
+
+    monkeypatch.setattr(Chooser, "__init__", late)
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     playwright = pytest.importorskip("playwright.sync_api")
@@ -130,8 +142,12 @@ class Visit:
     def answers(self) -> Any:
         return self.page.locator("#conversation .message.bot")
 
-    def took(self) -> str:
-        """What the answer took, once it is whole."""
+    def took(self, *, again: bool = False) -> str:
+        """What the answer took, once it is whole; `again`: after an earlier one."""
+        if again:
+            self.page.wait_for_function(
+                "!document.querySelector('#took textarea, #took input').value"
+            )
         self.page.wait_for_function("document.querySelector('#took textarea, #took input').value")
         return str(self.page.locator("#took textarea, #took input").input_value())
 
@@ -172,20 +188,19 @@ def test_a_visitor_uploads_a_sheet_asks_and_sees_the_answer_come(
 
 
 @needs_browser
+@pytest.mark.usefixtures("paced")
 def test_answers_are_retried_questions_edited_and_undone(visit: Visit, drawn: Path) -> None:
     visit.ask("Describe the sheet.", drawn)
     assert "16 of them pictures" in visit.took()
     first = visit.answers.last.inner_text()
     visit.button("Retry").click()
-    visit.page.wait_for_function("!document.querySelector('#took textarea, #took input').value")
-    visit.took()
+    visit.took(again=True)
     assert visit.answers.last.inner_text() == first, "it is greedy"
     visit.button("Edit").click()
     visit.page.locator("#conversation textarea").fill("How many digits are there?")
     visit.page.locator("#conversation").get_by_role("button", name="Submit").click()
     visit.page.get_by_text("How many digits are there?").wait_for()
-    visit.page.wait_for_function("!document.querySelector('#took textarea, #took input').value")
-    assert "16 of them pictures" in visit.took(), "the picture stays with the question"
+    assert "16 of them pictures" in visit.took(again=True), "the picture stays with the question"
     visit.photograph("demo_chat.png")
     visit.button("Undo").click()
     visit.page.locator("#conversation .message").first.wait_for(state="detached")
