@@ -18,6 +18,7 @@ import gradio as gr
 from talk import chat, leaver
 from views import compare, inside
 
+from aimv2_mllm import heap
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.showroom import Showroom
 
@@ -66,6 +67,7 @@ def running(
     login: list[tuple[str, str]] | None = None,
 ) -> Iterator[gr.Blocks]:
     """The page of `room` while it is served, on a free port unless one is given."""
+    heap.share_pools()
     room.bot(room.names[0])  # what is wrong with it is said before there is a page
     with tempfile.TemporaryDirectory(prefix="aimv2-demo-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # what visitors give lies there, and goes with it
@@ -88,6 +90,7 @@ def running(
                     "--share: Gradio's servers, which would open this to the internet, were not "
                     "reached; without it the page is served on this machine"
                 )
+            page.share = False  # else its scripts are fetched from Gradio's, not from here
             yield page
         finally:
             page.close()

@@ -8,7 +8,6 @@ import gradio as gr
 from parts import MAY_FAIL, ONE_AT_A_TIME, SHOWN, UNLISTED, a_sheet, given, told
 
 from aimv2_mllm import insight, visit
-from aimv2_mllm.errors import UsageError
 from aimv2_mllm.showroom import Showroom
 
 NO_DECODER = (
@@ -65,17 +64,16 @@ def inside(room: Showroom, folder: Path, shown: gr.Chatbot) -> None:
             first = insight.heated(seen, looked.shares[0])
             return gr.Radio(choices, value=0), first, (seen, looked.shares)
 
-    def choose(found: Any, token: gr.SelectData) -> Any:
-        with told():
-            if found is None:  # a page that was left alone for long
-                raise UsageError("what was seen here is forgotten by now: look inside again")
-            return insight.heated(found[0], found[1][token.index])
+    def choose(token: int | None, found: Any) -> Any:
+        if token is None or found is None:
+            return gr.skip()
+        return insight.heated(found[0], found[1][token])
 
     words: dict[str, Any] = {"api_visibility": "private", **ONE_AT_A_TIME}
     go.click(look, [model, picture, question], [tower, colours, answered, kept], **words).success(
         where, [model, kept], [tokens, heat, kept], **words
     )
-    tokens.select(choose, kept, heat, api_visibility="private", **MAY_FAIL)
+    tokens.input(choose, [tokens, kept], heat, api_visibility="private", **MAY_FAIL)
     take.click(lambda history: (visit.pictures(history) or [None])[-1], shown, picture, **UNLISTED)
     _paint(room, model, picture)
 
