@@ -62,6 +62,8 @@ def chat(room: Showroom, folder: Path) -> gr.Chatbot:
     _answers(room, Talk(shown, box, stop, counts), settings)
     _fills(room, folder, settings.model, box, draw, camera)
     _keeps(folder, shown, settings.system, save, saved, load)
+    for event in (shown.clear, shown.undo, load.upload):  # it is of another answer now
+        event(lambda: "", None, counts, **UNLISTED)
     return shown
 
 
@@ -84,7 +86,7 @@ def _settings() -> list[Any]:
             top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p")
         with gr.Row():
             most = gr.Slider(1, 1024, 96, step=1, label="Longest answer, tokens")
-            seed = gr.Number(label="Seed", precision=0, minimum=0, info="Empty: another each time")
+            seed = gr.Number(label="Seed", precision=0, info="Empty: another each time")
     return [system, warmth, top_p, most, seed]
 
 

@@ -220,6 +220,29 @@ def test_answers_are_retried_questions_edited_and_undone(visit: Visit, drawn: Pa
 
 
 @needs_browser
+def test_a_conversation_is_downloaded_cleared_and_opened_again(
+    visit: Visit, drawn: Path, tmp_path: Path
+) -> None:
+    page, kept = visit.page, tmp_path / "conversation.json"
+    visit.ask("Describe the sheet.", drawn)
+    visit.took()
+    said = visit.answers.last.inner_text()
+    visit.button("Save").click()
+    with page.expect_download() as download:
+        page.get_by_text("Download conversation.json").click()
+    download.value.save_as(kept)
+    page.get_by_role("button", name="Clear").click()
+    page.locator("#conversation .message").first.wait_for(state="detached")
+    page.wait_for_function("!document.querySelector('#took textarea, #took input').value")
+    page.locator("input[type=file][accept*=json]").set_input_files(str(kept))
+    visit.answers.last.wait_for()
+    assert visit.answers.last.inner_text() == said
+    assert page.locator("#conversation .message.user img").count() == 1
+    visit.ask("And where?")
+    assert "16 of them pictures" in visit.took()
+
+
+@needs_browser
 def test_a_text_file_named_png_is_refused_in_words(visit: Visit, text_file: Path) -> None:
     visit.ask("What is it?", text_file)
     visit.page.get_by_text("notes.png: is not a picture").first.wait_for()
