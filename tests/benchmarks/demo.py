@@ -105,7 +105,9 @@ def main() -> None:
             sheet(seed)[0].save(file)
         truths = [expected(room, file, texts) for file, texts in zip(files, asked, strict=True)]
         server, seconds = started(args.run, port)
-        print(f"page after {seconds:.1f} s")
+        spent = psutil.Process(server.pid).cpu_times()
+        busy = spent.user + spent.system
+        print(f"page after {seconds:.1f} s, {busy:.1f} s of them computing", flush=True)
         try:
             for number in range(args.rounds):
                 round_(f"http://127.0.0.1:{port}", room.names[0], files, asked, truths)
