@@ -32,6 +32,7 @@ FONTS, MONO = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]
 CSS = """
 .gradio-container { max-width: 1100px !important; width: 100%; margin: auto }
 #question { min-height: 3rem }
+@media (max-width: 600px) { #conversation { height: 40vh !important } }
 #tokens .wrap { gap: 4px } #tokens label { padding: 2px 8px; font-family: monospace }
 .shown .image-container { padding-top: 1.9rem } /* its label covers nothing of it */
 button[aria-label="Share"] { display: none } /* to a hub: nothing leaves this machine */
@@ -58,6 +59,19 @@ def build(room: Showroom, folder: Path) -> gr.Blocks:
 
 
 @contextmanager
+def _uploads_to(folder: str) -> Iterator[None]:
+    """What visitors give lies in `folder`, and goes with it."""
+    before = os.environ.get("GRADIO_TEMP_DIR")
+    os.environ["GRADIO_TEMP_DIR"] = folder
+    try:
+        yield
+    finally:
+        del os.environ["GRADIO_TEMP_DIR"]
+        if before is not None:
+            os.environ["GRADIO_TEMP_DIR"] = before
+
+
+@contextmanager
 def running(
     room: Showroom,
     *,
@@ -69,8 +83,7 @@ def running(
     """The page of `room` while it is served, on a free port unless one is given."""
     heap.share_pools()
     room.bot(room.names[0])  # what is wrong with it is said before there is a page
-    with tempfile.TemporaryDirectory(prefix="aimv2-demo-") as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder  # what visitors give lies there, and goes with it
+    with tempfile.TemporaryDirectory(prefix="aimv2-demo-") as folder, _uploads_to(folder):
         page = build(room, Path(folder)).queue(max_size=MOST_WAITING, default_concurrency_limit=4)
         try:
             page.launch(
