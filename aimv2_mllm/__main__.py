@@ -159,15 +159,17 @@ def demo(args: argparse.Namespace) -> None:
     """Serve the page where models are talked to, until Ctrl-C."""
     import importlib
 
-    folder = Path(__file__).resolve().parents[1] / "demo"
-    if not (folder / "app.py").is_file():
-        raise UsageError(f"there is no {folder / 'app.py'}: the demo is part of the repository")
     login = _login(Path(args.login)) if args.login else None
-    if login is None and (args.share or args.host not in LOOPBACK):
+    if login is None and not args.no_login and (args.share or args.host not in LOOPBACK):
         way = "--share" if args.share else f"--host {args.host}"
-        _note(f"{PROGRAM}: {way} lets everybody in who finds it; --login FILE keeps others out")
+        raise UsageError(
+            f"{way} lets everybody in who finds it: give --login FILE with lines NAME:PASSWORD, or "
+            "--no-login if that is meant"
+        )
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    sys.path.insert(0, str(folder))
+    here = Path(__file__).resolve().parent
+    # An installed package carries it; in the repository it stands beside the package.
+    sys.path.insert(0, str(next(f for f in (here / "_demo", here.parent / "demo") if f.is_dir())))
     importlib.import_module("app").serve(
         args.models, host=args.host, port=args.port, share=args.share, login=login
     )

@@ -166,8 +166,12 @@ def _add_demo(verbs: Any) -> None:
     words.add_argument(
         "--port", metavar="N", type=_whole(1, 65535), default=7860, help="where to listen (7860)"
     )
-    words.add_argument(
+    doors = words.add_mutually_exclusive_group()
+    doors.add_argument(
         "--login", metavar="FILE", help="only those may visit who know a line NAME:PASSWORD of it"
+    )
+    doors.add_argument(
+        "--no-login", action="store_true", help="with --share, or another --host: let everybody in"
     )
     words.add_argument(
         "--share", action="store_true", help="open it to the internet by Gradio's own servers"

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from aimv2_mllm import heap
 from aimv2_mllm.chat import load_model
 from aimv2_mllm.chatbot import Chatbot
 from aimv2_mllm.data import scenes
@@ -84,6 +85,7 @@ class Showroom:
         with self._counting:
             for key in [key for key in self._sessions if key[0] == visitor]:
                 self._sessions.pop(key).forget()
+        heap.give_back()
 
     def knows_sheets(self, name: str) -> bool:
         """Whether it was trained on handwriting alone, so that held-out sheets are fair to it."""

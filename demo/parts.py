@@ -17,7 +17,8 @@ UNLISTED: dict[str, Any] = {"queue": False, "api_visibility": "private"}
 # Outside the queue a mistake would not be said.
 MAY_FAIL: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden"}
 SHOWN: dict[str, Any] = {
-    "interactive": False, "format": "png", "buttons": ["download"], "height": 300,
+    "interactive": False, "format": "png", "buttons": ["download"], "height": 330,
+    "elem_classes": "shown",
 }  # fmt: skip
 
 

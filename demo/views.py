@@ -5,10 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from parts import ONE_AT_A_TIME, SHOWN, UNLISTED, a_sheet, given, told
+from parts import MAY_FAIL, ONE_AT_A_TIME, SHOWN, UNLISTED, a_sheet, given, told
 
 from aimv2_mllm import insight, visit
 from aimv2_mllm.showroom import Showroom
+
+NO_DECODER = (
+    "This model was not given with the run that pre-trained its tower, so there is no decoder here."
+)
 
 
 def _about(room: Showroom, folder: Path, name: str) -> tuple[Any, Any]:
@@ -36,7 +40,9 @@ def inside(room: Showroom, folder: Path, shown: gr.Chatbot) -> None:
             go = gr.Button("Look inside", variant="primary")
         with gr.Column():
             answered = gr.Textbox(label="Answer", interactive=False)
-            tokens = gr.Radio([], label="Its tokens: choose one", elem_id="tokens")
+            tokens = gr.Radio(
+                [], label="Its tokens: choose one", interactive=True, elem_id="tokens"
+            )
             heat = gr.Image(label="Where the model looked for this token", elem_id="heat", **SHOWN)
     with gr.Row():
         tower = gr.Image(label="As the tower sees it, with its patches", **SHOWN)
@@ -58,58 +64,72 @@ def inside(room: Showroom, folder: Path, shown: gr.Chatbot) -> None:
             first = insight.heated(seen, looked.shares[0])
             return gr.Radio(choices, value=0), first, (seen, looked.shares)
 
-    def choose(number: int | None, found: Any) -> Any:
-        return (
-            gr.skip() if number is None or not found else insight.heated(found[0], found[1][number])
-        )
+    def choose(token: int | None, found: Any) -> Any:
+        if token is None or found is None:
+            return gr.skip()
+        return insight.heated(found[0], found[1][token])
 
     words: dict[str, Any] = {"api_visibility": "private", **ONE_AT_A_TIME}
     go.click(look, [model, picture, question], [tower, colours, answered, kept], **words).success(
         where, [model, kept], [tokens, heat, kept], **words
     )
-    tokens.input(choose, [tokens, kept], heat, **UNLISTED)
+    tokens.input(choose, [tokens, kept], heat, api_visibility="private", **MAY_FAIL)
     take.click(lambda history: (visit.pictures(history) or [None])[-1], shown, picture, **UNLISTED)
     _paint(room, model, picture)
 
 
 def _paint(room: Showroom, model: gr.Dropdown, picture: gr.Image) -> None:
     first = room.longest_prefix(room.names[0])
+    most = max(2, first)
     gr.Markdown("### What AIMv2 would paint\nIts pre-training decoder goes on after a prefix.")
-    with gr.Row():
-        prefix = gr.Slider(1, max(2, first), 8, step=1, label="Patches that it is shown",
-                           elem_id="prefix")  # fmt: skip
-        statistics = gr.Radio(
-            [("the true patch's", "true"), ("of the last patch shown", "previous"),
-             ("mean of the prefix", "prefix")],
-            value="true", label="Brightness and contrast of a painted patch",
-        )  # fmt: skip
-    with gr.Row():
-        begun = gr.Image(label="What it is shown", **SHOWN)
-        painted = gr.Image(label="What it paints", elem_id="painted", **SHOWN)
-    caption = gr.Textbox(label="What it writes of the whole picture", interactive=False)
+    missing = gr.Markdown(NO_DECODER, visible=not first, elem_id="no-decoder")
+    with gr.Column(visible=bool(first), elem_id="painting") as painting:
+        with gr.Row():
+            prefix = gr.Slider(
+                1, most, min(8, most), step=1, label="Patches that it is shown", elem_id="prefix"
+            )
+            statistics = gr.Radio(
+                [("the true patch's", "true"), ("of the last patch shown", "previous"),
+                 ("mean of the prefix", "prefix")],
+                value="true", label="Brightness and contrast of a painted patch",
+            )  # fmt: skip
+        with gr.Row():
+            begun = gr.Image(label="What it is shown", **SHOWN)
+            painted = gr.Image(label="What it paints", elem_id="painted", **SHOWN)
+        caption = gr.Textbox(label="What it writes of the whole picture", interactive=False)
 
     def paint(model: str, file: str | None, prefix: float, statistics: str) -> tuple[Any, ...]:
         with told():
             return room.painter(model).paint(visit.picture_of(file), int(prefix), statistics)
 
+    def fitted(name: str) -> tuple[Any, ...]:
+        most = room.longest_prefix(name)  # a smaller grid has fewer, a model alone none
+        slider = gr.Slider(maximum=max(2, most))
+        return slider, gr.Column(visible=bool(most)), gr.Markdown(visible=not most)
+
     inputs, outputs = [model, picture, prefix, statistics], [begun, painted, caption]
     words: dict[str, Any] = {"trigger_mode": "always_last", **ONE_AT_A_TIME}
     prefix.change(paint, inputs, outputs, api_name="paint", show_progress="hidden", **words)
     statistics.input(paint, inputs, outputs, api_visibility="private", **words)
-    model.change(
-        lambda name: gr.Slider(maximum=max(2, room.longest_prefix(name))), model, prefix, **UNLISTED
-    )  # a smaller grid has fewer
+    model.change(fitted, model, [prefix, painting, missing], **UNLISTED)
 
 
 def compare(room: Showroom, folder: Path) -> None:
-    picture, question = _about(room, folder, "compare")
-    go = gr.Button("Ask both", variant="primary")
     names: list[gr.Dropdown] = []
     outputs: list[Any] = []
+    sides = (("Left", room.names[0]), ("Right", room.names[-1]))
     with gr.Row():
-        for side, name in (("Left", room.names[0]), ("Right", room.names[-1])):
-            with gr.Column():
+        with gr.Column():
+            picture, question = _about(room, folder, "compare")
+        with gr.Column():
+            for side, name in sides:
                 names.append(gr.Dropdown(room.names, value=name, label=f"{side} model"))
+            go = gr.Button("Ask both", variant="primary")
+            if len(room.names) == 1:
+                gr.Markdown("One model was given: start the demo with more of them to compare.")
+    with gr.Row():
+        for side, _ in sides:
+            with gr.Column():
                 label = f"{side} answer"
                 outputs.append(gr.Textbox(label=label, interactive=False, lines=2, elem_id=side))
                 took = f"{label}: what it took"

@@ -112,3 +112,12 @@ def test_the_chat_benchmark_gets_the_same_tokens_both_ways() -> None:
     printed = run("chat.py", *sizes, "--tokens", "4", "--rounds", "2")
     assert printed.count("ratio ") == 4
     assert printed.endswith("answers with the same tokens: 4 of 4\n")
+
+
+@pytest.mark.slow
+def test_visitors_of_the_demo_get_what_there_is_without_it(tiny_run: Path) -> None:
+    pytest.importorskip("gradio", reason="needs pip install 'aimv2-mllm[demo]'")
+    few = ["--visitors", "3", "--questions", "2", "--rounds", "1"]
+    printed = run("demo.py", str(tiny_run), *few)
+    assert re.match(r"page after .* computing\n6 answers, 6 of them as without the demo", printed)
+    assert re.search(r"round 1: server holds \d+ MiB", printed)

@@ -316,6 +316,45 @@ def test_sample_refuses_models_of_another_world(refused: Refused, here: Path) ->
     assert "its stages are not known" in refused("sample", "stock", "out.png")
 
 
+@pytest.mark.parametrize("way", [["--share"], ["--host", "0.0.0.0"], ["--host", "192.168.0.7"]])
+def test_a_demo_for_others_wants_a_login_or_that_none_is_meant(
+    refused: Refused, way: list[str]
+) -> None:
+    said = refused("demo", "anything", *way)
+    assert f"{' '.join(way)} lets everybody in who finds it: give --login FILE" in said
+    assert "or --no-login if that is meant" in said
+    assert "not allowed with" in refused("demo", *way, "--no-login", "--login", "users.txt")
+
+
+@pytest.mark.parametrize("way", [[], ["--host", "localhost"], ["--share", "--no-login"]])
+def test_a_demo_for_oneself_wants_none(refused: Refused, way: list[str]) -> None:
+    said = refused("demo", "nowhere", *way)
+    assert "login" not in said
+    assert "nowhere" in said
+
+
+@pytest.mark.parametrize(
+    ("lines", "why"),
+    [
+        (b"", "each of its lines must be NAME:PASSWORD"),
+        (b"ada:secret\nbob\n", "each of its lines must be NAME:PASSWORD"),
+        (b":secret\n", "each of its lines must be NAME:PASSWORD"),
+        (b"ada:\n", "each of its lines must be NAME:PASSWORD"),
+        (b"\xff\xfe", "cannot be read"),
+        (None, "cannot be read"),
+    ],
+)
+def test_mistakes_in_a_login_file_are_said_but_no_password(
+    refused: Refused, here: Path, lines: bytes | None, why: str
+) -> None:
+    if lines is not None:
+        (here / "users.txt").write_bytes(lines)
+    said = refused("demo", "nowhere", "--login", "users.txt")
+    assert said.startswith("aimv2-mllm: --login users.txt: ")
+    assert why in said
+    assert "secret" not in said
+
+
 def test_run_ends_with_the_report_and_what_to_type_next(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,13 +4,16 @@ AIMV2_DEMO_MODEL=RUN shows that run instead of a tiny one, and AIMV2_DEMO_PICTUR
 screenshots of the README there.
 """
 
+import base64
 import importlib
 import json
 import os
 import shutil
 import socket
+import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +32,10 @@ app = importlib.import_module("app")
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 PICTURES = os.environ.get("AIMV2_DEMO_PICTURES")
+CAMERA = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+# What a screen reader calls those that can be used, by the browser's own account.
+CONTROLS = {"button", "checkbox", "combobox", "link", "radio", "slider", "spinbutton", "tab",
+            "textbox"}  # fmt: skip
 PATIENCE = 30_000  # milliseconds, on a machine that others use too
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium")
 
@@ -90,11 +97,24 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return made
 
 
+@pytest.fixture
+def paced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers that begin so late that a page without one is seen before."""
+    begin = Chooser.__init__
+
+    def late(self: Chooser, *given: Any) -> None:
+        time.sleep(1)
+        begin(self, *given)
+
+    monkeypatch.setattr(Chooser, "__init__", late)
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     playwright = pytest.importorskip("playwright.sync_api")
     with playwright.sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        flags = ["--no-sandbox", *CAMERA]
+        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=flags)
         yield chromium
         chromium.close()
 
@@ -102,7 +122,10 @@ def browser() -> Iterator[Any]:
 class Visit:
     """A page in a browser, and what went wrong in it."""
 
-    def __init__(self, browser: Any, url: str, **words: Any) -> None:
+    def __init__(
+        self, browser: Any, url: str, *, inside: str = "http://127.0.0.1:", **words: Any
+    ) -> None:
+        self._inside = (inside, "data:", "blob:")
         self.page = browser.new_page(**({"viewport": {"width": 1200, "height": 1000}} | words))
         self.page.set_default_timeout(PATIENCE)
         self.wrong: list[str] = []
@@ -115,7 +138,7 @@ class Visit:
         self.page.locator("#question textarea").wait_for()
 
     def _request(self, request: Any) -> None:
-        if not request.url.startswith(("http://127.0.0.1:", "data:", "blob:")):
+        if not request.url.startswith(self._inside):
             self.wrong.append(f"asked for {request.url}")
 
     def ask(self, text: str, *files: Path) -> None:
@@ -130,8 +153,12 @@ class Visit:
     def answers(self) -> Any:
         return self.page.locator("#conversation .message.bot")
 
-    def took(self) -> str:
-        """What the answer took, once it is whole."""
+    def took(self, *, again: bool = False) -> str:
+        """What the answer took, once it is whole; `again`: after an earlier one."""
+        if again:
+            self.page.wait_for_function(
+                "!document.querySelector('#took textarea, #took input').value"
+            )
         self.page.wait_for_function("document.querySelector('#took textarea, #took input').value")
         return str(self.page.locator("#took textarea, #took input").input_value())
 
@@ -172,25 +199,47 @@ def test_a_visitor_uploads_a_sheet_asks_and_sees_the_answer_come(
 
 
 @needs_browser
+@pytest.mark.usefixtures("paced")
 def test_answers_are_retried_questions_edited_and_undone(visit: Visit, drawn: Path) -> None:
     visit.ask("Describe the sheet.", drawn)
     assert "16 of them pictures" in visit.took()
     first = visit.answers.last.inner_text()
     visit.button("Retry").click()
-    visit.page.wait_for_function("!document.querySelector('#took textarea, #took input').value")
-    visit.took()
+    visit.took(again=True)
     assert visit.answers.last.inner_text() == first, "it is greedy"
     visit.button("Edit").click()
     visit.page.locator("#conversation textarea").fill("How many digits are there?")
     visit.page.locator("#conversation").get_by_role("button", name="Submit").click()
     visit.page.get_by_text("How many digits are there?").wait_for()
-    visit.page.wait_for_function("!document.querySelector('#took textarea, #took input').value")
-    assert "16 of them pictures" in visit.took(), "the picture stays with the question"
+    assert "16 of them pictures" in visit.took(again=True), "the picture stays with the question"
     visit.photograph("demo_chat.png")
     visit.button("Undo").click()
     visit.page.locator("#conversation .message").first.wait_for(state="detached")
     assert visit.page.locator("#question textarea").input_value() == "How many digits are there?"
     assert visit.page.locator("#question .thumbnail-item").count() == 1
+
+
+@needs_browser
+def test_a_conversation_is_downloaded_cleared_and_opened_again(
+    visit: Visit, drawn: Path, tmp_path: Path
+) -> None:
+    page, kept = visit.page, tmp_path / "conversation.json"
+    visit.ask("Describe the sheet.", drawn)
+    visit.took()
+    said = visit.answers.last.inner_text()
+    visit.button("Save").click()
+    with page.expect_download() as download:
+        page.get_by_text("Download conversation.json").click()
+    download.value.save_as(kept)
+    page.get_by_role("button", name="Clear").click()
+    page.locator("#conversation .message").first.wait_for(state="detached")
+    page.wait_for_function("!document.querySelector('#took textarea, #took input').value")
+    page.locator("input[type=file][accept*=json]").set_input_files(str(kept))
+    visit.answers.last.wait_for()
+    assert visit.answers.last.inner_text() == said
+    assert page.locator("#conversation .message.user img").count() == 1
+    visit.ask("And where?")
+    assert "16 of them pictures" in visit.took()
 
 
 @needs_browser
@@ -230,6 +279,13 @@ def test_a_visitor_looks_inside_and_moves_the_prefix(visit: Visit, drawn: Path) 
     visit.page.wait_for_function(
         f"document.querySelector('#heat img').src != {json.dumps(before)} || {chips.count()} == 1"
     )
+    if chips.count() > 1:
+        before = heat.get_attribute("src")
+        visit.page.keyboard.press("Shift+Tab")
+        visit.page.keyboard.press("Space")
+        visit.page.wait_for_function(
+            f"document.querySelector('#heat img').src != {json.dumps(before)}"
+        )
     paintings = []
     for prefix in (4, 9):
         slider = visit.page.locator("#prefix input[type=range]")
@@ -248,23 +304,157 @@ def test_a_visitor_looks_inside_and_moves_the_prefix(visit: Visit, drawn: Path) 
 
 @needs_browser
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_it_fits_a_phone_and_names_what_can_be_pressed(
+def test_it_fits_a_phone_and_names_what_can_be_used(
     browser: Any, served: Served, theme: str
 ) -> None:
     phone = Visit(browser, f"{served.url}?__theme={theme}", viewport={"width": 390, "height": 844})
+    tree = phone.page.context.new_cdp_session(phone.page)
+    for name in ("Settings", "Camera"):
+        phone.page.get_by_role("button", name=name).click()
     for tab in ("Chat", "Look inside", "Compare"):
         phone.page.get_by_role("tab", name=tab).click()
         phone.page.wait_for_timeout(300)
         phone.photograph(f"demo_phone_{theme}_{tab.split()[-1].lower()}.png")
         assert phone.page.evaluate("document.documentElement.scrollWidth") <= 390, tab
-    nameless = phone.page.evaluate(
-        """[...document.querySelectorAll('button, input, textarea')].filter(e =>
-        e.offsetParent && e.type != 'file' && !(e.ariaLabel || e.innerText || e.title
-        || e.placeholder || e.labels && e.labels.length)).map(e => e.outerHTML)"""
-    )
-    assert not nameless
+        nodes = tree.send("Accessibility.getFullAXTree")["nodes"]
+        used = [n for n in nodes if not n["ignored"] and n["role"]["value"] in CONTROLS]
+        assert len(used) > 10
+        assert not [node for node in used if not node["name"]["value"].strip()], tab
     assert not phone.wrong
     phone.page.close()
+
+
+def reach(page: Any, name: str, key: str = "Tab") -> None:
+    """Press `key` until what is called so has the focus."""
+    for _ in range(40):
+        page.keyboard.press(key)
+        if name in page.evaluate(
+            "(e => e.ariaLabel || e.placeholder || e.innerText)(document.activeElement)"
+        ):
+            return
+    raise AssertionError(f"{name} cannot be reached by {key}")
+
+
+@needs_browser
+def test_the_keyboard_is_enough(visit: Visit, slow: list[float]) -> None:
+    page = visit.page
+
+    def words_come() -> None:
+        begun = len(slow)
+        while len(slow) < begun + 20:  # what is stopped before its first word is no answer
+            page.wait_for_timeout(100)
+
+    for _ in range(2):
+        reach(page, "Ask; pictures")
+        page.keyboard.type("What is there?")
+        page.keyboard.press("Enter")
+        words_come()
+        reach(page, "Stop")
+        page.keyboard.press("Enter")
+        time.sleep(1)
+        count = len(slow)
+        time.sleep(0.5)
+        assert len(slow) == count
+        visit.button("Retry").wait_for()
+        reach(page, "Retry", "Shift+Tab")
+        page.keyboard.press("Enter")
+        words_come()
+        reach(page, "Stop")
+        page.keyboard.press("Enter")
+        visit.button("Undo").wait_for()
+        reach(page, "Undo", "Shift+Tab")
+        page.keyboard.press("Enter")
+        visit.answers.first.wait_for(state="detached")
+
+
+@needs_browser
+def test_pictures_come_by_paste_by_drop_and_from_the_camera(visit: Visit, drawn: Path) -> None:
+    page, thumbnails = visit.page, visit.page.locator("#question .thumbnail-item")
+    given = """(box, [raw, kinds]) => {
+        const bytes = Uint8Array.from(atob(raw), letter => letter.charCodeAt(0));
+        const data = new DataTransfer();
+        data.items.add(new File([bytes], `${kinds[0]}.png`, {type: 'image/png'}));
+        const words = {clipboardData: data, dataTransfer: data, bubbles: true, cancelable: true};
+        for (const kind of kinds) box.dispatchEvent(
+            kind == 'paste' ? new ClipboardEvent(kind, words) : new DragEvent(kind, words));
+    }"""
+    raw = base64.b64encode(drawn.read_bytes()).decode()
+    for number, kinds in enumerate((["paste"], ["dragenter", "dragover", "drop"])):
+        page.locator("#question textarea").evaluate(given, [raw, kinds])
+        thumbnails.nth(number).wait_for()
+    page.get_by_role("button", name="Camera").click()
+    visit.button("Click to Access Webcam").click()
+    page.wait_for_function("document.querySelector('video')?.videoWidth")
+    visit.button("capture photo").click()
+    thumbnails.nth(2).wait_for()
+    visit.ask("Describe the sheets.")
+    assert "48 of them pictures" in visit.took()
+    assert page.locator("#conversation .message.user img").count() == 3
+
+
+@needs_browser
+def test_what_no_decoder_could_paint_is_not_offered(
+    browser: Any, served: Served, tmp_path: Path
+) -> None:
+    [tuned] = [folder for name, folder in served.room._folders.items() if name.endswith("tune")]
+    shutil.copytree(tuned, tmp_path / "a" / "alone")
+    with app.running(Showroom([tmp_path / "a" / "alone", tuned])) as page:
+        visit = Visit(browser, page.local_url)
+        visit.page.get_by_role("tab", name="Look inside").click()
+        visit.page.locator("#no-decoder").get_by_text("was not given with the run").wait_for()
+        assert not visit.page.locator("#prefix").is_visible()
+        visit.page.get_by_label("Model").nth(1).click()
+        visit.page.get_by_role("option").last.click()
+        visit.page.locator("#prefix").wait_for()
+        assert not visit.page.locator("#no-decoder").is_visible()
+        assert not visit.wrong
+        visit.page.close()
+
+
+@needs_browser
+def test_what_is_shared_works_under_another_address(
+    browser: Any, served: Served, drawn: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tunnel(local_port: int, **_: Any) -> str:
+        return f"http://localhost:{local_port}"  # what Gradio's servers do, without them
+
+    monkeypatch.setattr("gradio.networking.setup_tunnel", tunnel)
+    with app.running(served.room, share=True) as page:
+        assert page.share_url.rpartition(":")[0] == "https://localhost"
+        visit = Visit(browser, page.share_url.replace("https", "http"), inside="http://localhost:")
+        visit.ask("Describe the sheet.", drawn)
+        assert "16 of them pictures" in visit.took()
+        assert not visit.wrong
+        visit.page.close()
+
+
+def test_sharing_that_did_not_come_about_is_no_success(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tunnel(**_: Any) -> str:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("gradio.networking.setup_tunnel", tunnel)
+    with (
+        pytest.raises(UsageError, match=r"^--share: Gradio's servers, .* were not reached"),
+        app.running(served.room, share=True),
+    ):
+        pass
+
+
+def test_an_installed_package_has_the_demo(tmp_path: Path) -> None:
+    home = Path(__file__).parents[1]
+    words = tomllib.loads((home / "pyproject.toml").read_text())
+    wheel = words["tool"]["hatch"]["build"]["targets"]["wheel"]
+    for part in wheel["only-include"]:
+        shutil.copytree(home / part, tmp_path / wheel["sources"].get(part, part))
+    command = [sys.executable, "-m", "aimv2_mllm", "demo", "nowhere"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("aimv2-mllm: nowhere: ")
 
 
 def question(file: Path, text: str) -> dict[str, Any]:

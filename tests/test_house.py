@@ -24,6 +24,7 @@ RECIPES = sorted((HOUSE.parent / "recipes").glob("*.yaml"))
 # A module imports only what stands above it, or beside it in the same entry.
 TABLE = (
     "errors",
+    "heap",
     "sampling",
     "folders",
     "files",
@@ -317,7 +318,7 @@ def test_verbs_and_flags_are_frozen() -> None:
             "--top-p", "--top-k", "--seed", "--stop",
         ],
         "sample": ["--help", "MODEL", "OUT", "--seed", "--size"],
-        "demo": ["--help", "MODEL", "--host", "--port", "--login", "--share"],
+        "demo": ["--help", "MODEL", "--host", "--port", "--login", "--no-login", "--share"],
         "probe": [
             "--help", "ENCODER", "DATA", "--kind", "--out", "--pca", "--templates", "--image-size",
             "--limit", "--k", "--epochs", "--seed",

@@ -4,7 +4,9 @@
 
 Starts `aimv2-mllm demo RUN` on loopback. Each visitor shows a held-out sheet of his own and asks
 about it in one conversation, all at once; every answer is compared with what the same model says to
-that conversation without the demo. Memory is that of the server's process, after each round.
+that conversation without the demo. Memory is that of the server's process, after each round, when
+its visitors have left. Gradio keeps something of the last 32 of them: rounds are level from the
+second one on.
 """
 
 import argparse
@@ -25,6 +27,7 @@ from aimv2_mllm import visit
 from aimv2_mllm.data import scenes
 from aimv2_mllm.showroom import Showroom, sheet
 
+SETTLED = 3  # seconds until the server has noticed that a visitor left
 SETTINGS = ["", 0, 1, 96, None]  # system prompt, temperature, top-p, longest answer, seed
 
 
@@ -72,7 +75,9 @@ def _answers(shown: list[Any]) -> list[str]:
 
 def visited(url: str, model: str, file: Path, asked: list[str]) -> tuple[list[str], list[float]]:
     """The answers that a visitor of the page gets, and the seconds that each took to be whole."""
-    client, history, seconds = Client(url, verbose=False), list[Any](), list[float]()
+    patient = {"timeout": 120}  # seconds; what is measured is the server, on a machine with others
+    client = Client(url, verbose=False, httpx_kwargs=patient)
+    history, seconds = list[Any](), list[float]()
     for number, text in enumerate(asked):
         parts = [] if number else [{"type": "file", "file": handle_file(file)}]
         history.append({"role": "user", "content": [*parts, {"type": "text", "text": text}]})
@@ -100,10 +105,13 @@ def main() -> None:
             sheet(seed)[0].save(file)
         truths = [expected(room, file, texts) for file, texts in zip(files, asked, strict=True)]
         server, seconds = started(args.run, port)
-        print(f"page after {seconds:.1f} s")
+        spent = psutil.Process(server.pid).cpu_times()
+        busy = spent.user + spent.system
+        print(f"page after {seconds:.1f} s, {busy:.1f} s of them computing", flush=True)
         try:
             for number in range(args.rounds):
                 round_(f"http://127.0.0.1:{port}", room.names[0], files, asked, truths)
+                time.sleep(SETTLED)
                 memory = psutil.Process(server.pid).memory_info().rss / 2**20
                 print(f"round {number + 1}: server holds {memory:.0f} MiB", flush=True)
         finally:
