@@ -177,7 +177,7 @@ def _image_size(axes: Sequence[Axis], values: Sequence[str]) -> int | None:
 
 def _name(axes: Sequence[Axis], values: Sequence[str]) -> str:
     shown = "-".join(axis.shown(value) for axis, value in zip(axes, values, strict=True))
-    return re.sub(r"[^A-Za-z0-9.]+", "_", shown)[:80] or "run"
+    return re.sub(r"[^A-Za-z0-9]+", "_", shown).strip("_")[:80] or "run"
 
 
 def _folder_names(names: Sequence[str]) -> list[str]:
@@ -245,7 +245,7 @@ def _with_resized_tower(
         return recipe, None
     plain = recipe.model_dump(mode="json")
     stage = next(s for s in plain["stages"].values() if s.get("tower") is not None)
-    name = re.sub(r"[^A-Za-z0-9.]+", "_", stage["tower"])[-80:]
+    name = re.sub(r"[^A-Za-z0-9]+", "_", stage["tower"]).strip("_")[-80:]
     resized = Resized(stage["tower"], (out / "towers" / f"{name}-{size}").absolute(), size)
     stage["tower"] = str(resized.folder)
     return Recipe.model_validate(plain), resized
