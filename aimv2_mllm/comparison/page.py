@@ -54,8 +54,8 @@ def describe(numbers: Mapping[str, Any]) -> dict[str, Any]:
         "command": numbers["command"],
         "made_with": (
             "Intervals are over questions, as if they were independent; where seeds differ by more "
-            "than that, the seeds are what counts. What training took is of a run's own stages, not "
-            "of those that all have in common; seconds are as the machine was"
+            "than that, the seeds are what counts. What training took is of a run's own stages, "
+            "not of those that all have in common; seconds are as the machine was"
             f"{at_once}; the first token is the median of single questions, nothing else "
             f"running. {versions}."
         ),
