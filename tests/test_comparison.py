@@ -1,6 +1,7 @@
 """A recipe in variants: which runs there are, what becomes of them, what they are worth."""
 
 import json
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -11,13 +12,14 @@ import pytest
 
 from aimv2_mllm.__main__ import main
 from aimv2_mllm.comparison import page
-from aimv2_mllm.comparison.cells import LOG, Task, do_all, tasks_of
+from aimv2_mllm.comparison.cells import LOG, Task, answers_in, do_all, tasks_of
 from aimv2_mllm.comparison.grid import Grid, grid_of
 from aimv2_mllm.comparison.numbers import numbers_of
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.folders import STAGE_FILE
 
 RECIPE = str(Path(__file__).parents[1] / "recipes" / "compare_towers.yaml")
+ASKED = "0123456789abcdef"
 SHUFFLE = "{name: pixel_shuffle, factor: 2}"
 
 
@@ -68,7 +70,7 @@ def test_where_the_first_stage_varies_nothing_is_common(tmp_path: Path) -> None:
 
 def test_a_tower_is_resized_once_for_every_size(tmp_path: Path) -> None:
     made = grid(tmp_path, "image_size=56,112", "connector=linear,mlp")
-    tasks = tasks_of(made, ["python"], ["handwriting"])
+    tasks = tasks_of(made, ["python"], ["handwriting"], ASKED)
     resized = [task for task in tasks if task.name.startswith("tower")]
     assert len(resized) == 2
     for cell in made.cells:
@@ -97,6 +99,11 @@ def test_features_are_kept_where_pictures_have_an_end(tmp_path: Path) -> None:
         ("towr=both", "did you mean tower?"),
         ("seed=1,2", "--seeds N repeats every run"),
         ("image_size=big", "big is no number of pixels"),
+        ("image_size=0", "0 is no number of pixels"),
+        ("connector={name: mlp", "is no value as a recipe has it"),
+        ("tower=@x", "is no value as a recipe has it"),
+        ("connector=mlp,{name: mlp}", "are the same run"),
+        ("stages.tune.train.lr=1e-3,0.001", "are the same run"),
         ("tower=both,booth", "did you mean both?"),
         ("stages.tune.lora.rank=1,2", "unknown key"),
     ],
@@ -107,6 +114,18 @@ def test_what_cannot_vary_is_refused_before_anything_runs(
     with pytest.raises(UsageError, match=said.replace("?", r"\?")):
         grid(tmp_path, varied)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_comma_inside_quotes_belongs_to_the_value(tmp_path: Path) -> None:
+    made = grid(tmp_path, 'tower="./my, folder",./other')
+    assert made.axes[0].values == ('"./my, folder"', "./other")
+    assert made.cells[0].recipe.stages["align"].tower == "./my, folder"  # type: ignore[union-attr]
+
+
+def test_what_ends_without_a_model_that_talks_is_refused(tmp_path: Path) -> None:
+    recipe = str(Path(RECIPE).with_name("ablation.yaml"))
+    with pytest.raises(UsageError, match="ends with a pretrain stage"):
+        grid_of(recipe, (), ("stages.both.train.lr=1e-3,2e-3",), 1, tmp_path)
 
 
 def task(folder: Path, code: str, *after: Path) -> Task:
@@ -189,6 +208,34 @@ def test_an_interrupted_comparison_ends_what_runs(
     assert ended.exists()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child that")
+def test_what_runs_ends_also_when_the_comparison_is_killed(tmp_path: Path) -> None:
+    begun, ended = tmp_path / "begun", tmp_path / "ended"
+    inner = (
+        "import pathlib, signal, sys, time\n"
+        f"def end(*_): pathlib.Path({str(ended)!r}).touch(); sys.exit(143)\n"
+        f"signal.signal(signal.SIGTERM, end)\npathlib.Path({str(begun)!r}).touch()\n"
+        "time.sleep(60)\n"
+    )
+    outer = (
+        "import pathlib, sys\n"
+        "from aimv2_mllm.comparison.cells import Task, do_all\n"
+        f"folder = pathlib.Path({str(tmp_path / 'task')!r})\n"
+        f"do_all([Task('a', folder, ((sys.executable, '-c', {inner!r}),))], 1, print)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", outer]) as comparison:
+        wait_for(begun)
+        comparison.kill()
+    wait_for(ended)
+
+
+def wait_for(file: Path) -> None:
+    until = time.monotonic() + 120
+    while not file.exists():
+        assert time.monotonic() < until, file
+        time.sleep(0.05)
+
+
 def finished(made: Grid, scores: dict[tuple[str, ...], list[float]]) -> dict[Path, str]:
     """Write what the runs of `made` would leave behind: the same scores for every seed, raised by a
     question for the second; those that have none failed, and why."""
@@ -206,7 +253,7 @@ def finished(made: Grid, scores: dict[tuple[str, ...], list[float]]) -> dict[Pat
             folder = cell.recipe.output / name / "model"
             folder.mkdir(parents=True)
             (folder / STAGE_FILE).write_text(json.dumps(record))
-        (cell.folder / "evaluation").mkdir()
+        answers_in(cell, ASKED).mkdir()
         lines = [
             {
                 "id": str(n),
@@ -216,7 +263,7 @@ def finished(made: Grid, scores: dict[tuple[str, ...], list[float]]) -> dict[Pat
             }
             for n, score in enumerate(scores[cell.values])
         ]
-        (cell.folder / "evaluation" / "results.jsonl").write_text(
+        (answers_in(cell, ASKED) / "results.jsonl").write_text(
             "".join(json.dumps(line) + "\n" for line in lines)
         )
     return failed
@@ -227,7 +274,7 @@ def compared(tmp_path: Path, scores: dict[tuple[str, ...], list[float]]) -> dict
     failed = finished(made, scores)
     speed = {values: {"image_tokens": 16, "first_token_ms": 5.0} for values in scores}
     more = {"recipe": RECIPE, "data": "handwriting", "metric": "exact", "jobs": 1, "command": "x"}
-    return numbers_of(made, failed, speed) | more | {"versions": {"torch": "2"}}
+    return numbers_of(made, failed, speed, ASKED) | more | {"versions": {"torch": "2"}}
 
 
 SCORES = {
@@ -260,14 +307,66 @@ def test_effects_leave_out_what_failed_for_another_value(tmp_path: Path) -> None
     numbers = compared(tmp_path, left)
     effects = {(e["axis"], e["value"]): e for e in numbers["effects"]}
     assert effects["tower", "both"]["score"] == 0.75  # by the linear connector alone
-    assert effects["tower", "both"]["over"] == 1
+    assert effects["tower", "both"]["over"] == 2  # seeds
     assert [one["why"] for one in numbers["failed"]] == ["no room", "no room"]
     assert numbers["failed"][0]["run"] == "captions, mlp, seed 0"
 
 
-def test_runs_that_answered_other_questions_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="has other questions than the runs before it"):
-        compared(tmp_path, SCORES | {("both", "mlp"): [1.0]})
+def test_only_questions_that_all_runs_answered_count(tmp_path: Path) -> None:
+    numbers = compared(tmp_path, SCORES | {("both", "mlp"): [1.0]})
+    assert numbers["num_questions"] == 1
+    assert [group["score"] for group in numbers["groups"]] == [1.0, 1.0, 1.0, 1.0]
+    assert "3 questions that not all runs answered do not count." in numbers["facts"]
+
+
+def test_a_seed_that_failed_for_one_value_makes_no_difference_between_values(
+    tmp_path: Path,
+) -> None:
+    made = grid(tmp_path, "tower=captions,both", seeds=2)
+    finished(made, {("captions",): [0.0, 0.0], ("both",): [0.0, 0.0]})
+    better = next(c for c in made.cells if c.values == ("both",) and c.seed == 1)
+    lost = next(c for c in made.cells if c.values == ("captions",) and c.seed == 1)
+    line = {"seen": {"score": 1}, "blind": {"score": 0}, "text_only": {"score": 0}}
+    (answers_in(better, ASKED) / "results.jsonl").write_text(
+        "".join(json.dumps({"id": str(n), **line}) + "\n" for n in range(2))
+    )
+    numbers = numbers_of(made, {lost.folder: "no room"}, {}, ASKED)
+    assert [effect["behind"] for effect in numbers["effects"]] == [0, 0]
+    assert any(fact.startswith("NOT the same seeds") for fact in numbers["facts"])
+
+
+def test_towers_with_equal_last_names_are_told_apart(tmp_path: Path) -> None:
+    made = grid(tmp_path, "tower=a/x/model,b/x/model,c/y/model")
+    named = [made.named(cell.values) for cell in made.cells]
+    assert named == ["a/x/model", "b/x/model", "y/model"]
+
+
+def test_a_resized_tower_has_a_folder_of_its_own(tmp_path: Path) -> None:
+    made = grid(tmp_path, "image_size=112", "tower=t/a-1,t/a_1,./塔甲,./塔乙")
+    folders = {cell.resized.folder for cell in made.cells if cell.resized}
+    assert len(folders) == 4
+
+
+def test_one_image_size_is_no_less_a_size(tmp_path: Path) -> None:
+    made = grid(tmp_path, "image_size=112", "stages.tune.lora.r=4,8")
+    assert all(cell.resized is not None for cell in made.cells)
+    with pytest.raises(UsageError, match=r"vary stages\.both\.encoder"):
+        grid(tmp_path, "image_size=112", "stages.untrained.train.lr=1e-9,1e-8")
+
+
+def test_a_task_is_another_where_the_tower_behind_its_path_is(tmp_path: Path) -> None:
+    tower = tmp_path / "tower"
+    tower.mkdir()
+    (tower / "config.json").write_text("{}")
+    made = grid(tmp_path / "out", f"tower={tower},./other")
+    before, after = list[str](), list[str]()
+    for digests in (before, after):
+        tasks = tasks_of(made, ["python"], ["handwriting"], ASKED)
+        digests += [task.digest for task in tasks]
+        (tower / "config.json").write_text('{"other": 1}')
+    assert before[0] == after[0]  # the stages before it
+    assert before[1] != after[1]
+    assert tasks_of(made, ["python"], ["handwriting"], "other")[1].digest != after[1]
 
 
 def test_the_report_says_what_was_fair_and_what_was_not(tmp_path: Path) -> None:
@@ -276,7 +375,7 @@ def test_the_report_says_what_was_fair_and_what_was_not(tmp_path: Path) -> None:
     assert "The same samples in the same order" in facts
     assert "Equal: tokens of a picture, 16." in facts
     told = page.describe(numbers)
-    assert told["rows"][3][:5] == ["both", "mlp", "100.0", "100.0 to 100.0", "100.0 to 100.0"]
+    assert told["rows"][3][:5] == ["both", "mlp", "100.0", "51.0 to 100.0", "100.0 to 100.0"]
     assert [picture.name for picture in page.pictures(told)] == ["scores.png", "costs.png"]
     table = page.as_table(numbers).splitlines()
     assert table[0].startswith("| tower | connector | exact match, % |")
@@ -286,7 +385,7 @@ def test_the_report_says_what_was_fair_and_what_was_not(tmp_path: Path) -> None:
 def test_other_data_is_no_fair_comparison(tmp_path: Path) -> None:
     made = grid(tmp_path, "stages.tune.train.steps=200,300")
     failed = finished(made, {("200",): [1.0], ("300",): [1.0]})
-    facts = numbers_of(made, failed, {})["facts"]
+    facts = numbers_of(made, failed, {}, ASKED)["facts"]
     assert any(fact.startswith("NOT the same samples") for fact in facts)
 
 

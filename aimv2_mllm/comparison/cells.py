@@ -4,10 +4,12 @@ Owns what is done already, which processes run beside each other, and what becam
 failed: the others go on. Every command can be repeated by hand from a run's `log.txt`.
 """
 
+import ctypes
 import hashlib
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +22,7 @@ from typing import IO
 
 from tqdm import tqdm
 
+from aimv2_mllm.answerers import digest
 from aimv2_mllm.comparison.grid import Cell, Grid, Resized
 from aimv2_mllm.engine.disk import replace_file
 from aimv2_mllm.errors import RunFailed
@@ -28,23 +31,30 @@ from aimv2_mllm.recipe import Recipe, dump_recipe
 DONE, LOG, ANSWERS = "done.json", "log.txt", "evaluation"
 PROGRAM = (sys.executable, "-m", "aimv2_mllm")
 Narrate = Callable[[str], None]
+# Looked up before any child is made: between fork and exec nothing may be.
+_set_of_process = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
 
 @dataclass(frozen=True)
 class Task:
     """Commands, one after the other, whose words go to `folder`/log.txt; `after` are the tasks that
-    must have ended well before."""
+    must have ended well before, `asked` is a digest of what its result is asked, and `makes` a
+    folder that must not be there before it."""
 
     name: str
     folder: Path
     commands: tuple[tuple[str, ...], ...]
     recipe: Recipe | None = None
     after: tuple[Path, ...] = ()
+    asked: str = ""
+    makes: Path | None = None
 
     @property
     def digest(self) -> str:
-        """Changes with what the task does."""
-        said = [self.commands, dump_recipe(self.recipe) if self.recipe else ""]
+        """Changes with what the task does, and with the models in folders that it starts from."""
+        words = [[word for word in command if word != sys.executable] for command in self.commands]
+        recipe = dump_recipe(self.recipe) if self.recipe else ""
+        said = [words, recipe, self.asked, *(_models(self.recipe) if self.recipe else ())]
         return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
     def is_done(self) -> bool:
@@ -56,9 +66,25 @@ class Task:
         return isinstance(done, dict) and done.get("digest") == self.digest
 
 
-def tasks_of(grid: Grid, launcher: Sequence[str], judge: Sequence[str]) -> list[Task]:
-    """All tasks, seed by seed, in an order in which they can be done; `launcher` starts a run, and
-    `judge` are the words of `evaluate` behind the model."""
+def _models(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """The folders from outside that a recipe starts from, and what tells their contents."""
+    for stage in recipe.stages.values():
+        for key in ("tower", "llm", "start", "tokenizer"):
+            source = getattr(stage, key, None)
+            if isinstance(source, str) and "/" in source and Path(source).is_dir():
+                yield source, digest(Path(source))
+
+
+def answers_in(cell: Cell, asked: str) -> Path:
+    """Where a run's answers to the questions with that digest are: a changed question is asked
+    anew, and nothing is trained again for it."""
+    return cell.folder / f"{ANSWERS}-{asked[:8]}"
+
+
+def tasks_of(grid: Grid, launcher: Sequence[str], judge: Sequence[str], asked: str) -> list[Task]:
+    """All tasks, seed by seed, in an order in which they can be done; `launcher` starts a run,
+    `judge` are the words of `evaluate` behind the model, and `asked` is a digest of what is asked.
+    """
     tasks, made = list[Task](), set[Path]()
     for seed, recipe in grid.shared.items():
         first: tuple[Path, ...] = ()
@@ -74,10 +100,11 @@ def tasks_of(grid: Grid, launcher: Sequence[str], judge: Sequence[str]) -> list[
                 if task.folder not in made:
                     tasks.append(task)
                     made.add(task.folder)
-            answers = str(cell.folder / ANSWERS)
+            answers = str(answers_in(cell, asked))
             judged = (*PROGRAM, "evaluate", str(cell.recipe.output), *judge, "--out", answers)
             commands = (_run(launcher, cell.folder), judged)
-            tasks.append(Task(_title(grid, cell), cell.folder, commands, cell.recipe, after))
+            title = _title(grid, cell)
+            tasks.append(Task(title, cell.folder, commands, cell.recipe, after, asked))
     return tasks
 
 
@@ -85,7 +112,8 @@ def _resizing(resized: Resized, after: tuple[Path, ...]) -> Task:
     source, folder, size = resized
     words = ("convert", source, str(folder), "--layout", "original", "--image-size", str(size))
     log = folder.with_name(f"{folder.name}-log")
-    return Task(f"tower {folder.name}", log, ((*PROGRAM, *words),), after=after)
+    command = (*PROGRAM, *words)
+    return Task(f"tower {folder.name}", log, (command,), after=after, makes=folder)
 
 
 def _title(grid: Grid, cell: Cell) -> str:
@@ -150,12 +178,14 @@ def do_all(tasks: Sequence[Task], jobs: int, narrate: Narrate) -> dict[Path, str
 
 @contextmanager
 def _ended(running: list[_Running], tell: Narrate) -> Iterator[None]:
-    """On the way out, also by SIGINT and SIGTERM, end the processes of those that still run."""
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    """On the way out, also by a signal that ends us, end the processes of those that still run."""
+    ending = (signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(kind, lambda number, _: sys.exit(128 + number)) for kind in ending]
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for kind, handler in zip(ending, before, strict=True):
+            signal.signal(kind, handler)
         if running:
             tell(f"{len(running)} runs are told to save themselves and end")
         processes = [one.process for one in running if one.process is not None]
@@ -175,6 +205,8 @@ def _free_slot(running: Sequence[_Running]) -> int:
 def _begin(task: Task, slot: int, jobs: int) -> _Running:
     try:
         task.folder.mkdir(parents=True, exist_ok=True)
+        if task.makes is not None:
+            shutil.rmtree(task.makes, ignore_errors=True)
         if task.recipe is not None:
             replace_file(task.folder / "recipe.yaml", dump_recipe(task.recipe).encode())
         log = (task.folder / LOG).open("ab")
@@ -195,19 +227,30 @@ def _start(one: _Running, jobs: int) -> None:
         stdout=one.log,
         stderr=subprocess.STDOUT,
         process_group=0,  # Ctrl-C is for us, who then end them
+        preexec_fn=_end_with_parent,
         env=os.environ | _share(one.slot, jobs),
     )
 
 
+def _end_with_parent() -> None:
+    """Let the kernel send SIGTERM, at which a run saves itself, when who started it is killed."""
+    if _set_of_process is not None:
+        _set_of_process(1, signal.SIGTERM)  # PR_SET_PDEATHSIG of prctl(2)
+
+
 def _share(slot: int, jobs: int) -> Mapping[str, str]:
-    """The part of the machine for one of several processes: its threads, and its GPU if there are
-    enough for each."""
+    """The part of the machine for one of several processes: its threads and its GPUs, which
+    several share where there are fewer."""
     if jobs == 1:
         return {}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     share = {"OMP_NUM_THREADS": str(max(1, (cores or 1) // jobs))}
     devices = list(_devices())
-    return share | ({"CUDA_VISIBLE_DEVICES": devices[slot]} if len(devices) >= jobs else {})
+    if not devices:
+        return share
+    own = max(1, len(devices) // jobs)
+    first = slot * own % len(devices)
+    return share | {"CUDA_VISIBLE_DEVICES": ",".join(devices[first : first + own])}
 
 
 def _devices() -> Iterator[str]:

@@ -1,5 +1,6 @@
 """What the verb `compare` does: the runs of a grid, judged alike, in one table and two pictures."""
 
+import hashlib
 import json
 import os
 import platform
@@ -15,7 +16,7 @@ from aimv2_mllm.comparison.grid import Grid, grid_of
 from aimv2_mllm.comparison.numbers import numbers_of
 from aimv2_mllm.comparison.page import describe, pictures
 from aimv2_mllm.comparison.speed import measure
-from aimv2_mllm.data.asked import load_asked
+from aimv2_mllm.data.asked import Asked, load_asked
 from aimv2_mllm.data.asked_sources import HANDWRITING
 from aimv2_mllm.errors import RunFailed, UsageError
 from aimv2_mllm.evaluate import columns_of, demand_fit
@@ -40,8 +41,14 @@ def compare(args: Namespace, narrate: Narrate) -> dict[str, Any]:
         data, root=args.root, columns=columns_of(args.column), split=args.split, limit=args.limit
     )
     demand_fit(data, args.metric, args.prompt, asked)
+    if args.controls and len({q.picture for q in asked.questions if q.picture}) < 2:
+        raise UsageError(
+            f"{data}: all questions are about one picture, and the blind control shows another: "
+            "give --no-controls"
+        )
+    digest = _digest(asked, args)
     launcher = (*shlex.split(args.launcher), "-m", "aimv2_mllm") if args.launcher else PROGRAM
-    tasks = tasks_of(grid, launcher, [data, *_judge(args)])
+    tasks = tasks_of(grid, launcher, [data, *_judge(args)], digest)
     with ExitStack() as held:
         held.enter_context(locked(out))
         todo = sum(not task.is_done() for task in tasks)
@@ -55,7 +62,7 @@ def compare(args: Namespace, narrate: Narrate) -> dict[str, Any]:
             "data": data,
             "metric": args.metric,
             "jobs": args.jobs,
-            **numbers_of(grid, failed, speed),
+            **numbers_of(grid, failed, speed, digest),
             "command": _command(args),
             "versions": {
                 **{name: version(name) for name in ("torch", "transformers", "aimv2-mllm")},
@@ -65,6 +72,13 @@ def compare(args: Namespace, narrate: Narrate) -> dict[str, Any]:
         }
         write_files(out, _files(numbers))
     return numbers
+
+
+def _digest(asked: Asked, args: Namespace) -> str:
+    """What tells these questions, and how they are put, from others; the metric does not count."""
+    said: list[Any] = [args.prompt, args.max_new_tokens, args.root, asked.digest]
+    said += [[q.id, q.text, q.answers, q.choices, q.picture, q.kind] for q in asked.questions]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 
 def _own_data(grid: Grid) -> str:

@@ -4,6 +4,7 @@ Owns what `--vary` may say, and what the runs of one seed have in common and is 
 Refuses, before anything is trained, every combination whose recipe has a mistake.
 """
 
+import hashlib
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from aimv2_mllm.errors import UsageError, nearest
+from aimv2_mllm.folders import TALKING
 from aimv2_mllm.recipe import Recipe, deciding
 from aimv2_mllm.recipe_data import HandwritingTalks
 from aimv2_mllm.recipe_file import load_recipe
@@ -36,12 +38,17 @@ class Axis:
 
     def shown(self, value: str) -> str:
         """A value without the marks of YAML: `{name: resampler, num_queries: 8}` is `resampler 8`,
-        a folder is its last two names."""
-        plain = yaml.safe_load(value)
-        if isinstance(plain, dict):
-            rest = [v if len(plain) == 2 else f"{k} {v}" for k, v in plain.items() if k != "name"]
-            return " ".join(map(str, [plain.get("name", ""), *rest])).strip()
-        return "/".join(value.rstrip("/").split("/")[-2:])
+        a folder is its last two names, or all where another's are the same."""
+        short = [_short(one) for one in self.values]
+        return value if short.count(_short(value)) > 1 else _short(value)
+
+
+def _short(value: str) -> str:
+    plain = yaml.safe_load(value)
+    if isinstance(plain, dict):
+        rest = [v if len(plain) == 2 else f"{k} {v}" for k, v in plain.items() if k != "name"]
+        return " ".join(map(str, [plain.get("name", ""), *rest])).strip()
+    return "/".join(value.rstrip("/").split("/")[-2:])
 
 
 class Resized(NamedTuple):
@@ -100,6 +107,11 @@ def grid_of(
         )
     seeds = range(base.seed, base.seed + num_seeds)
     names = _folder_names([_name(axes, values) for values in combinations])
+    if list(base.stages.values())[-1].kind not in TALKING:
+        raise UsageError(
+            f"{file}: ends with a {list(base.stages.values())[-1].kind} stage, whose result cannot "
+            f"be asked; the last must be {' or '.join(TALKING)}"
+        )
     cells, shared, mistakes = list[Cell](), dict[int, Recipe | None](), list[str]()
     for seed in seeds:
         recipes = []
@@ -111,6 +123,7 @@ def grid_of(
                 mistakes += [line for line in str(error).splitlines() if line not in mistakes]
         if mistakes:
             raise UsageError("\n".join(mistakes))
+        _demand_different(axes, combinations, recipes)
         sizes = [_image_size(axes, values) for values in combinations]
         count = _num_common(recipes, sizes)
         common = out / "shared" / f"seed-{seed}"
@@ -128,13 +141,18 @@ def _axis(word: str, base: Recipe) -> Axis:
     if not equals or not key or not values or not all(values):
         example = "--vary tower=image_only,both"
         raise UsageError(f"--vary {word}: is written KEY=VALUE,VALUE, for example {example}")
+    try:
+        for value in values:
+            yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UsageError(f"--vary {word}: is no value as a recipe has it; see to quotes") from None
     if len(set(values)) < len(values):
         raise UsageError(f"--vary {word}: has a value twice")
     if key.partition(".")[0] in OWN:
         raise UsageError(f"--vary {word}: {key} cannot vary; --seeds N repeats every run")
     if key == IMAGE_SIZE:
         for value in values:
-            if not value.isdecimal():
+            if not value.isdecimal() or not int(value):
                 raise UsageError(f"--vary {word}: {value} is no number of pixels")
         _stage_with("tower", base, word)
         return Axis(key, "", values)
@@ -149,12 +167,28 @@ def _axis(word: str, base: Recipe) -> Axis:
     return Axis(key.removeprefix("stages."), key, values)
 
 
+def _demand_different(
+    axes: Sequence[Axis], combinations: Sequence[tuple[str, ...]], recipes: Sequence[Recipe]
+) -> None:
+    """UsageError for two combinations that are the same run, written in two ways."""
+    sizes = [_image_size(axes, values) for values in combinations]
+    plain = [(r.model_dump(mode="json"), s) for r, s in zip(recipes, sizes, strict=True)]
+    for place, one in enumerate(plain):
+        if (same := plain.index(one)) < place:
+            both = " and ".join(", ".join(combinations[n]) for n in (same, place))
+            raise UsageError(f"--vary: {both} are the same run")
+
+
 def _split(text: str) -> Iterator[str]:
-    """The values between commas; those inside brackets belong to a value."""
-    depth, value = 0, ""
+    """The values between commas; those inside brackets and quotes belong to a value."""
+    depth, quote, value = 0, "", ""
     for letter in text:
-        depth += (letter in "{[") - (letter in "}]")
-        if letter == "," and depth == 0:
+        if letter == quote:
+            quote = ""
+        elif letter in "'\"" and not quote:
+            quote = letter
+        depth += 0 if quote else (letter in "{[") - (letter in "}]")
+        if letter == "," and depth == 0 and not quote:
             yield value.strip()
             value = ""
         else:
@@ -165,7 +199,7 @@ def _split(text: str) -> Iterator[str]:
 def _stage_with(key: str, base: Recipe, word: str) -> str:
     """The name of the first stage that talks and has the key."""
     for name, stage in base.stages.items():
-        if stage.kind in ("align", "tune") and getattr(stage, key, None) is not None:
+        if stage.kind in TALKING and getattr(stage, key, None) is not None:
             return name
     raise UsageError(f"--vary {word}: no align or tune stage of the recipe has a {key}")
 
@@ -193,7 +227,7 @@ def _num_common(recipes: Sequence[Recipe], sizes: Sequence[int | None]) -> int:
     plain = [[_deciding(name, stage) for name, stage in r.stages.items()] for r in recipes]
     count = 0
     while count < min(map(len, plain)) - 1 and all(p[count] == plain[0][count] for p in plain):
-        if len(set(sizes)) > 1 and plain[0][count][1].get("tower") is not None:
+        if any(sizes) and plain[0][count][1].get("tower") is not None:
             break
         count += 1
     return count
@@ -230,7 +264,7 @@ def _keeps_features(stage: Mapping[str, Any]) -> bool:
     """Whether features of a frozen tower can be kept, and the recipe does not say how."""
     handwriting = HandwritingTalks.model_fields["kind"].default
     return (
-        stage["kind"] in ("align", "tune")
+        stage["kind"] in TALKING
         and not stage.get("tower_blocks")
         and stage["data"]["features"] is None
         and all(source["kind"] != handwriting for source in stage["data"]["sources"])
@@ -244,8 +278,16 @@ def _with_resized_tower(
     if size is None:
         return recipe, None
     plain = recipe.model_dump(mode="json")
-    stage = next(s for s in plain["stages"].values() if s.get("tower") is not None)
-    name = re.sub(r"[^A-Za-z0-9]+", "_", stage["tower"]).strip("_")[-80:]
-    resized = Resized(stage["tower"], (out / "towers" / f"{name}-{size}").absolute(), size)
+    talking = [stage for stage in plain["stages"].values() if stage["kind"] in TALKING]
+    stage = next(stage for stage in talking if stage.get("tower") is not None)
+    source = stage["tower"]
+    if source in plain["stages"]:
+        raise UsageError(
+            f"--vary {IMAGE_SIZE}: the tower {source} is trained in the runs themselves, which "
+            f"differ before it; vary stages.{source}.encoder.image_size"
+        )
+    name = re.sub(r"[^A-Za-z0-9]+", "_", source).strip("_")[-60:]
+    name += f"-{hashlib.sha256(source.encode()).hexdigest()[:8]}-{size}"
+    resized = Resized(source, (out / "towers" / name).absolute(), size)
     stage["tower"] = str(resized.folder)
     return Recipe.model_validate(plain), resized

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from aimv2_mllm.comparison.cells import ANSWERS
+from aimv2_mllm.comparison.cells import answers_in
 from aimv2_mllm.comparison.grid import Cell, Grid
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.evaluate import RESULTS
 from aimv2_mllm.evaluation.asking import SEEN
 from aimv2_mllm.evaluation.controls import SHOWN
-from aimv2_mllm.evaluation.intervals import bootstrap_interval
+from aimv2_mllm.evaluation.intervals import bootstrap_interval, interval
 from aimv2_mllm.folders import STAGE_FILE
 from aimv2_mllm.recipe import deciding
 
@@ -24,40 +24,42 @@ Scores = dict[str, np.ndarray]  # pass -> (Q,) a score for each question
 
 
 def numbers_of(
-    grid: Grid, failed: Mapping[Path, str], speed: Mapping[tuple[str, ...], Mapping[str, Any]]
+    grid: Grid,
+    failed: Mapping[Path, str],
+    speed: Mapping[tuple[str, ...], Mapping[str, Any]],
+    asked: str,
 ) -> dict[str, Any]:
     """Every number of the comparison as plain data: `groups`, one for each combination with its
-    runs, `effects` of each axis, `failed` runs, and `facts` about its fairness."""
-    scores, ids = dict[Path, Scores](), list[str]()
-    for cell in grid.cells:
-        if cell.folder not in failed:
-            ids, scores[cell.folder] = _scores(cell, ids)
+    runs, `effects` of each axis, `failed` runs, and `facts` about its fairness. `asked` tells
+    which answers count, see `answers_in`."""
+    found = {c.folder: _scores(c, asked) for c in grid.cells if c.folder not in failed}
+    ids = _common([list(one) for one in found.values()])
+    scores = {folder: _of_questions(one, ids) for folder, one in found.items()}
     groups = []
     for values in dict.fromkeys(cell.values for cell in grid.cells):
         cells = [c for c in grid.cells if c.values == values and c.folder in scores]
         if cells:
-            groups.append(
-                _group(grid, cells, [scores[c.folder] for c in cells]) | dict(speed.get(values, {}))
-            )
-    of_values = {
-        values: np.mean([scores[c.folder][SEEN] for c in cells], axis=0)
-        for values in dict.fromkeys(cell.values for cell in grid.cells)
-        if (cells := [c for c in grid.cells if c.values == values and c.folder in scores])
+            own = [scores[cell.folder] for cell in cells]
+            groups.append(_group(grid, cells, own) | dict(speed.get(values, {})))
+    seen = {
+        (*cell.values, str(cell.seed)): scores[cell.folder][SEEN]
+        for cell in grid.cells
+        if cell.folder in scores
     }
+    places = range(len(grid.axes))
+    most = max((len(one) for one in found.values()), default=0)
     return {
         "num_questions": len(ids),
         "seeds": grid.seeds,
         "axes": [{"name": a.word, "values": [a.shown(v) for v in a.values]} for a in grid.axes],
         "groups": groups,
-        "effects": [
-            effect for place in range(len(grid.axes)) for effect in _effects(grid, place, of_values)
-        ],
+        "effects": [effect for place in places for effect in _effects(grid, place, seen)],
         "failed": [
             {"run": _named(grid, cell), "why": failed[cell.folder]}
             for cell in grid.cells
             if cell.folder in failed
         ],
-        "facts": _facts(grid, groups),
+        "facts": _facts(grid, groups, most - len(ids)),
     }
 
 
@@ -65,17 +67,24 @@ def _named(grid: Grid, cell: Cell) -> str:
     return f"{grid.named(cell.values)}, seed {cell.seed}"
 
 
-def _scores(cell: Cell, ids: list[str]) -> tuple[list[str], Scores]:
-    """The ids of the questions, and each one's score in every pass; they must be `ids` if any."""
-    path = cell.folder / ANSWERS / RESULTS
+def _scores(cell: Cell, asked: str) -> dict[str, dict[str, float]]:
+    """The score of every question, by its id, in every pass."""
+    path = answers_in(cell, asked) / RESULTS
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    found = [line["id"] for line in lines]
-    if ids and found != ids:
-        raise UsageError(
-            f"{path}: has other questions than the runs before it; remove {cell.folder}"
-        )
     passes = [name for name in (SEEN, *SHOWN) if name in lines[0]]
-    return found, {name: np.array([line[name]["score"] for line in lines]) for name in passes}
+    return {line["id"]: {name: line[name]["score"] for name in passes} for line in lines}
+
+
+def _common(asked: Sequence[Sequence[str]]) -> list[str]:
+    """The ids of those questions that all runs answered, in their order."""
+    everywhere = set(asked[0]).intersection(*asked[1:]) if asked else set()
+    if asked and not everywhere:
+        raise UsageError("the runs have no question in common; remove what holds other questions")
+    return [name for name in asked[0] if name in everywhere] if asked else []
+
+
+def _of_questions(found: Mapping[str, Mapping[str, float]], ids: Sequence[str]) -> Scores:
+    return {name: np.array([found[one][name] for one in ids]) for name in found[ids[0]]}
 
 
 def _group(grid: Grid, cells: Sequence[Cell], scores: Sequence[Scores]) -> dict[str, Any]:
@@ -87,7 +96,7 @@ def _group(grid: Grid, cells: Sequence[Cell], scores: Sequence[Scores]) -> dict[
         "values": [axis.shown(v) for axis, v in zip(grid.axes, cells[0].values, strict=True)],
         "score": float(mean.mean()),
         # Over questions: the seeds' own spread stands beside it.
-        "interval": list(bootstrap_interval(mean.tolist())),
+        "interval": list(interval(mean.tolist())),
         "least": min(run["score"] for run in runs),
         "most": max(run["score"] for run in runs),
         "controls": {
@@ -131,7 +140,8 @@ def _effects(
     grid: Grid, place: int, scores: Mapping[tuple[str, ...], np.ndarray]
 ) -> list[dict[str, Any]]:
     """What each value of an axis is worth over the others: means over those combinations of the
-    other axes of which every value's runs ended well, and the difference to the best value."""
+    other axes, and those seeds, with which every value's run ended well, and the difference to the
+    best value. `scores` are by the values of a run and, last, its seed."""
     axis = grid.axes[place]
     if len(axis.values) < 2:
         return []
@@ -164,11 +174,16 @@ def _effects(
     ]
 
 
-def _facts(grid: Grid, groups: Sequence[Mapping[str, Any]]) -> list[str]:
+def _facts(grid: Grid, groups: Sequence[Mapping[str, Any]], num_apart: int) -> list[str]:
     """Whether runs can be compared: what was equal in all of them, and what was not."""
     if not groups:
         return []
-    facts = ["Every run answered the same questions; controls too."]
+    facts = ["Every run answered the same questions."]
+    if num_apart:
+        facts = [f"{num_apart:,} questions that not all runs answered do not count."]
+    seeds = {tuple(run["seed"] for run in group["runs"]) for group in groups}
+    if len(seeds) > 1:
+        facts.append("NOT the same seeds: some runs failed; effects are of those that all have.")
     same = _alike([_samples_of(cell) for cell in grid.cells if cell.seed == grid.seeds[0]])
     facts.append(
         "The same samples in the same order, in the same number of steps, for every run of a seed."

@@ -36,7 +36,7 @@ def score_rows(groups: Sequence[Mapping[str, Any]], palette: Palette, label: str
             axes.plot(100 * group["controls"]["blind"], row, "x", color=palette.faint, markersize=5)
     axes.set_yticks(range(len(groups)), [", ".join(group["values"]) for group in groups])
     axes.set_ylim(len(groups) - 0.4, -0.6)
-    axes.set_xlim(0, 100)
+    axes.set_xlim(0, max(100, *(105 * group["interval"][1] for group in groups)))
     axes.set_xlabel(f"{label}: mean with 95 % interval, | a seed, × another picture", fontsize=8)
     return as_png(figure)
 

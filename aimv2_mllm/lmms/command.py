@@ -104,11 +104,10 @@ def _numbers(
     if code or not made:
         why = _why((folder / LOG).read_text(encoding="utf-8", errors="replace"))
         raise RunFailed(f"{one.name}: {why or f'ended with {code}'}; see {folder / LOG}")
-    numbers = numbers_of(made[-1], one)
     unfinished = done.with_suffix(".part")
     unfinished.write_bytes(made[-1].read_bytes())
     unfinished.replace(done)
-    return numbers
+    return numbers_of(done, one)
 
 
 def _run(command: list[str], log: Path) -> int:
