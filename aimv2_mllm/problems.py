@@ -16,8 +16,8 @@ from aimv2_mllm.model.shapes import only_shapes
 from aimv2_mllm.model.shards import weight_files
 from aimv2_mllm.recipe_data import ConversationData
 from aimv2_mllm.recipe_stages import Stage
-from aimv2_mllm.run import check_begun, check_folder, check_shares
-from aimv2_mllm.stages import check_stage, opened
+from aimv2_mllm.run_folder import check_begun, check_folder
+from aimv2_mllm.stages import check_shares, check_stage, opened
 
 
 @dataclass(frozen=True)
