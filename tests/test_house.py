@@ -35,6 +35,7 @@ TABLE = (
     "recipe_tune",
     "recipe_stages",
     "recipe",
+    "recipe_mistakes",
     "recipe_file",
     "model.packed",
     "model.positions",
