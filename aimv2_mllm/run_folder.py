@@ -30,7 +30,7 @@ from aimv2_mllm.folders import (
 )
 from aimv2_mllm.job import Place
 from aimv2_mllm.model.hub import commit_of, locate
-from aimv2_mllm.model.mllm import llm_source
+from aimv2_mllm.model.llms import llm_source
 from aimv2_mllm.recipe import changed_keys, deciding, dump_recipe
 from aimv2_mllm.recipe_stages import Stage
 from aimv2_mllm.stages import inputs, towers

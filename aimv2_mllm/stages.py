@@ -19,7 +19,7 @@ from aimv2_mllm.llm_stages import (
     check_connector,
     load_talker,
 )
-from aimv2_mllm.model import mllm
+from aimv2_mllm.model import llms
 from aimv2_mllm.model.weights import load_encoder
 from aimv2_mllm.recipe_stages import (
     AlignStage,
@@ -107,7 +107,7 @@ def check_stage(name: str, place: Place) -> None:
         if isinstance(stage, AlignStage):
             Writer(load_talker(source, stage.data), stage.data.template)
         else:
-            mllm.load_tokenizer(source, talks=False)
+            llms.load_tokenizer(source, talks=False)
 
 
 def check_shares(name: str, stage: Stage, num_ranks: int) -> None:

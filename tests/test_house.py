@@ -69,6 +69,7 @@ TABLE = (
     "model.quantising",
     "model.adapting",
     "model.llava",
+    "model.llms",
     "model.mllm",
     "model.rows",
     "model.answering",

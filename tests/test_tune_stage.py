@@ -17,7 +17,7 @@ from aimv2_mllm.engine.flops import FlopCounter
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.job import Job, Place
 from aimv2_mllm.model.answering import Answering
-from aimv2_mllm.model.mllm import TINY_LLM
+from aimv2_mllm.model.llms import TINY_LLM
 from aimv2_mllm.model.quantising import num_bytes
 from aimv2_mllm.plan import plan
 from aimv2_mllm.recipe_file import load_recipe
