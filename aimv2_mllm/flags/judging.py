@@ -17,11 +17,7 @@ METRICS = ("exact", "vqa", "choice", "yesno", "anls", "relaxed", "caption")
 
 def add_evaluate(verbs: Any) -> None:
     words = verbs.add_parser("evaluate", help="ask a model the questions of a data set, and judge")
-    words.add_argument(
-        "model",
-        metavar="MODEL",
-        help="a run folder, or the folder or hub id of an image-text model",
-    )
+    _add_model(words)
     words.add_argument(
         "data",
         metavar="DATA",
@@ -74,11 +70,7 @@ def add_lmms_eval(verbs: Any) -> None:
     words = verbs.add_parser(
         "lmms-eval", help="let lmms-eval ask a model and judge, in an environment of its own"
     )
-    words.add_argument(
-        "model",
-        metavar="MODEL",
-        help="a run folder, or the folder or hub id of an image-text model",
-    )
+    _add_model(words)
     words.add_argument(
         "tasks",
         metavar="TASKS",
@@ -110,6 +102,14 @@ def add_lmms_eval(verbs: Any) -> None:
     )
     words.add_argument(
         "--print", action="store_true", help="only print the commands that would be run"
+    )
+
+
+def _add_model(words: argparse.ArgumentParser) -> None:
+    words.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a run folder, or the folder or hub id of an image-text model",
     )
 
 
