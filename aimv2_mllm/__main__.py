@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from aimv2_mllm.errors import RunFailed, UsageError, nearest
 from aimv2_mllm.parser import PROGRAM, parse
-from aimv2_mllm.verbs import judging, talking, training, writing
+from aimv2_mllm.verbs import judging, looking, talking, training, writing
 from aimv2_mllm.verbs.telling import note
 
 # Modules that `pip install aimv2-mllm` alone does not bring.
@@ -35,8 +35,8 @@ VERBS = {
     "chat": talking.chat,
     "demo": talking.demo,
     "sample": talking.sample,
-    "probe": judging.probe,
-    "dream": judging.dream,
+    "probe": looking.probe,
+    "dream": looking.dream,
     "convert": writing.convert,
     "evaluate": judging.evaluate,
     "compare": judging.compare,

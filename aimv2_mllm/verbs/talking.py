@@ -101,6 +101,7 @@ def sample(args: argparse.Namespace) -> None:
 
 
 def demand_handwriting(model: Path) -> None:
+    """UsageError for a model that was not trained on handwriting alone."""
     from aimv2_mllm.folders import stages_of
 
     sources = [
