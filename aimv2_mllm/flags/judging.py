@@ -16,6 +16,7 @@ METRICS = ("exact", "vqa", "choice", "yesno", "anls", "relaxed", "caption")
 
 
 def add_evaluate(verbs: Any) -> None:
+    """Add `evaluate` with its flags to the `verbs`."""
     words = verbs.add_parser("evaluate", help="ask a model the questions of a data set, and judge")
     _add_model(words)
     words.add_argument(
@@ -31,6 +32,7 @@ def add_evaluate(verbs: Any) -> None:
 
 
 def add_compare(verbs: Any) -> None:
+    """Add `compare` with its flags to the `verbs`."""
     words = verbs.add_parser(
         "compare", help="train variants of a recipe, towers or connectors, and judge them alike"
     )
@@ -67,6 +69,7 @@ def add_compare(verbs: Any) -> None:
 
 
 def add_lmms_eval(verbs: Any) -> None:
+    """Add `lmms-eval` with its flags to the `verbs`."""
     words = verbs.add_parser(
         "lmms-eval", help="let lmms-eval ask a model and judge, in an environment of its own"
     )

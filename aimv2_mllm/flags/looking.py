@@ -9,6 +9,7 @@ STATISTICS = ("true", "previous", "prefix")
 
 
 def add_probe(verbs: Any) -> None:
+    """Add `probe` with its flags to the `verbs`."""
     words = verbs.add_parser("probe", help="judge an encoder's features by labelled pictures")
     words.add_argument(
         "encoder", metavar="ENCODER", help="a run folder, or the folder or hub id of an encoder"
@@ -36,6 +37,7 @@ def add_probe(verbs: Any) -> None:
 
 
 def add_dream(verbs: Any) -> None:
+    """Add `dream` with its flags to the `verbs`."""
     words = verbs.add_parser("dream", help="let a pre-training decoder go on with a picture")
     words.add_argument(
         "model", metavar="MODEL", help="a run folder with a pretrain stage, or its model folder"

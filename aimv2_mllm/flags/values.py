@@ -17,6 +17,8 @@ DTYPES = ("fp32", "bf16")
 
 
 def whole(low: int, high: int) -> Callable[[str], int]:
+    """What reads a whole number, `low` to `high`."""
+
     def parse(text: str) -> int:
         # Not int(text), which takes digits of other scripts, and underscores.
         if text.isascii() and text.isdecimal() and len(text) < 20 and low <= int(text) <= high:
@@ -45,6 +47,7 @@ def setting(flag: str, kind: type[int] | type[float]) -> Callable[[str], Any]:
 
 
 def add_recipe(words: argparse.ArgumentParser) -> None:
+    """Add what names a recipe, and the words that override it."""
     words.add_argument("recipe", metavar="RECIPE", help="a YAML file, see recipes/")
     words.add_argument(
         "overrides",
