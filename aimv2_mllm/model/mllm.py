@@ -41,8 +41,9 @@ def assemble(
     """A Llava of this tower and this LLM, their weights copied, with a freshly drawn connector.
 
     It is transformers' own where that computes the same (see `stock.is_stock`), and else ours,
-    which needs this package. `tokenizer` is `load_tokenizer`'s; where it has more tokens than the
-    LLM, the LLM's embeddings grow. UsageError for a connector that cannot serve the tower's grid.
+    which needs this package. `tokenizer` is `llms.load_tokenizer`'s; where it has more tokens than
+    the LLM, the LLM's embeddings grow. UsageError for a connector that cannot serve the tower's
+    grid.
     """
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
