@@ -203,6 +203,7 @@ def test_frozen_weights_are_bfloat16_where_products_are(
     from aimv2_mllm.engine import precision
 
     words = ("train.precision=bf16", "tower_blocks=1")
+    monkeypatch.setattr(precision, "has_bf16", lambda device: False)
     assert {p.dtype for p in built(tmp_path, start, *words).model.parameters()} == {torch.float32}
     monkeypatch.setattr(precision, "has_bf16", lambda device: True)
     job = built(tmp_path, start, *words)
