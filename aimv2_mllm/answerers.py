@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from aimv2_mllm.errors import UsageError
-from aimv2_mllm.folders import CONFIG_FILE, talking_folder
+from aimv2_mllm.folders import LLAVAS, model_type_of, talking_folder
 from aimv2_mllm.model.hub import HUB_ID
 from aimv2_mllm.sampling import GREEDY, Sampling
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from aimv2_mllm.prompts import Message
 
-OURS = ("llava", "aimv2_mllm_llava")  # model types that `chat` asks as they were trained
 SMALL = 2**20  # bytes; a larger file is known by its size and time
 GIVE = (
     "give a run folder, the folder of a model, or a hub id (org/name or org/name@revision) of an "
@@ -55,7 +54,8 @@ def load_answerer(source: str) -> Answerer:
     folder = found(source)
     if folder is None:
         return Foreign(source)
-    return Ours(folder) if _model_type(folder) in OURS else Foreign(str(folder))
+    is_ours = model_type_of(folder, GIVE) in LLAVAS
+    return Ours(folder) if is_ours else Foreign(str(folder))
 
 
 def found(source: str) -> Path | None:
@@ -67,15 +67,6 @@ def found(source: str) -> Path | None:
     if not HUB_ID.fullmatch(source):
         raise UsageError(f"{source}: there is no such folder; {GIVE}")
     return None
-
-
-def _model_type(folder: Path) -> Any:
-    import json
-
-    try:
-        return json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise UsageError(f"{folder / CONFIG_FILE}: cannot be read ({error}); {GIVE}") from None
 
 
 def digest(folder: Path) -> str:
@@ -128,11 +119,17 @@ class Foreign(_Asked):
     """Any image-text model of transformers, asked through its own processor and chat template."""
 
     def __init__(self, source: str) -> None:
-        from aimv2_mllm.model.foreign import silent_transformers
+        from transformers import GenerationConfig
 
+        from aimv2_mllm.model.foreign import load_image_text
+
+        where = "there" if isdir(source) else "the hub, and there is no such folder"
+        refusal = f"no image-text model can be loaded from {where}"
         self._source = source
-        with silent_transformers():
-            self.model, self._processor = _load(source)
+        self.model, self._processor = load_image_text(source, refusal)
+        # It decodes greedily whatever its folder says of sampling.
+        end = self.model.generation_config.eos_token_id
+        self.model.generation_config = GenerationConfig(eos_token_id=end, do_sample=False)
         if getattr(self._processor, "chat_template", None) is None:
             raise UsageError(f"{source}: has no chat template, so nobody knows how to ask it")
         self._tokenizer = getattr(self._processor, "tokenizer", self._processor)
@@ -219,40 +216,3 @@ def _drawn(sampling: Sampling) -> dict[str, Any]:
 
 def _until(text: str, stops: Sequence[str]) -> str:
     return text[: min((place for stop in stops if (place := text.find(stop)) >= 0), default=None)]
-
-
-def _load(source: str) -> tuple[Any, Any]:
-    """The whole model and its processor, decoding greedily whatever it says of sampling."""
-    import torch
-    from safetensors import SafetensorError
-    from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
-
-    from aimv2_mllm.model.foreign import demand_whole
-
-    name, revision = source, None
-    if not isdir(source):
-        name, _, revision = source.partition("@")
-    words: dict[str, Any] = {"trust_remote_code": False, "revision": revision or None}
-    try:
-        processor = AutoProcessor.from_pretrained(name, **words)
-        model, report = AutoModelForImageTextToText.from_pretrained(
-            name,
-            dtype="auto",
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are in the report, which is refused below
-            **words,
-        )
-    except SafetensorError as error:
-        raise UsageError(f"{source}: its weights are damaged or cut off ({error})") from None
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        said = " ".join(str(error).split())[:200]
-        where = "there" if isdir(source) else "the hub, and there is no such folder"
-        raise UsageError(
-            f"{source}: no image-text model can be loaded from {where}: {said}"
-        ) from None
-    demand_whole(report, source)
-    old = model.generation_config
-    model.generation_config = GenerationConfig(eos_token_id=old.eos_token_id, do_sample=False)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.to(device).eval(), processor

@@ -4,7 +4,6 @@ Refuses folders that hold no Llava and weights that are not all there. Imports t
 transformers only when a model is loaded.
 """
 
-import json
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from aimv2_mllm.chatbot import Chatbot, look, prompt_of
 from aimv2_mllm.errors import UsageError
-from aimv2_mllm.folders import CONFIG_FILE, GIVE, stage_record, talking_folder
+from aimv2_mllm.folders import (
+    CONFIG_FILE,
+    GIVE,
+    LLAVAS,
+    model_type_of,
+    stage_record,
+    talking_folder,
+)
 from aimv2_mllm.prompts import Message
 from aimv2_mllm.sampling import GREEDY, Sampling
 from aimv2_mllm.session import ChatSession, Reply
@@ -29,14 +35,18 @@ def load_model(folder: str | Path) -> Chatbot:
     for a folder without such a model and for weights that are not whole: nothing goes on
     half-loaded.
     """
-    import torch
     from transformers import GenerationConfig
 
-    from aimv2_mllm.model.foreign import silent_transformers
+    import aimv2_mllm.model.llava  # noqa: F401  (transformers then knows ours)
+    from aimv2_mllm.model.foreign import load_image_text
 
     found = talking_folder(Path(folder))
-    with silent_transformers():
-        model, processor = _load(found)
+    kind = model_type_of(found)
+    if kind not in LLAVAS:
+        raise UsageError(
+            f"{found / CONFIG_FILE}: its model_type is {kind!r}, must be 'llava'; {GIVE}"
+        )
+    model, processor = load_image_text(found, "cannot be loaded", local_files_only=True)
     if processor.chat_template is None:
         raise UsageError(f"{found}: has no chat template, so nobody knows how to talk to it")
     old, tokenizer = model.generation_config, processor.tokenizer
@@ -47,43 +57,7 @@ def load_model(folder: str | Path) -> Chatbot:
     model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=pad)
     # Older folders have the template with the processor alone.
     processor.tokenizer.chat_template = processor.chat_template
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     return Chatbot(model, processor, stage_record(found).get("recipe", {}).get("data"))
-
-
-def _load(folder: Path) -> tuple[Any, Any]:
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    import aimv2_mllm.model.llava  # noqa: F401  (transformers then knows ours)
-    from aimv2_mllm.model.foreign import demand_whole
-
-    path = folder / CONFIG_FILE
-    try:
-        kind = json.loads(path.read_text(encoding="utf-8"))["model_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path}: cannot be read ({error!r}); {GIVE}") from None
-    if kind not in ("llava", "aimv2_mllm_llava"):
-        raise UsageError(f"{path}: its model_type is {kind!r}, must be 'llava'; {GIVE}")
-    ours: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
-    try:
-        processor = AutoProcessor.from_pretrained(folder, **ours)
-        model, report = AutoModelForImageTextToText.from_pretrained(
-            folder,
-            dtype="auto",
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are in the report, which we refuse below
-            **ours,
-        )
-    except SafetensorError as error:
-        raise UsageError(f"{folder}: its weights are damaged or cut off ({error})") from None
-    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
-        said = " ".join(str(error).split())
-        raise UsageError(f"{folder}: cannot be loaded: {said[:300]}") from None
-    demand_whole(report, str(folder))
-    return model, processor
 
 
 def answer(

@@ -3,7 +3,6 @@
 The licence and revision of the source go into `stage.json`, and from there into every later stage.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -17,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 
 from aimv2_mllm.errors import UsageError
+from aimv2_mllm.files import sha256
 from aimv2_mllm.folders import STAGE_FILE, origin_of, origins_of
 from aimv2_mllm.model.encoder import EncoderConfig
 from aimv2_mllm.model.hub import commit_of, locate
@@ -63,7 +63,7 @@ def convert(
             write_json(unfinished / CONFIG_FILE, timm_config(encoder.config, mean, std))
         for terms in sorted(folder.glob("LICENSE*")):
             shutil.copyfile(terms, unfinished / terms.name)
-        record["files"] = {file.name: _sha256(file) for file in sorted(unfinished.iterdir())}
+        record["files"] = {file.name: sha256(file) for file in sorted(unfinished.iterdir())}
         write_json(unfinished / STAGE_FILE, record)
         unfinished.rename(destination)
     except (OSError, SafetensorError) as error:
@@ -95,7 +95,7 @@ def _record(source: str, folder: Path) -> dict[str, Any]:
         "kind": "convert",
         **origin_of(folder, source, commit),
         "origins": origins_of(folder, source, commit),
-        "source_files": {file.name: _sha256(file) for file in read if file.is_file()},
+        "source_files": {file.name: sha256(file) for file in read if file.is_file()},
         "versions": {name: version(name) for name in ("torch", "aimv2-mllm")},
     }
 
@@ -126,8 +126,3 @@ def _published(source: Path, side: int) -> Preprocessing:
     timm's config in `source` has, or CLIP's."""
     timm = read_config(source).get("pretrained_cfg", {})
     return Preprocessing(side, tuple(timm.get("mean", CLIP_MEAN)), tuple(timm.get("std", CLIP_STD)))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

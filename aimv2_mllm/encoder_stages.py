@@ -14,7 +14,7 @@ import torch
 from aimv2_mllm.data.batches import CaptionBatches, caption_batches
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.job import DataFacts, Job, Place, named_parts
-from aimv2_mllm.model import mllm
+from aimv2_mllm.model import llms
 from aimv2_mllm.model.decoder_weights import load_decoder, save_decoder
 from aimv2_mllm.model.encoder import SIZES, AIMv2Encoder, EncoderConfig
 from aimv2_mllm.model.hub import locate
@@ -40,7 +40,7 @@ DECODER_PIECES = (
 
 def build_pretrain(stage: PretrainStage, place: Place) -> Job:
     """The encoder under prefix attention and its multimodal decoder, both trained."""
-    tokenizer = mllm.load_tokenizer(place.source(stage.tokenizer), talks=False)
+    tokenizer = llms.load_tokenizer(place.source(stage.tokenizer), talks=False)
     encoder, preprocessing, notes = _encoder(stage, place)
     sizes = DecoderConfig(**stage.decoder.model_dump(), vocab_size=len(tokenizer))
     model = AIMv2ForPreTraining(encoder, sizes)
@@ -115,7 +115,7 @@ def _without_learned_positions(encoder: AIMv2Encoder) -> AIMv2Encoder:
 
 def build_lit(stage: LitStage, place: Place) -> Job:
     """A frozen encoder with a pooling head and a text tower, which are trained."""
-    tokenizer = mllm.load_tokenizer(place.source(stage.tokenizer), talks=False)
+    tokenizer = llms.load_tokenizer(place.source(stage.tokenizer), talks=False)
     tower = locate(place.source(stage.tower))
     encoder, preprocessing = load_encoder(tower).float(), Preprocessing.load(tower)
     text = TextConfig(

@@ -1,5 +1,7 @@
-"""Files that a command writes: checked before the work, written whole or not at all."""
+"""Files that a command writes: checked before the work, written whole or not at all, and told from
+others by their digests."""
 
+import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -42,6 +44,12 @@ def write(path: Path, save: Callable[[Path], object]) -> None:
     finally:
         if os.path.exists(unfinished):
             unfinished.unlink()
+
+
+def sha256(path: Path) -> str:
+    """The digest of a file's contents, in hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _formats() -> dict[str, str]:

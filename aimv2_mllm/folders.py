@@ -14,6 +14,7 @@ from aimv2_mllm.errors import UsageError
 RECIPE_FILE, STAGE_FILE, CONFIG_FILE = "recipe.yaml", "stage.json", "config.json"
 CARD_FILE, UNKNOWN = "README.md", "unknown"
 TALKING = ("align", "tune")  # kinds of stages whose result sees and talks
+LLAVAS = ("llava", "aimv2_mllm_llava")  # model types of what they make: transformers' own, and ours
 MUTE = {
     "pretrain": "an encoder, which cannot talk",
     "convert": "an encoder, which cannot talk",
@@ -46,6 +47,16 @@ def stages_of(folder: Path) -> dict[str, dict[str, Any]]:
     hint = f"give {inside}" if isdir(inside) else GIVE
     files = f"{RECIPE_FILE}, {STAGE_FILE} nor {CONFIG_FILE}"
     raise UsageError(f"{folder}: is no model and no run, for it has neither {files}; {hint}")
+
+
+def model_type_of(folder: Path, give: str = GIVE) -> Any:
+    """What the config of the model in `folder` says that it is, None where it says nothing;
+    UsageError, which ends with what to `give`, where there is no such config."""
+    path = folder / CONFIG_FILE
+    try:
+        return json.loads(path.read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UsageError(f"{path}: cannot be read ({error!r}); {give}") from None
 
 
 def _run_stages(path: Path) -> dict[str, dict[str, Any]]:

@@ -18,7 +18,7 @@ from aimv2_mllm.engine.precision import held_dtype
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.feature_pass import keep_features
 from aimv2_mllm.job import DataFacts, Job, Place, named_parts
-from aimv2_mllm.model import adapting, mllm
+from aimv2_mllm.model import adapting, llms, mllm
 from aimv2_mllm.model.answering import Answering
 from aimv2_mllm.model.connectors import build_connector
 from aimv2_mllm.model.encoder import SIZES
@@ -52,7 +52,7 @@ def assembled(stage: AlignStage | TuneStage, place: Place) -> tuple[Any, Any]:
     tokenizer = load_talker(llm, stage.data)
     model = mllm.assemble(
         tower,
-        mllm.load_llm(llm, held_dtype(stage.train, place.has_bf16)),
+        llms.load_llm(llm, held_dtype(stage.train, place.has_bf16)),
         tokenizer,
         connector=choice.name,
         options=choice.options(),
@@ -64,7 +64,7 @@ def load_talker(llm: str, data: ConversationData) -> Any:
     """The tokenizer of `llm` with the chat template by which one talks to what is trained on
     `data`; UsageError where it has none."""
     own = None if data.template == "chat" else V1_CHAT_TEMPLATE
-    tokenizer = mllm.load_tokenizer(llm, chat_template=own)
+    tokenizer = llms.load_tokenizer(llm, chat_template=own)
     if data.template == "v1":
         tokenizer.chat_template = V1_CHAT_TEMPLATE
     return tokenizer
@@ -86,7 +86,7 @@ def conversation_job(
         processor.save_pretrained(folder)
 
     llava: Any = model
-    most = min(stage.data.max_tokens, mllm.room_of(llava.config.text_config))
+    most = min(stage.data.max_tokens, llms.room_of(llava.config.text_config))
     batches = conversation_batches(
         stage.data.model_copy(update={"max_tokens": most}),
         stage.train,
@@ -157,7 +157,7 @@ def check_connector(stage: AlignStage | TuneStage, place: Place) -> None:
     if isinstance(read, LanguageStage):
         out, room = read.model.hidden_size, read.model.max_position_embeddings
     else:
-        out, room = mllm.sizes_of(str(stage.llm))
+        out, room = llms.sizes_of(str(stage.llm))
     choice = stage.connector or MlpChoice()
     with torch.device("meta"):
         connector = build_connector(choice.name, width, out, **choice.options())

@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Iterable
 from typing import Any
 
-from aimv2_mllm import charts
+from aimv2_mllm import charts, picture_grids
 from aimv2_mllm.charts import Picture
 from aimv2_mllm.data import scenes
 from aimv2_mllm.engine.metrics import METRICS
@@ -53,7 +53,7 @@ def describe(place: Place, findings: Findings) -> dict[str, Any]:
             "sheets.png",
             "Held-out sheets: as they are, their features as colours, the half that was shown, the"
             " rest as painted",
-            charts.sheet_grid(findings.paintings) if findings.paintings else b"",
+            picture_grids.sheet_grid(findings.paintings) if findings.paintings else b"",
         ),
         **_questions(numbers),
         "gallery": sheet_gallery(findings, config.seed),

@@ -3,7 +3,7 @@
 import shutil
 
 from aimv2_mllm.engine.accelerators import Accelerator
-from aimv2_mllm.plan import Plan, StagePlan
+from aimv2_mllm.planned import Plan, StagePlan
 from aimv2_mllm.problems import Problem
 from aimv2_mllm.recipe import Recipe
 

@@ -10,14 +10,14 @@ from aimv2_mllm.engine.trackers import require
 from aimv2_mllm.errors import RunFailed, UsageError
 from aimv2_mllm.job import Place
 from aimv2_mllm.llm_stages import load_talker
-from aimv2_mllm.model import mllm
+from aimv2_mllm.model import llms, mllm
 from aimv2_mllm.model.hub import locate
 from aimv2_mllm.model.shapes import only_shapes
 from aimv2_mllm.model.shards import weight_files
 from aimv2_mllm.recipe_data import ConversationData
 from aimv2_mllm.recipe_stages import Stage
-from aimv2_mllm.run import check_begun, check_folder, check_shares
-from aimv2_mllm.stages import check_stage, opened
+from aimv2_mllm.run_folder import check_begun, check_folder
+from aimv2_mllm.stages import check_shares, check_stage, opened
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def _models(here: str, stage: Stage, place: Place) -> Iterator[Problem]:
         if key == "llm" and isinstance(stage.data, ConversationData):
             yield from _tried(f"{here}.{key}", partial(load_talker, value, stage.data))
         elif key == "tokenizer":
-            yield from _tried(f"{here}.{key}", partial(mllm.load_tokenizer, value, talks=False))
+            yield from _tried(f"{here}.{key}", partial(llms.load_tokenizer, value, talks=False))
         elif key == "start":
             yield from _tried(f"{here}.{key}", partial(mllm.llava_config, value))
         else:

@@ -16,6 +16,15 @@ def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+Skipped = Annotated[
+    Number, Field(ge=0, le=1, description="share of unusable rows that ends a run, in [0, 1]")
+]
+Workers = Annotated[
+    int,
+    Field(ge=0, le=256, description="processes that prepare samples, per rank; 0: none but itself"),
+]
+
+
 class _Source(Section):
     weight: Number = Field(
         default=1.0, gt=0, description="share of the samples, relative to the other sources"
@@ -103,15 +112,8 @@ class CaptionData(Section):
     clean: Literal["none", "lower"] = Field(
         default="none", description="captions as they are, or in lower case"
     )
-    max_skipped: Number = Field(
-        default=0.05, ge=0, le=1, description="share of unusable rows that ends a run, in [0, 1]"
-    )
-    workers: int = Field(
-        default=0,
-        ge=0,
-        le=256,
-        description="processes that prepare samples, per rank; 0: none but itself",
-    )
+    max_skipped: Skipped = 0.05
+    workers: Workers = 0
 
 
 class HandwritingTalks(_Source):
@@ -224,15 +226,8 @@ class ConversationData(Section):
     image_aspect: Literal["pad", "crop"] = Field(
         default="pad", description="a picture is made square by a rim, or by its middle alone"
     )
-    max_skipped: Number = Field(
-        default=0.05, ge=0, le=1, description="share of unusable rows that ends a run, in [0, 1]"
-    )
-    workers: int = Field(
-        default=0,
-        ge=0,
-        le=256,
-        description="processes that prepare samples, per rank; 0: none but itself",
-    )
+    max_skipped: Skipped = 0.05
+    workers: Workers = 0
     features: FeaturesChoice | None = Field(
         default=None,
         description="align and tune: compute the features of all pictures once and keep them, "

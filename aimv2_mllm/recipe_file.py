@@ -1,30 +1,21 @@
 """A recipe's YAML file, read strictly and overridden by `key.sub=value` words.
 
-Owns what YAML means here and how mistakes are told. Refuses, all mistakes of a file at once and
-with their places: unknown keys, wrong types, values out of range, keys written twice, references to
-stages that do not come earlier.
+Owns what YAML means here; `recipe_mistakes` owns how mistakes are told. Refuses, all mistakes of a
+file at once and with their places: unknown keys, wrong types, values out of range, keys written
+twice, references to stages that do not come earlier.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar
 
 import yaml
-from pydantic import BaseModel, ValidationError
-from pydantic.fields import FieldInfo
+from pydantic import ValidationError
 
 from aimv2_mllm.errors import UsageError, nearest, show
 from aimv2_mllm.recipe import Mistake, Place, Recipe, reference_mistakes
-from aimv2_mllm.recipe_connectors import CONNECTOR_SECTIONS
-from aimv2_mllm.recipe_data import (
-    SOURCE_SECTIONS,
-    TALK_SECTIONS,
-    CaptionData,
-    CaptionTalks,
-    ConversationData,
-)
-from aimv2_mllm.recipe_stages import STAGES
+from aimv2_mllm.recipe_mistakes import as_line, explained
 
 MAX_BYTES = 256 * 1024  # a recipe is a page; parsing this much takes about a second
 MAX_DEPTH = 32  # levels of nesting; the deepest key of the schema has six
@@ -42,19 +33,19 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         what = "is empty" if raw is None else f"is {show(raw)}"
         raise UsageError(f"{file}: {what}, a recipe is a mapping of keys such as name and stages")
     origins = {place: f"{file}:{line}" for place, line in lines.items()} | {(): str(file)}
-    said = [_line(origins, *mistake) for mistake in mistakes]
+    said = [as_line(origins, *mistake) for mistake in mistakes]
     for word in overrides:
         origin = f"{file}, override {show(word)}"
         place, more = _override(raw, word)
-        said += [_line({(): origin}, *mistake) for mistake in more]
+        said += [as_line({(): origin}, *mistake) for mistake in more]
         if place:
             origins = {p: o for p, o in origins.items() if p[: len(place)] != place}
             origins[place] = origin
     try:
         recipe = Recipe.model_validate(raw)
     except ValidationError as error:
-        mistakes = [*_explained(error), *reference_mistakes(raw.get("stages"))]
-        raise UsageError("\n".join(said + [_line(origins, *m) for m in mistakes])) from None
+        mistakes = [*explained(error), *reference_mistakes(raw.get("stages"))]
+        raise UsageError("\n".join(said + [as_line(origins, *m) for m in mistakes])) from None
     if said:
         raise UsageError("\n".join(said))
     return recipe
@@ -213,101 +204,3 @@ def _override(raw: dict[str, Any], word: str) -> tuple[Place, list[Mistake]]:
             branch[inner] = {}
         branch = branch[inner]
     return place, [((*place, *below), said) for below, said in mistakes]
-
-
-# keys whose values are of several kinds, which pydantic puts into a place as a mark of its own
-TAGGED: dict[tuple[type[BaseModel], str], Mapping[str, type[BaseModel]]] = {
-    (Recipe, "stages"): STAGES,
-    (CaptionData, "sources"): SOURCE_SECTIONS,
-    (ConversationData, "sources"): TALK_SECTIONS,
-    (CaptionTalks, "pairs"): {k: v for k, v in SOURCE_SECTIONS.items() if k != "handwriting"},
-}
-# keys whose value is of several kinds
-CHOICES: dict[str, Mapping[str, type[BaseModel]]] = {"connector": CONNECTOR_SECTIONS}
-# what pydantic calls a mistake -> what we say, where its own words would puzzle
-RULES = {
-    "string_pattern_mismatch": "must be a name: letters, digits, - and _, not - first, at most 100",
-    "string": "must be text: put it in quotes",
-    "path": "must be text: put it in quotes",
-    "int": "must be a whole number",
-    "float": "must be a number",
-    "bool": "must be true or false",
-    "dict": "must be a mapping",
-    "model": "must be a mapping",
-    "model_attributes": "must be a mapping",
-    "too_short": "must not be empty",
-}
-
-
-def _explained(error: ValidationError) -> Iterator[Mistake]:
-    for mistake in error.errors(include_url=False):
-        # said by reference_mistakes, with their places; or said of the name that is missing
-        if mistake["type"] in ("reference", "default_factory_not_called"):
-            continue
-        place, owner, field = _located(mistake["loc"])
-        about = f" ({field.description})" if field else ""
-        value, context = mistake["input"], mistake.get("ctx", {})
-        expected = context.get("expected", context.get("expected_tags", ""))
-        allowed = re.findall(r"'([^']*)'", expected)
-        match mistake["type"]:
-            case "missing":
-                yield place, f"missing{about}"
-            case "union_tag_not_found":
-                if place[-1] in CHOICES:
-                    known = ", ".join(CHOICES[place[-1]])
-                    yield (*place, "name"), f"missing (the {place[-1]}: {known})"
-                    continue
-                tagged = next(part for part in reversed(place) if (owner, part) in TAGGED)
-                what = "stage" if owner is Recipe else "source"
-                kinds = ", ".join(TAGGED[owner, tagged])
-                yield (*place, "kind"), f"missing (the kind of the {what}: {kinds})"
-            case "union_tag_invalid":
-                tag = str(context["tag"])
-                known = f"{', '.join(allowed)}{nearest(tag, allowed)}"
-                key = "name" if place[-1] in CHOICES else "kind"
-                yield (*place, key), f"is {show(tag)}, must be one of {known}"
-            case "extra_forbidden":
-                names = list(owner.model_fields)
-                known = f"{', '.join(names)}{nearest(place[-1], names)}"
-                yield place, f"unknown key; the keys here are {known}"
-            case "literal_error":
-                known = f"{', '.join(allowed)}{nearest(str(value), allowed)}"
-                yield place, f"is {show(value)}, must be one of {known}{about}"
-            case _:
-                kind = mistake["type"].removesuffix("_type")
-                own = re.sub(r"^(\w+ should|Value error, must)", "must", mistake["msg"])
-                yield place, f"is {show(value)}, {RULES.get(kind, own)}{about}"
-
-
-def _located(location: Sequence[int | str]) -> tuple[Place, type[BaseModel], FieldInfo | None]:
-    # -> the place without pydantic's marks, the class that holds its last key, that key's field
-    parts = [str(part) for part in (location[:-1] if location[-1] == "[key]" else location)]
-    place: list[str] = []
-    owner: type[BaseModel] = Recipe
-    field: FieldInfo | None = None
-    while parts:
-        key = parts.pop(0)
-        place.append(key)
-        field = owner.model_fields.get(key)
-        if (owner, key) in TAGGED:
-            if key != "pairs" and parts:
-                place.append(parts.pop(0))  # the entry's own name or number
-            if not parts:
-                break
-            owner = TAGGED[owner, key][parts.pop(0)]
-            continue
-        if field is not None and key in CHOICES and parts:
-            owner = CHOICES[key][parts.pop(0)]
-            continue
-        kinds = (field.annotation, *get_args(field.annotation)) if field else ()
-        inner = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
-        if not inner:
-            break  # an entry of a dict or list, which is described with it
-        owner = inner[0] if parts else owner
-    return (*place, *parts), owner, field
-
-
-def _line(origins: Mapping[Place, str], place: Place, text: str) -> str:
-    known = next(place[:n] for n in range(len(place), -1, -1) if place[:n] in origins)
-    line = f"{origins[known]}: {'.'.join(place)}{': ' if place else ''}{text}"
-    return line.replace("\n", "\\n")  # one line per mistake, whatever a key contains

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from aimv2_mllm import charts
+from aimv2_mllm import picture_grids
 from aimv2_mllm.data import scenes
 from aimv2_mllm.data.labelled import Labelled, load_labelled
 from aimv2_mllm.errors import UsageError
@@ -115,7 +115,7 @@ def _features(tower: Tower, data: Labelled, seed: int) -> Image.Image:
     pixels = tower.prepare([picture for _, picture in decoded])
     shown = (tower.preprocessing.restore(pixels), see(tower, pixels))
     titles = [title for title, _ in decoded]
-    png = charts.feature_grid(list(zip(titles, *shown, strict=True)))
+    png = picture_grids.feature_grid(list(zip(titles, *shown, strict=True)))
     return _opened(png)
 
 
@@ -161,7 +161,7 @@ def dream(args: Namespace, picture: Image.Image | None) -> None:
         caption = UNWRITTEN
     note = NOTE.format(dreams.STATISTICS[args.statistics]) if paints else UNPAINTED
     words = (f"Caption: {caption}", f"{note} {COLOURS}")
-    png = charts.dream_grid(original, features, columns, words=words)
+    png = picture_grids.dream_grid(original, features, columns, words=words)
     write_picture(Path(args.out), _opened(png))
     if args.sheet:
         print(f"sheet:   {scenes.caption(scene)} (--seed {args.seed})")

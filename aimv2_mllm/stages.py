@@ -19,7 +19,7 @@ from aimv2_mllm.llm_stages import (
     check_connector,
     load_talker,
 )
-from aimv2_mllm.model import mllm
+from aimv2_mllm.model import llms
 from aimv2_mllm.model.weights import load_encoder
 from aimv2_mllm.recipe_stages import (
     AlignStage,
@@ -107,4 +107,20 @@ def check_stage(name: str, place: Place) -> None:
         if isinstance(stage, AlignStage):
             Writer(load_talker(source, stage.data), stage.data.template)
         else:
-            mllm.load_tokenizer(source, talks=False)
+            llms.load_tokenizer(source, talks=False)
+
+
+def check_shares(name: str, stage: Stage, num_ranks: int) -> None:
+    """UsageError for a step that so many processes cannot share evenly."""
+    train, whole = stage.train, stage.train.batch_size
+    said = f"stages.{name}.train.batch_size is {whole}"
+    if isinstance(stage, PretrainStage) and stage.encoder.native:
+        whole = train.num_mini_batches
+        said = f"stages.{name}.train: batch_size / micro_batch_size is {whole}"
+    if whole % num_ranks:
+        above = whole + num_ranks - whole % num_ranks
+        fitting = [size for size in (above - num_ranks, above) if size]
+        raise UsageError(
+            f"{said}, which {num_ranks} processes cannot share evenly;"
+            f" {' or '.join(map(str, fitting))} they can"
+        )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from aimv2_mllm.job import Job, Place
-from aimv2_mllm.model.mllm import TINY_LLM
+from aimv2_mllm.model.llms import TINY_LLM
 from aimv2_mllm.model.shapes import only_shapes
 from aimv2_mllm.recipe_data import HandwritingSource, HandwritingTalks
 from aimv2_mllm.recipe_stages import LitStage, PretrainStage, Stage, StartChoice

@@ -18,7 +18,7 @@ from aimv2_mllm.llm_stages import (
     load_talker,
     tower_sizes,
 )
-from aimv2_mllm.model import adapting, mllm
+from aimv2_mllm.model import adapting, llms, mllm
 from aimv2_mllm.model.quantising import quantise, require_bitsandbytes
 from aimv2_mllm.recipe_tune import LoraChoice, TuneStage
 
@@ -66,7 +66,7 @@ def _prepared(model: Any, stage: TuneStage, place: Place, *, form: str | None) -
     adapting.hold(model, held_dtype(stage.train, place.has_bf16))
     adapters, llm = None, model.model.language_model
     if stage.trains == "lora":
-        check_targets(stage.lora.targets, mllm.linear_layers(llm))
+        check_targets(stage.lora.targets, llms.linear_layers(llm))
     if form is not None:
         quantise(llm, form)
     if stage.trains == "lora":
@@ -130,13 +130,13 @@ def check_tune(stage: TuneStage, place: Place) -> None:
     if source is not None:
         source = talking_source(source)
         config = mllm.llava_config(source)
-        layers = mllm.layers_of(config.text_config, source)
+        layers = llms.layers_of(config.text_config, source)
         depth = int(config.vision_config.num_hidden_layers)
     else:
         if root is stage:
             check_connector(stage, place)
         source = None if root.llm in place.recipe.stages else str(root.llm)
-        layers = [] if source is None else mllm.layer_names(source)
+        layers = [] if source is None else llms.layer_names(source)
         depth = tower_sizes(root.tower, place)[2] if stage.tower_blocks else 0
     if stage.tower_blocks:
         adapting.check_depth(stage.tower_blocks, depth)

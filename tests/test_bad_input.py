@@ -13,7 +13,7 @@ from test_doctor import tower
 from test_talks import llava_row, written
 
 from aimv2_mllm import __main__ as cli
-from aimv2_mllm.model.mllm import TINY_LLM
+from aimv2_mllm.model.llms import TINY_LLM
 
 RECIPE: dict[str, Any] = {
     "name": "bad",

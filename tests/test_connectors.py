@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.model.connectors import CONNECTORS, Linear, Mlp, build_connector
 from aimv2_mllm.model.grids import to_planes, to_tokens
-from aimv2_mllm.model.projectors import LAYERS, read_projector, rename_projector
+from aimv2_mllm.model.projectors import LAYERS, rename_projector
 from aimv2_mllm.recipe_connectors import CONNECTOR_SECTIONS
 
 D, E = 8, 16
@@ -111,7 +111,8 @@ def test_mlp_is_interchangeable_with_the_projector_of_transformers() -> None:
     theirs = LlavaMultiModalProjector(config)
     prefix = "multi_modal_projector."
     state = {prefix + name: tensor for name, tensor in theirs.state_dict().items()}
-    connector = read_projector(state)
+    connector = build_connector("mlp", D, E)
+    connector.load_state_dict(rename_projector(state, "plain"), strict=True)
     torch.testing.assert_close(connector(features(2, 3)), theirs(features(2, 3)))
     assert rename_projector(connector.state_dict(), "transformers").keys() == state.keys()
 
@@ -128,8 +129,9 @@ def test_a_projector_survives_the_way_to_another_naming_and_back(naming: str) ->
 def test_llavas_projector_is_read_under_any_prefix() -> None:
     state = build_connector("mlp", D, E).state_dict()
     for prefix in ("model.mm_projector.", "mm_projector.", "base_model.model.model.mm_projector."):
-        connector = read_projector({prefix + name: tensor for name, tensor in state.items()})
-        assert torch.equal(connector.state_dict()["2.bias"], state["2.bias"])
+        named = {prefix + name: tensor for name, tensor in state.items()}
+        read = rename_projector(named, "plain")
+        assert torch.equal(read["2.bias"], state["2.bias"])
 
 
 @pytest.mark.parametrize(
@@ -144,7 +146,7 @@ def test_llavas_projector_is_read_under_any_prefix() -> None:
 def test_what_is_no_mlp_of_two_layers_is_refused(change: dict[str, Any], says: str) -> None:
     state = rename_projector(build_connector("mlp", D, E).state_dict(), "llava") | change
     with pytest.raises(UsageError, match=says):
-        read_projector({name: tensor for name, tensor in state.items() if tensor is not None})
+        rename_projector({n: tensor for n, tensor in state.items() if tensor is not None}, "plain")
 
 
 def test_pixel_shuffle_reads_the_patches_of_a_square_in_raster_order() -> None:

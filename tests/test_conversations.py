@@ -21,7 +21,7 @@ from aimv2_mllm.data.conversations import IGNORED, conversation, turn
 from aimv2_mllm.data.talk_batches import conversation_batches, pack
 from aimv2_mllm.data.templates import Encoded, encode
 from aimv2_mllm.errors import UsageError
-from aimv2_mllm.model.mllm import load_tokenizer
+from aimv2_mllm.model.llms import load_tokenizer
 from aimv2_mllm.model.preprocessing import Preprocessing
 from aimv2_mllm.recipe_data import CaptionData, ConversationData, HandwritingTalks
 from aimv2_mllm.recipe_file import load_recipe

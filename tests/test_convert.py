@@ -16,6 +16,7 @@ from test_namings import LAYOUTS, assert_same, tiny_encoder
 from aimv2_mllm import __main__ as cli
 from aimv2_mllm import convert as converting
 from aimv2_mllm import run as runs
+from aimv2_mllm import run_folder
 from aimv2_mllm.convert import convert
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.folders import licence_of, origins_of, talking_folder
@@ -138,7 +139,7 @@ def test_a_run_on_weights_of_unknown_licence_says_whose_it_is(source: Path, tmp_
     recipe = tiny_recipe(tmp_path / "run", f"stages.align.tower={source}")
     stages = {"align": recipe.stages["align"]}
     place = Place(recipe.model_copy(update={"stages": stages}), tmp_path / "run")
-    assert runs._lineage("align", place)["licence"] == "Apache-2.0 and that of source"
+    assert run_folder.lineage("align", place)["licence"] == "Apache-2.0 and that of source"
 
 
 def test_another_size_resizes_weights_config_and_processor(source: Path, tmp_path: Path) -> None:
@@ -243,7 +244,7 @@ def test_what_fails_in_the_middle_leaves_nothing(
             raise OSError(28, "No space left on device")
         return ""
 
-    monkeypatch.setattr(converting, "_sha256", full)
+    monkeypatch.setattr(converting, "sha256", full)
     with pytest.raises(UsageError, match=r"target: cannot be written .*No space left"):
         convert(str(source), tmp_path / "target", layout="timm", narrate=quiet)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]

@@ -26,7 +26,7 @@ from aimv2_mllm.data.batches import (
 from aimv2_mllm.data.corpus import CHARACTERS_PER_TOKEN, Corpus
 from aimv2_mllm.data.drawing import MOST_TRIES, Skipped
 from aimv2_mllm.errors import RunFailed, UsageError
-from aimv2_mllm.model.mllm import load_tokenizer
+from aimv2_mllm.model.llms import load_tokenizer
 from aimv2_mllm.model.preprocessing import Preprocessing
 from aimv2_mllm.recipe_data import CaptionData
 from aimv2_mllm.recipe_train import TrainConfig

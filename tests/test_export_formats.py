@@ -17,7 +17,7 @@ from aimv2_mllm import load_encoder
 from aimv2_mllm.export import llava_answers, original, verify
 from aimv2_mllm.export.original import llava_config, renamed
 from aimv2_mllm.export.source import talking
-from aimv2_mllm.model.mllm import TINY_LLM
+from aimv2_mllm.model.llms import TINY_LLM
 
 __all__ = ["said"]  # a fixture
 

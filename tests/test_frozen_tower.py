@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_towers import saved
 
-from aimv2_mllm.model import mllm
+from aimv2_mllm.model import llms, mllm
 from aimv2_mllm.model.encoder import AIMv2Encoder, EncoderConfig
 from aimv2_mllm.model.frozen_tower import FrozenTower, digest_of
 from aimv2_mllm.model.preprocessing import Preprocessing
@@ -36,7 +36,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def llava(tower: Tower, connector: str = "mlp") -> Any:
     torch.manual_seed(0)
-    llm, tokenizer = mllm.load_llm("tiny_llm"), mllm.load_tokenizer("tiny_llm")
+    llm, tokenizer = llms.load_llm("tiny_llm"), llms.load_tokenizer("tiny_llm")
     return mllm.assemble(tower, llm, tokenizer, connector=connector).eval()
 
 

@@ -13,7 +13,7 @@ from tiny_towers import MAKE, picture, saved
 
 from aimv2_mllm.chat import load_model
 from aimv2_mllm.errors import UsageError
-from aimv2_mllm.model import mllm
+from aimv2_mllm.model import llms, mllm
 from aimv2_mllm.model.connectors import CONNECTORS
 from aimv2_mllm.model.encoder import AIMv2Encoder, EncoderConfig
 from aimv2_mllm.model.grids import fitting_grid
@@ -22,7 +22,7 @@ from aimv2_mllm.model.projectors import rename_projector
 from aimv2_mllm.model.stock import is_stock
 from aimv2_mllm.model.towers import Tower, load_tower
 
-TOKENIZER = mllm.load_tokenizer("tiny_llm")
+TOKENIZER = llms.load_tokenizer("tiny_llm")
 SIZES = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": len(TOKENIZER), "max_position_embeddings": 512,

@@ -29,6 +29,7 @@ from aimv2_mllm.recipe import Recipe, deciding
 from aimv2_mllm.recipe_data import CaptionData
 from aimv2_mllm.recipe_file import load_recipe
 from aimv2_mllm.recipe_train import TrainConfig
+from aimv2_mllm.stages import check_shares
 
 AREAS = (9, 36)
 RECIPE = """\
@@ -269,5 +270,5 @@ def test_mini_batches_that_ranks_cannot_share_are_told(tmp_path: Path) -> None:
     recipe = load_recipe(tmp_path / "recipe.yaml", [])
     said = "batch_size / micro_batch_size is 4, which 3 processes cannot share evenly; 3 or 6 they"
     with pytest.raises(UsageError, match=said):
-        runs.check_shares("see", recipe.stages["see"], 3)
-    runs.check_shares("see", recipe.stages["see"], 4)
+        check_shares("see", recipe.stages["see"], 3)
+    check_shares("see", recipe.stages["see"], 4)

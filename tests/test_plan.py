@@ -16,7 +16,8 @@ from aimv2_mllm.engine.strategies import keep_inputs
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.job import Place
 from aimv2_mllm.model.shapes import only_shapes
-from aimv2_mllm.plan import Memory, StagePlan, plan
+from aimv2_mllm.plan import plan
+from aimv2_mllm.planned import Memory, StagePlan
 from aimv2_mllm.recipe_file import load_recipe
 from aimv2_mllm.stages import STAGES
 from aimv2_mllm.stand_ins import grown

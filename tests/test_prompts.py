@@ -20,7 +20,7 @@ from aimv2_mllm.data.conversations import IGNORED, messages_of
 from aimv2_mllm.data.talks import TalkCorpus
 from aimv2_mllm.data.templates import V1_CHAT_TEMPLATE, Asker, Writer
 from aimv2_mllm.errors import UsageError
-from aimv2_mllm.model import mllm
+from aimv2_mllm.model import llms, mllm
 from aimv2_mllm.model.llava import AnyLlavaProcessor
 from aimv2_mllm.model.preprocessing import Preprocessing
 from aimv2_mllm.prompts import Prompter, num_tokens, pixels_of, said
@@ -29,7 +29,7 @@ from aimv2_mllm.recipe_data import ConversationData
 FILES = {"kind": "llava", "file": "talks.json"}
 PREPROCESSING = Preprocessing(28, shortest_edge=32)
 PICTURE = Image.effect_noise((60, 36), 90).convert("RGB")
-TINY = str(mllm.load_tokenizer("tiny_llm").chat_template)
+TINY = str(llms.load_tokenizer("tiny_llm").chat_template)
 REDUCING = {"name": "pixel_shuffle", "factor": 2, "in_features": 16, "out_features": 16}
 
 

@@ -13,6 +13,7 @@ import pytest
 from conftest import tiny_recipe
 
 from aimv2_mllm import run as runs
+from aimv2_mllm import run_folder
 from aimv2_mllm.engine.metrics import TIMED_FIELDS
 from aimv2_mllm.errors import RunFailed, UsageError
 from aimv2_mllm.recipe import dump_recipe
@@ -110,7 +111,7 @@ def test_a_finished_stage_that_was_spoilt_is_refused(
 def test_a_stage_made_from_another_llm_is_refused(
     tiny_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runs, "_digest", lambda folder: "another")
+    monkeypatch.setattr(run_folder, "_digest", lambda folder: "another")
     with pytest.raises(UsageError, match="made from another LLM, tower or stage"):
         runs.run(tiny_recipe(tiny_run), lambda _: None)
 
@@ -182,9 +183,9 @@ def test_a_tracker_that_is_not_installed_is_missed_before_anything_is_trained(
 
 def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
     with (
-        runs.locked(tmp_path),
+        run_folder.locked(tmp_path),
         pytest.raises(UsageError, match="another process"),
-        runs.locked(tmp_path),
+        run_folder.locked(tmp_path),
     ):
         pass
 

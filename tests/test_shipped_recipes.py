@@ -13,7 +13,7 @@ from test_talks import llava_row, table
 
 from aimv2_mllm import __main__ as cli
 from aimv2_mllm import aimv2_large
-from aimv2_mllm.model.mllm import load_tokenizer
+from aimv2_mllm.model.llms import load_tokenizer
 from aimv2_mllm.model.preprocessing import Preprocessing
 from aimv2_mllm.model.shapes import only_shapes
 from aimv2_mllm.model.weights import save_encoder

@@ -7,7 +7,7 @@ import pytest
 from test_templates import llama
 
 from aimv2_mllm.errors import UsageError
-from aimv2_mllm.model.mllm import load_tokenizer
+from aimv2_mllm.model.llms import load_tokenizer
 from aimv2_mllm.model.speech import Speech
 from aimv2_mllm.sampling import GREEDY, Sampling
 

@@ -162,11 +162,11 @@ def test_a_language_stage_makes_an_llm_that_an_align_stage_can_take(tmp_path: Pa
     folder = tmp_path / "llm" / "model"
     folder.mkdir(parents=True)
     job.save(folder)
-    from aimv2_mllm.model import mllm
+    from aimv2_mllm.model import llms, mllm
 
-    tokenizer = mllm.load_tokenizer(str(folder))
+    tokenizer = llms.load_tokenizer(str(folder))
     tower = Tower("aimv2", load_tiny_encoder(), Preprocessing(28))
-    model = mllm.assemble(tower, mllm.load_llm(str(folder)), tokenizer)
+    model = mllm.assemble(tower, llms.load_llm(str(folder)), tokenizer)
     assert model.config.image_token_index == tokenizer.convert_tokens_to_ids("<image>")
 
 
@@ -179,30 +179,30 @@ def load_tiny_encoder() -> Any:
 def test_an_llm_that_is_not_whole_is_refused(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    from aimv2_mllm.model import mllm
+    from aimv2_mllm.model import llms
 
-    folder = shutil.copytree(mllm.TINY_LLM, tmp_path / "llm")
+    folder = shutil.copytree(llms.TINY_LLM, tmp_path / "llm")
     weights = folder / "model.safetensors"
     tensors = load_file(weights)
     lost = tensors.pop("model.layers.1.mlp.up_proj.weight")
     save_file(tensors, weights, metadata={"format": "pt"})
     with pytest.raises(UsageError, match=r"layers\.1\.mlp\.up_proj\.weight is missing"):
-        mllm.load_llm(str(folder))
+        llms.load_llm(str(folder))
     save_file(
         {**tensors, "model.layers.1.mlp.up_proj.weight": lost[:, :3].contiguous()},
         weights,
         metadata={"format": "pt"},
     )
     with pytest.raises(UsageError, match=r"up_proj\.weight has another shape"):
-        mllm.load_llm(str(folder))
+        llms.load_llm(str(folder))
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(UsageError, match="no causal LLM can be loaded"):
-        mllm.load_llm(str(folder))
+        llms.load_llm(str(folder))
 
 
 def test_no_llm_or_tokenizer_there_is_one_clear_error(tmp_path: Path) -> None:
-    from aimv2_mllm.model import mllm
+    from aimv2_mllm.model import llms
 
-    for load in (mllm.load_tokenizer, mllm.load_llm):
+    for load in (llms.load_tokenizer, llms.load_llm):
         with pytest.raises(UsageError, match=str(tmp_path)):
             load(str(tmp_path))

@@ -21,7 +21,7 @@ from aimv2_mllm.data.decode import decode, decode_padded, middle_square
 from aimv2_mllm.data.drawing import Skipped
 from aimv2_mllm.data.talk_batches import TalkBatches, conversation_batches
 from aimv2_mllm.errors import RunFailed, UsageError
-from aimv2_mllm.model.mllm import load_tokenizer
+from aimv2_mllm.model.llms import load_tokenizer
 from aimv2_mllm.model.preprocessing import Preprocessing
 from aimv2_mllm.recipe_data import ConversationData
 from aimv2_mllm.recipe_train import TrainConfig

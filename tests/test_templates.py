@@ -12,7 +12,7 @@ from aimv2_mllm.data.conversations import IGNORED, messages_of, turn
 from aimv2_mllm.data.files import Unusable
 from aimv2_mllm.data.templates import V1_CHAT_TEMPLATE, Writer, encode
 from aimv2_mllm.errors import UsageError
-from aimv2_mllm.model.mllm import load_tokenizer
+from aimv2_mllm.model.llms import load_tokenizer
 
 FACTS: dict[str, dict[str, list[int]]] = json.loads(llava_facts.FACTS.read_text())
 ROLES = {"human": "user", "gpt": "assistant"}

@@ -17,7 +17,7 @@ from aimv2_mllm.engine.flops import FlopCounter
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.job import Job, Place
 from aimv2_mllm.model.answering import Answering
-from aimv2_mllm.model.mllm import TINY_LLM
+from aimv2_mllm.model.llms import TINY_LLM
 from aimv2_mllm.model.quantising import num_bytes
 from aimv2_mllm.plan import plan
 from aimv2_mllm.recipe_file import load_recipe
@@ -203,6 +203,7 @@ def test_frozen_weights_are_bfloat16_where_products_are(
     from aimv2_mllm.engine import precision
 
     words = ("train.precision=bf16", "tower_blocks=1")
+    monkeypatch.setattr(precision, "has_bf16", lambda device: False)
     assert {p.dtype for p in built(tmp_path, start, *words).model.parameters()} == {torch.float32}
     monkeypatch.setattr(precision, "has_bf16", lambda device: True)
     job = built(tmp_path, start, *words)

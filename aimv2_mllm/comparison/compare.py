@@ -21,7 +21,7 @@ from aimv2_mllm.data.asked_sources import HANDWRITING
 from aimv2_mllm.errors import RunFailed, UsageError
 from aimv2_mllm.evaluate import columns_of, demand_fit
 from aimv2_mllm.report import HTML, MARKDOWN, SUMMARY, fill, write_files
-from aimv2_mllm.run import locked
+from aimv2_mllm.run_folder import locked
 
 # What of the flags `evaluate` is given too.
 JUDGING = ("metric", "prompt", "root", "split", "limit", "batch_size", "max_new_tokens")

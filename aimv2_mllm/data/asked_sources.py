@@ -15,10 +15,10 @@ from PIL import Image
 from aimv2_mllm.data import held_out, scenes
 from aimv2_mllm.data.files import MAX_PICTURE_BYTES, Unusable, below, read_whole
 from aimv2_mllm.data.json_index import open_rows
+from aimv2_mllm.data.question_tables import QuestionTable
 from aimv2_mllm.data.tables import load_table, picture_bytes
-from aimv2_mllm.data.talk_sources import Questions
 from aimv2_mllm.errors import UsageError, show
-from aimv2_mllm.recipe_data import DatasetsSource, QuestionTalks
+from aimv2_mllm.recipe_data import DatasetsSource
 
 TABLE, HANDWRITING = "questions.csv", "handwriting"
 GIVE = (
@@ -96,11 +96,11 @@ class Table(_Files):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        self._table = Questions(QuestionTalks(folder=str(folder), file=TABLE))
+        self._table = QuestionTable(folder.expanduser() / TABLE)
         self.digest = self._table.digest
 
     def __len__(self) -> int:
-        return sum(self._table.groups)
+        return len(self._table)
 
     def name(self, row: int) -> str:
         return self._table.name(row)

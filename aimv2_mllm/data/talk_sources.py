@@ -4,9 +4,6 @@ As with `sources`: what is wrong with the whole source is a UsageError when it i
 wrong with a row is an `Unusable` when that row is read.
 """
 
-import csv
-import hashlib
-import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -19,13 +16,13 @@ from aimv2_mllm.data.files import (
     Unusable,
     below,
     read_later,
-    read_whole,
 )
 from aimv2_mllm.data.json_index import open_rows
 from aimv2_mllm.data.order import mixed
+from aimv2_mllm.data.question_tables import COLUMNS, QuestionTable
 from aimv2_mllm.data.sources import open_source
 from aimv2_mllm.data.tables import Pictures, load_table, picture_later
-from aimv2_mllm.errors import UsageError, nearest, show
+from aimv2_mllm.errors import UsageError, show
 from aimv2_mllm.recipe_data import (
     CaptionTalks,
     ConversationData,
@@ -37,8 +34,6 @@ from aimv2_mllm.recipe_data import (
 )
 
 SPEAKERS = {"human": "user", "gpt": "assistant", "system": "system"}  # LLaVA's words for them
-COLUMNS = ("image", "question", "answer")
-MAX_TABLE_BYTES = 256 * 2**20  # of a CSV, which is held in memory
 
 
 class Talk(NamedTuple):
@@ -184,58 +179,17 @@ class Questions:
 
     def __init__(self, config: QuestionTalks) -> None:
         self._folder = Path(config.folder).expanduser()
-        self._file = self._folder / config.file
-        self._rows, self.notes = list[list[str]](), list[str]()
-        try:
-            content = read_whole(self._file, MAX_TABLE_BYTES)
-            text = content.decode("utf-8-sig")
-        except Unusable as error:
-            raise UsageError(
-                f"{error}; it is a table of the columns {', '.join(COLUMNS)}"
-            ) from None
-        except UnicodeDecodeError as error:
-            raise UsageError(
-                f"{self._file}: is not UTF-8 (byte {error.start}); save it as CSV UTF-8"
-            ) from None
-        # Spreadsheets of many countries write ; for the comma that is theirs in numbers.
-        heading = text.partition("\n")[0]
-        delimiter = max(",;\t", key=heading.count)
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
-        try:
-            names = [name.strip().lower() for name in next(reader, [])]
-            self._lines = []
-            for row in reader:
-                if any(field.strip() for field in row):
-                    self._rows.append(row)
-                    self._lines.append(reader.line_num)
-        except csv.Error as error:
-            raise UsageError(f"{self._file}:{reader.line_num}: is no CSV ({error})") from None
-        missing = [name for name in COLUMNS if name not in names]
-        if missing:
-            near = nearest(missing[0], names)
-            raise UsageError(
-                f"{self._file}: its first line names no column {missing[0]}; it has"
-                f" {', '.join(names) or 'none'}, and {', '.join(COLUMNS)} are needed{near}"
-            )
-        self._names = names
-        self.groups = [len(self._rows)]
-        self.digest = hashlib.sha256(content).hexdigest()
+        self._table = QuestionTable(self._folder / config.file)
+        self.groups, self.notes = [len(self._table)], list[str]()
+        self.digest = self._table.digest
 
     def name(self, row: int) -> str:
         """Where the row is, in words."""
-        return f"{self._file}:{self._lines[row]}"
-
-    def fields(self, row: int) -> dict[str, str]:
-        """What the row says, by the names of the first line in small letters."""
-        fields = self._rows[row]
-        if len(fields) != len(self._names):
-            said = f"has {len(fields)} fields and not {len(self._names)}"
-            raise Unusable("odd_row", f"{said}; quote what has a comma in it")
-        return dict(zip(self._names, map(str.strip, fields), strict=True))
+        return self._table.name(row)
 
     def read(self, row: int) -> Talk:
         """The row's picture, where it names one, its question and its answer."""
-        fields = self.fields(row)
+        fields = self._table.fields(row)
         image, question, answer = (fields[name] for name in COLUMNS)
         messages = messages_of([("user", question), ("assistant", answer)], 1 if image else 0)
         path = below(self._folder, image)

@@ -53,33 +53,29 @@ def train(
     """Train `parts` of `model` in place, from the newest checkpoint in `folder` on.
 
     Gives steps, samples, seconds and last, the last line of `metrics.jsonl`. `batches(step)`,
-    0-based, is this rank's micro-batches of the step, as many on every rank; it must be a pure
-    function of the step with generators of its own, for it may run in another thread, or in one of
-    `workers` processes. A micro-batch may say in `skipped` how many rows were left out for it, by
-    reason: more than a share of `max_skipped` ends the run.
+    0-based, is this rank's micro-batches of the step, as many on every rank: a pure function of the
+    step with generators of its own, for it may run in another thread, or in one of `workers`
+    processes. A micro-batch may say in `skipped` how many rows were left out for it, by reason:
+    more than a share of `max_skipped` ends the run.
 
     Interrupted anywhere and started again, the weights and the metrics (`metrics.TIMED_FIELDS`
     aside) are those of an uninterrupted run: bit for bit on as many ranks under the same strategy
     (of more than two as far as the communication library adds in the same order), and within
     rounding otherwise, also with other micro-batches, activation checkpointing or compilation.
 
-    Raises `RunFailed` (loss not finite, disk full, too many rows left out), `UsageError`
-    (checkpoint of another run, unknown part, no such device), and after a signal and a saved
-    checkpoint `KeyboardInterrupt` (SIGINT) or `SystemExit(143)` (SIGTERM), on all ranks whichever
-    got it.
+    Raises `RunFailed` (loss not finite, disk full, too many rows left out), `UsageError` (another
+    run's checkpoint, unknown part, no such device), and on all ranks, after a signal to any and a
+    saved checkpoint, `KeyboardInterrupt` (SIGINT) or `SystemExit(143)` (SIGTERM).
     """
     keep_freed_memory()
     run = Run(config, folder, fingerprint, ranks)
     with StopRequest(ranks) as stop:
         training = Training(model.train(), parts, run)
         progress = training.resume(narrate)
-        if config.precision == "bf16" and not has_bf16(training.device):
-            narrate("precision bf16: this processor would emulate it, so fp32 is computed")
-        skipping = Skipping(max_skipped)
-        upcoming = upcoming_steps(
-            batches, progress.step, config.steps, device=training.device, workers=workers
-        )
-        with closing(upcoming), Journal(run, progress, training.device) as journal:
+        skipping, device, first = Skipping(max_skipped), training.device, progress.step
+        _tell_emulation(config, device, narrate)
+        upcoming = upcoming_steps(batches, first, config.steps, device=device, workers=workers)
+        with closing(upcoming), Journal(run, progress, device) as journal:
             for step, made in upcoming:
                 micro_batches = skipping.take_names(made)
                 torch.manual_seed(_step_seed(seed, step, ranks.rank))
@@ -99,6 +95,13 @@ def train(
     del training
     release_freed_memory()  # what is saved needs it in other pieces
     return progress.summary()
+
+
+def _tell_emulation(
+    config: TrainConfig, device: torch.device, narrate: Callable[[str], None]
+) -> None:
+    if config.precision == "bf16" and not has_bf16(device):
+        narrate("precision bf16: this processor would emulate it, so fp32 is computed")
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:

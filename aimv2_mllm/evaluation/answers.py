@@ -22,7 +22,7 @@ from aimv2_mllm.data.batches import picture_batch
 from aimv2_mllm.data.conversations import turn
 from aimv2_mllm.data.held_out import Asked
 from aimv2_mllm.data.templates import Asker
-from aimv2_mllm.model import mllm
+from aimv2_mllm.model import llms, mllm
 from aimv2_mllm.model.batched import Row, answer_rows
 from aimv2_mllm.model.preprocessing import Preprocessing
 
@@ -49,7 +49,7 @@ def load_mllm(folder: Path) -> Speaker:
 
 def load_language_model(folder: Path) -> Speaker:
     """The LLM in `folder` in float32, on the CPU, with its tokenizer."""
-    return Speaker(mllm.load_llm(str(folder)).eval(), mllm.load_tokenizer(str(folder)))
+    return Speaker(llms.load_llm(str(folder)).eval(), llms.load_tokenizer(str(folder)))
 
 
 @torch.inference_mode()

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aimv2_mllm.model import mllm
+from aimv2_mllm.model import llms
 from aimv2_mllm.model.cache import PatchByPatch, WordByWord
 from aimv2_mllm.model.decoder_weights import load_decoder, read_decoder
 from aimv2_mllm.model.preprocessing import Preprocessing
@@ -39,7 +39,7 @@ def load_pretrainer(folder: str | Path) -> tuple[AIMv2ForPreTraining, Any, Prepr
     config, _ = read_decoder(folder)
     model = AIMv2ForPreTraining(load_encoder(folder), config)
     load_decoder(model, folder)
-    return model.eval(), mllm.load_tokenizer(str(folder), talks=False), Preprocessing.load(folder)
+    return model.eval(), llms.load_tokenizer(str(folder), talks=False), Preprocessing.load(folder)
 
 
 @torch.inference_mode()

@@ -123,8 +123,8 @@ def base_of(told: Mapping[str, Any], run: str | None, made: Path) -> tuple[str, 
 def assemble_base(tower: str, llm: str, folder: Path) -> None:
     """Write the Llava of a tower and an LLM, its connector not trained, to `folder`."""
     from aimv2_mllm.data.templates import V1_CHAT_TEMPLATE
-    from aimv2_mllm.model import mllm
+    from aimv2_mllm.model import llms, mllm
     from aimv2_mllm.model.towers import load_tower
 
-    tokenizer = mllm.load_tokenizer(llm, chat_template=V1_CHAT_TEMPLATE)
-    mllm.assemble(load_tower(tower), mllm.load_llm(llm), tokenizer).save_pretrained(folder)
+    tokenizer = llms.load_tokenizer(llm, chat_template=V1_CHAT_TEMPLATE)
+    mllm.assemble(load_tower(tower), llms.load_llm(llm), tokenizer).save_pretrained(folder)

@@ -13,6 +13,7 @@ from aimv2_mllm.errors import UsageError
 from aimv2_mllm.folders import (
     CONFIG_FILE,
     GIVE,
+    LLAVAS,
     MUTE,
     RECIPE_FILE,
     STAGE_FILE,
@@ -25,7 +26,7 @@ from aimv2_mllm.folders import (
     talking_folder,
 )
 
-LLAVA, ANY_LLAVA = "llava", "aimv2_mllm_llava"  # model_type of transformers' Llava, and of ours
+LLAVA, ANY_LLAVA = LLAVAS
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """An export, loaded in a process of its own and held against what its run said.
 
-Each check is a line with the largest difference found. Nothing of ours is imported there, but for
-the formats that need it, which say so.
+Each check is a line, see `checks`. Nothing of ours is imported in that process, but for the formats
+that need it, which say so.
 """
 
 import json
@@ -16,13 +16,18 @@ from typing import Any
 from aimv2_mllm.errors import RunFailed, UsageError
 from aimv2_mllm.export import adapter, answers, encoder, llava_answers
 from aimv2_mllm.export.answers import SIDECAR
+from aimv2_mllm.export.checks import (
+    ROUNDED,
+    TOLERANCE,
+    Check,
+    compared,
+    loaded,
+    recent_enough,
+    seen_alike,
+)
 from aimv2_mllm.export.options import Options
 from aimv2_mllm.export.writing import digests
 
-# Of float32 sums in another order, as a share of the largest logit.
-TOLERANCE = 1e-4
-ROUNDED = 3e-2  # where what is compared was rounded to bfloat16, which has 8 bits
-Check = tuple[bool, str]
 # What a reference must have: of an encoder, and of what talks.
 SEEN = {"picture", "pixels", "shape", "features"}
 SAID = {"picture", "pixels", "input_ids", "tokens", "columns", "logits"}
@@ -74,10 +79,10 @@ def _files(folder: Path, told: Mapping[str, Any]) -> list[Check]:
 
 def _llava(folder: Path, told: Mapping[str, Any], run: str | None) -> list[Check]:
     found = alone("llava", folder)
-    checks = [_version(found["transformers"], told["min_transformers"])]
+    checks = [recent_enough(found["transformers"], told["min_transformers"])]
     if "error" in found:
         return [*checks, (False, f"loads without aimv2_mllm: {found['error']}")]
-    checks += _loaded(found, "LlavaForConditionalGeneration")
+    checks += loaded(found, "LlavaForConditionalGeneration")
     checks += compared(found, told["reference"], "the reference")
     if run is not None:
         checks += compared(found, _of_run(run, told), run)
@@ -119,100 +124,27 @@ def ended(command: Sequence[str], out: Path) -> dict[str, Any]:
     return dict(json.loads(out.read_text(encoding="utf-8")))
 
 
-def _version(has: str, minimum: str) -> Check:
-    enough = _numbers(has) >= _numbers(minimum)
-    text = f"transformers: {has}, {minimum} or newer is needed"
-    if not enough:
-        text += (
-            f"; older ones read other features of the tower: pip install 'transformers>={minimum}'"
-        )
-    return enough, text
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    pieces = version.split(".")[:2]
-    return tuple(int("".join(c for c in piece if c.isdigit()) or 0) for piece in pieces)
-
-
-def _loaded(found: Mapping[str, Any], wanted: str) -> list[Check]:
-    faults, name = found["faults"], found["class"]
-    more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
-    return [
-        (name == wanted, f"loads without aimv2_mllm: as {name}"),
-        (
-            not faults,
-            f"weights: {'; '.join(faults[:3]) + more if faults else 'all, and no others'}",
-        ),
-    ]
-
-
-def compared(
-    found: Mapping[str, Any], other: Mapping[str, Any], whose: str, tolerance: float = TOLERANCE
-) -> list[Check]:
-    """The checks that `found` and the `other` answers are the same."""
-    off = _farthest(found["pixels"], other["pixels"])
-    largest = max((abs(x) for row in other["logits"] for x in row), default=0.0)
-    bound = tolerance * max(1.0, largest)
-    far = max(
-        (_farthest(a, b) for a, b in zip(found["logits"], other["logits"], strict=True)),
-        default=float("inf"),
-    )
-    same_columns = found["columns"] == other["columns"]
-    mine, theirs = found["tokens"], other["tokens"]
-    at = next((i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b), None)
-    at = min(len(mine), len(theirs)) if at is None else at
-    same = mine == theirs
-    told = f"{len(mine)} equal to those of" if same else f"differ from number {at} on, from"
-    return [
-        (found["picture"] == other["picture"], f"picture: that of {whose}"),
-        (off < 1e-5, f"pixels: largest difference {off:.1e} to {whose}"),
-        (found["input_ids"] == other["input_ids"], f"prompt: the tokens of {whose}"),
-        (
-            same_columns and far <= bound,
-            f"logits: largest difference {far:.1e} to {whose}, at most {bound:.1e}",
-        ),
-        (same, f"greedy tokens: {told} {whose}"),
-    ]
-
-
-def _farthest(left: Sequence[float], right: Sequence[float]) -> float:
-    if len(left) != len(right):
-        return float("inf")
-    far = max((abs(a - b) for a, b in zip(left, right, strict=True)), default=0.0)
-    return far if far == far else float("inf")  # NaN is not near
-
-
 def _encoder(folder: Path, told: Mapping[str, Any], run: str | None) -> list[Check]:
     """Of the layout `transformers` by transformers alone; the others by our own loader."""
     if told["layout"] == "transformers":
         found = alone("encoder", folder)
-        checks = [_version(found["transformers"], told["min_transformers"])]
+        checks = [recent_enough(found["transformers"], told["min_transformers"])]
         if "error" in found:
             return [*checks, (False, f"loads without aimv2_mllm: {found['error']}")]
-        checks += _loaded(found, "Aimv2VisionModel")
+        checks += loaded(found, "Aimv2VisionModel")
     else:
         loads = f"loads with aimv2_mllm, which layout {told['layout']} needs here"
         try:
             found, checks = encoder.reference(folder), [(True, loads)]
         except UsageError as error:
             return [(False, f"{loads}: {error}")]
-    checks += _seen_alike(found, told["reference"], "the reference")
+    checks += seen_alike(found, told["reference"], "the reference")
     if run is not None:
         with tempfile.TemporaryDirectory() as place:
             options = Options(Path(place), lambda text: None, told["dtype"])
             _, own = encoder.write_encoder(run, Path(place), options)
-        checks += _seen_alike(found, own["reference"], run)
+        checks += seen_alike(found, own["reference"], run)
     return checks
-
-
-def _seen_alike(found: Mapping[str, Any], other: Mapping[str, Any], whose: str) -> list[Check]:
-    off, far = (_farthest(found[key], other[key]) for key in ("pixels", "features"))
-    bound = TOLERANCE * max(1.0, *map(abs, other["features"]))
-    text = f"features: largest difference {far:.1e} to {whose}, at most {bound:.1e}"
-    return [
-        (off < 1e-5, f"pixels: largest difference {off:.1e} to {whose}"),
-        (found["shape"] == other["shape"] and far <= bound, text),
-    ]
 
 
 def _adapter(folder: Path, told: Mapping[str, Any], run: str | None) -> list[Check]:
@@ -220,10 +152,10 @@ def _adapter(folder: Path, told: Mapping[str, Any], run: str | None) -> list[Che
     with tempfile.TemporaryDirectory() as place:
         base, what = adapter.base_of(told, run, Path(place))
         found = alone("adapter", folder, base)
-    checks = [_version(found["transformers"], told["min_transformers"])]
+    checks = [recent_enough(found["transformers"], told["min_transformers"])]
     if "error" in found:
         return [*checks, (False, f"loads without aimv2_mllm, on its {what}: {found['error']}")]
-    checks += [(True, what), *_loaded(found, "LlavaForConditionalGeneration")]
+    checks += [(True, what), *loaded(found, "LlavaForConditionalGeneration")]
     # The run's own model is the adapters merged, and then rounded to what it was trained in.
     tolerance = TOLERANCE if told["merged_in"] == "float32" else ROUNDED
     checks += compared(found, told["reference"], "the reference", tolerance)

@@ -1,7 +1,6 @@
 """A folder written whole or not at all: under another name, synced, then renamed."""
 
 import fcntl
-import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +14,7 @@ from torch import Tensor
 from aimv2_mllm.engine.disk import sync
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.export.answers import SIDECAR
+from aimv2_mllm.files import sha256
 from aimv2_mllm.folders import CARD_FILE, STAGE_FILE
 from aimv2_mllm.model.shards import INDEX_FILE, WEIGHTS_FILE, num_bytes, write_json, write_tensors
 
@@ -118,12 +118,6 @@ def digests(folder: Path) -> dict[str, str]:
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
     named = {path.relative_to(folder).as_posix(): path for path in files}
     return {name: sha256(path) for name, path in named.items() if name != SIDECAR}
-
-
-def sha256(path: Path) -> str:
-    """The sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_sidecar(folder: Path, content: Mapping[str, Any]) -> None:

@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from os.path import isdir
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..errors import UsageError
@@ -43,6 +45,39 @@ def load_foreign(kind: str, folder: Path) -> nn.Module:
     demand_whole({**report, "unexpected_keys": left_over}, str(folder))
     network: nn.Module = module
     return network
+
+
+def load_image_text(source: str | Path, refusal: str, **words: Any) -> tuple[Any, Any]:
+    """The image-text model of transformers in a folder or of a hub id (org/name[@revision]), in the
+    precision that it is stored in, on the GPU where there is one, and its processor; `words` go to
+    both loaders.
+
+    UsageError for weights that are damaged or not all there, and with `refusal` where none is.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    name, _, revision = (source, "", "") if isdir(source) else str(source).partition("@")
+    words = {"trust_remote_code": False, "revision": revision or None, **words}
+    try:
+        with silent_transformers():
+            processor = AutoProcessor.from_pretrained(name, **words)
+            model, report = AutoModelForImageTextToText.from_pretrained(
+                name,
+                dtype="auto",
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are in the report
+                **words,
+            )
+    except SafetensorError as error:
+        raise UsageError(f"{source}: its weights are damaged or cut off ({error})") from None
+    except (OSError, ValueError, KeyError, TypeError, ImportError, StrictDataclassError) as error:
+        said = " ".join(str(error).split())[:300]
+        raise UsageError(f"{source}: {refusal}: {said}") from None
+    demand_whole(report, str(source))
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), processor
 
 
 def demand_whole(report: dict[str, Any], where: str) -> None:

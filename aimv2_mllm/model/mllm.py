@@ -5,7 +5,6 @@ Llava folder, which other tools load without us; any other pair is saved as our 
 and says so. A connector reads patches and nothing else, of AIMv2 after its final norm.
 """
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from aimv2_mllm.errors import UsageError
 from aimv2_mllm.model.connectors import build_connector
 from aimv2_mllm.model.families import side_of
 from aimv2_mllm.model.foreign import demand_whole, first_line
+from aimv2_mllm.model.llms import IMAGE_TOKEN
 from aimv2_mllm.model.preprocessing import Preprocessing
 from aimv2_mllm.model.stock import (
     STRATEGIES,
@@ -29,113 +29,6 @@ from aimv2_mllm.model.towers import Tower
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedModel
 
-TINY_LLM = Path(__file__).parents[1] / "assets" / "tiny_llm"
-IMAGE_TOKEN = "<image>"
-
-
-def llm_source(name: str) -> str:
-    """Where the LLM called `name` lies: our own tiny one, or a folder or hub id as given."""
-    return str(TINY_LLM) if name == "tiny_llm" else name
-
-
-def load_tokenizer(name: str, *, talks: bool = True, chat_template: str | None = None) -> Any:
-    """The tokenizer of the LLM `name`, with an image token and a chat template, its own or,
-    where it has none, the one given; UsageError if it cannot serve.
-
-    One that only reads captions (`talks` false) needs an end token, and is left as it is.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(llm_source(name), trust_remote_code=False)
-    except (OSError, ValueError, ImportError) as error:
-        raise UsageError(
-            f"{name}: no tokenizer can be loaded from there ({first_line(error)})"
-        ) from None
-    if not talks:
-        if tokenizer.eos_token_id is None:
-            raise UsageError(f"{name}: its tokenizer has no end token, so no caption would end")
-        return tokenizer
-    tokenizer.chat_template = tokenizer.chat_template or chat_template
-    if tokenizer.chat_template is None:
-        raise UsageError(
-            f"{name}: its tokenizer has no chat template, so nobody knows how to talk to it; for an"
-            " LLM that was tuned with LLaVA's or Vicuna's, give data.template=v1"
-        )
-    if IMAGE_TOKEN not in tokenizer.get_vocab():
-        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def load_llm(name: str, dtype: torch.dtype = torch.float32) -> "PreTrainedModel":
-    """The causal LLM `name` in `dtype`; UsageError if there is none, or not all of it."""
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
-
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            llm_source(name),
-            dtype=dtype,
-            trust_remote_code=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are in the report
-        )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UsageError(
-            f"{name}: no causal LLM can be loaded from there ({first_line(error)})"
-        ) from None
-    demand_whole(report, name)
-    return model
-
-
-def sizes_of(name: str) -> tuple[int, int]:
-    """The width of the LLM's embeddings and how many tokens it has room for, without loading its
-    weights."""
-    config = _config(name)
-    return int(config.hidden_size), room_of(config)
-
-
-def room_of(config: Any) -> int:
-    """How many tokens an LLM of that config has room for."""
-    return int(getattr(config, "max_position_embeddings", None) or sys.maxsize)
-
-
-def _config(name: str) -> Any:
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(llm_source(name), trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"{name}: no causal LLM can be loaded from there ({first_line(error)})"
-        ) from None
-
-
-def layer_names(name: str) -> list[str]:
-    """The names of the LLM's linear layers inside its blocks, without loading its weights."""
-    return layers_of(_config(name), name)
-
-
-def layers_of(config: Any, name: str) -> list[str]:
-    """The names of the linear layers inside the blocks of the LLM `name`, which has `config`."""
-    from transformers import AutoModelForCausalLM
-
-    try:
-        with torch.device("meta"):
-            return linear_layers(AutoModelForCausalLM.from_config(config).base_model)
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"{name}: no causal LLM can be loaded from there ({first_line(error)})"
-        ) from None
-
-
-def linear_layers(model: torch.nn.Module) -> list[str]:
-    """The last pieces of the names of a model's linear layers, each once, in order."""
-    named = [n for n, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)]
-    return list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in named))
-
 
 def assemble(
     tower: Tower,
@@ -148,8 +41,9 @@ def assemble(
     """A Llava of this tower and this LLM, their weights copied, with a freshly drawn connector.
 
     It is transformers' own where that computes the same (see `stock.is_stock`), and else ours,
-    which needs this package. `tokenizer` is `load_tokenizer`'s; where it has more tokens than the
-    LLM, the LLM's embeddings grow. UsageError for a connector that cannot serve the tower's grid.
+    which needs this package. `tokenizer` is `llms.load_tokenizer`'s; where it has more tokens than
+    the LLM, the LLM's embeddings grow. UsageError for a connector that cannot serve the tower's
+    grid.
     """
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 

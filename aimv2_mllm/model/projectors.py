@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from ..errors import UsageError, nearest
-from .connectors import Mlp, build_connector
 from .shards import demand_fit
 
 # What the tensors of a depth-2 MLP are called: ours, LLaVA's in `mm_projector.bin` and in its
@@ -41,16 +40,6 @@ def rename_projector(state: Mapping[str, Tensor], naming: str) -> dict[str, Tens
         for layer in LAYERS[naming]
         for kind in ("weight", "bias")
     }
-
-
-def read_projector(state: Mapping[str, Tensor]) -> Mlp:
-    """The `mlp` connector of depth 2 whose tensors are `state`, named in any of LAYERS' ways."""
-    plain = rename_projector(state, "plain")
-    out_features, in_features = plain["0.weight"].shape
-    connector = build_connector("mlp", in_features, out_features)
-    assert isinstance(connector, Mlp)
-    connector.load_state_dict(plain, strict=True)
-    return connector
 
 
 def _plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

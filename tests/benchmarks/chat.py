@@ -23,7 +23,7 @@ import transformers
 from PIL import Image
 
 from aimv2_mllm.chatbot import Chatbot
-from aimv2_mllm.model import mllm
+from aimv2_mllm.model import llms, mllm
 from aimv2_mllm.model.encoder import SIZES, AIMv2Encoder, EncoderConfig
 from aimv2_mllm.model.preprocessing import Preprocessing
 from aimv2_mllm.model.towers import Tower
@@ -63,7 +63,7 @@ def build(args: argparse.Namespace) -> Chatbot:
     torch.manual_seed(0)
     config = EncoderConfig(**SIZES[f"aimv2_{args.tower}"], image_size=args.image_size)
     tower = Tower("aimv2", AIMv2Encoder(config), Preprocessing(args.image_size))
-    tokenizer = mllm.load_tokenizer("tiny_llm")
+    tokenizer = llms.load_tokenizer("tiny_llm")
     settings = {**LLMS[args.llm], "max_position_embeddings": 4096, "tie_word_embeddings": True}
     llm = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**settings))
     model = mllm.assemble(tower, llm, tokenizer)

@@ -28,7 +28,7 @@ from aimv2_mllm.engine.distributed import Ranks
 from aimv2_mllm.engine.training import Run, Training
 from aimv2_mllm.job import Place
 from aimv2_mllm.llm_stages import build_align
-from aimv2_mllm.model import encoder, mllm
+from aimv2_mllm.model import encoder, llms
 from aimv2_mllm.model.preprocessing import Preprocessing
 from aimv2_mllm.model.weights import save_encoder
 from aimv2_mllm.recipe import Recipe
@@ -63,7 +63,7 @@ def written(folder: Path, args: argparse.Namespace) -> Recipe:
     save_encoder(encoder.AIMv2Encoder(config), folder / "tower")
     Preprocessing(args.image_size).save(folder / "tower")
     width = args.llm_width
-    tokenizer = mllm.load_tokenizer("tiny_llm")
+    tokenizer = llms.load_tokenizer("tiny_llm")
     llm = LlamaConfig(
         hidden_size=width,
         intermediate_size=width * 38 // 7,  # 4864 of 896

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from aimv2_mllm.model import mllm
+from aimv2_mllm.model import llms, mllm
 from aimv2_mllm.model.encoder import SIZES, AIMv2Encoder, EncoderConfig
 from aimv2_mllm.model.preprocessing import Preprocessing
 from aimv2_mllm.model.towers import load_tower
@@ -93,7 +93,7 @@ def write_models(folder: Path, tower: str, image_size: int, llm: str) -> None:
     save_encoder(AIMv2Encoder(config), folder / "tower")
     Preprocessing(image_size).save(folder / "tower")
     width, inner, blocks, heads, kv_heads, words = LLMS[llm]
-    tokenizer = mllm.load_tokenizer("tiny_llm")
+    tokenizer = llms.load_tokenizer("tiny_llm")
     tokenizer.save_pretrained(folder / "llm")
     shape = Qwen2Config(
         hidden_size=width,
@@ -116,6 +116,6 @@ def assembled(folder: Path) -> tuple[Any, Any]:
     torch.manual_seed(0)
     tower = load_tower(str(folder / "tower"))
     llm = str(folder / "llm")
-    tokenizer = mllm.load_tokenizer(llm)
-    model = mllm.assemble(tower, mllm.load_llm(llm), tokenizer)
+    tokenizer = llms.load_tokenizer(llm)
+    model = mllm.assemble(tower, llms.load_llm(llm), tokenizer)
     return model, mllm.build_processor(model, tokenizer, tower.preprocessing)

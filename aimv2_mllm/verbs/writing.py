@@ -1,0 +1,31 @@
+"""The verbs that write models for other tools, and hold them against ours: convert, export and
+verify-export."""
+
+import argparse
+from pathlib import Path
+
+from aimv2_mllm.verbs.telling import note
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Write an encoder from a folder or the hub in another layout, size or precision."""
+    from aimv2_mllm.convert import convert as write
+
+    words = {"layout": args.layout, "image_size": args.image_size, "dtype": args.dtype}
+    print(write(args.source, Path(args.destination), **words, narrate=note))
+
+
+def export(args: argparse.Namespace) -> None:
+    """Write a finished result as a folder that other tools load."""
+    from aimv2_mllm.export.formats import export as write
+
+    chosen = {"dtype": args.dtype, "max-shard-size": args.max_shard_size, "layout": args.layout}
+    words = {"format_": args.format, "narrate": note, "chosen": chosen}
+    print(write(args.run, Path(args.destination), **words))
+
+
+def verify_export(args: argparse.Namespace) -> None:
+    """Load an export in a process of its own and print a line for each check."""
+    from aimv2_mllm.export.verify import verify
+
+    verify(Path(args.folder), args.run, print)
