@@ -12,9 +12,10 @@ import pytest
 
 from aimv2_mllm.__main__ import main
 from aimv2_mllm.comparison import page
-from aimv2_mllm.comparison.cells import LOG, Task, answers_in, do_all, tasks_of
 from aimv2_mllm.comparison.grid import Grid, grid_of
 from aimv2_mllm.comparison.numbers import numbers_of
+from aimv2_mllm.comparison.running import LOG, do_all
+from aimv2_mllm.comparison.tasks import Task, answers_in, tasks_of
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.folders import STAGE_FILE
 
@@ -202,7 +203,7 @@ def test_an_interrupted_comparison_ends_what_runs(
             raise KeyboardInterrupt
         sleep(seconds)
 
-    monkeypatch.setattr("aimv2_mllm.comparison.cells.time.sleep", interrupted)
+    monkeypatch.setattr("aimv2_mllm.comparison.running.time.sleep", interrupted)
     with pytest.raises(KeyboardInterrupt):
         do_all([task(tmp_path / "long", code)], 1, lambda _: None)
     assert ended.exists()
@@ -219,7 +220,8 @@ def test_what_runs_ends_also_when_the_comparison_is_killed(tmp_path: Path) -> No
     )
     outer = (
         "import pathlib, sys\n"
-        "from aimv2_mllm.comparison.cells import Task, do_all\n"
+        "from aimv2_mllm.comparison.running import do_all\n"
+        "from aimv2_mllm.comparison.tasks import Task\n"
         f"folder = pathlib.Path({str(tmp_path / 'task')!r})\n"
         f"do_all([Task('a', folder, ((sys.executable, '-c', {inner!r}),))], 1, print)\n"
     )

@@ -11,11 +11,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from aimv2_mllm.comparison.cells import PROGRAM, Narrate, do_all, tasks_of
 from aimv2_mllm.comparison.grid import Grid, grid_of
 from aimv2_mllm.comparison.numbers import numbers_of
 from aimv2_mllm.comparison.page import describe, pictures
+from aimv2_mllm.comparison.running import Narrate, do_all
 from aimv2_mllm.comparison.speed import measure
+from aimv2_mllm.comparison.tasks import PROGRAM, tasks_of
 from aimv2_mllm.data.asked import Asked, load_asked
 from aimv2_mllm.data.asked_sources import HANDWRITING
 from aimv2_mllm.errors import RunFailed, UsageError

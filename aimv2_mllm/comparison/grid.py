@@ -1,54 +1,26 @@
 """Which runs a comparison consists of: every combination of the values that vary, for every seed.
 
-Owns what `--vary` may say, and what the runs of one seed have in common and is trained once.
+Owns what the runs of one seed have in common and is trained once.
 Refuses, before anything is trained, every combination whose recipe has a mistake.
 """
 
 import hashlib
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
-from aimv2_mllm.errors import UsageError, nearest
+from aimv2_mllm.comparison.axes import IMAGE_SIZE, Axis, axis_of
+from aimv2_mllm.errors import UsageError
 from aimv2_mllm.folders import TALKING
 from aimv2_mllm.recipe import Recipe, deciding
 from aimv2_mllm.recipe_data import HandwritingTalks
 from aimv2_mllm.recipe_file import load_recipe
 from aimv2_mllm.recipe_stages import REFERENCES
 
-SHORT = ("tower", "connector", "llm")  # keys of the first stage that has them
-IMAGE_SIZE = "image_size"  # of the tower, whose positions are resized to it
-OWN = ("name", "seed", "output", "evaluation")  # what each run is given here
 MOST_RUNS = 1000
-
-
-@dataclass(frozen=True)
-class Axis:
-    """What varies: the word for it, the recipe's key ("" for the tower's image size), its values
-    as they are typed."""
-
-    word: str
-    key: str
-    values: tuple[str, ...]
-
-    def shown(self, value: str) -> str:
-        """A value without the marks of YAML: `{name: resampler, num_queries: 8}` is `resampler 8`,
-        a folder is its last two names, or all where another's are the same."""
-        short = [_short(one) for one in self.values]
-        return value if short.count(_short(value)) > 1 else _short(value)
-
-
-def _short(value: str) -> str:
-    plain = yaml.safe_load(value)
-    if isinstance(plain, dict):
-        rest = [v if len(plain) == 2 else f"{k} {v}" for k, v in plain.items() if k != "name"]
-        return " ".join(map(str, [plain.get("name", ""), *rest])).strip()
-    return "/".join(value.rstrip("/").split("/")[-2:])
 
 
 class Resized(NamedTuple):
@@ -95,7 +67,7 @@ def grid_of(
     """The runs of the recipe `file`, overridden by words, where each of `varied`, KEY=A,B,…, has
     every value; their folders lie in `out`. UsageError for what varies nothing or is mistaken."""
     base = load_recipe(file, overrides)
-    axes = tuple(_axis(word, base) for word in varied)
+    axes = tuple(axis_of(word, base) for word in varied)
     words = [axis.word for axis in axes]
     for word in words:
         if words.count(word) > 1:
@@ -135,38 +107,6 @@ def grid_of(
     return Grid(axes, tuple(cells), shared)
 
 
-def _axis(word: str, base: Recipe) -> Axis:
-    key, equals, text = word.partition("=")
-    values = tuple(_split(text))
-    if not equals or not key or not values or not all(values):
-        example = "--vary tower=image_only,both"
-        raise UsageError(f"--vary {word}: is written KEY=VALUE,VALUE, for example {example}")
-    try:
-        for value in values:
-            yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise UsageError(f"--vary {word}: is no value as a recipe has it; see to quotes") from None
-    if len(set(values)) < len(values):
-        raise UsageError(f"--vary {word}: has a value twice")
-    if key.partition(".")[0] in OWN:
-        raise UsageError(f"--vary {word}: {key} cannot vary; --seeds N repeats every run")
-    if key == IMAGE_SIZE:
-        for value in values:
-            if not value.isdecimal() or not int(value):
-                raise UsageError(f"--vary {word}: {value} is no number of pixels")
-        _stage_with("tower", base, word)
-        return Axis(key, "", values)
-    if key in SHORT:
-        return Axis(key, f"stages.{_stage_with(key, base, word)}.{key}", values)
-    if "." not in key:
-        known = [*SHORT, IMAGE_SIZE]
-        raise UsageError(
-            f"--vary {word}: {key} is none of {', '.join(known)}{nearest(key, known)}, and no key "
-            "of the recipe such as stages.tune.lora.r"
-        )
-    return Axis(key.removeprefix("stages."), key, values)
-
-
 def _demand_different(
     axes: Sequence[Axis], combinations: Sequence[tuple[str, ...]], recipes: Sequence[Recipe]
 ) -> None:
@@ -177,31 +117,6 @@ def _demand_different(
         if (same := plain.index(one)) < place:
             both = " and ".join(", ".join(combinations[n]) for n in (same, place))
             raise UsageError(f"--vary: {both} are the same run")
-
-
-def _split(text: str) -> Iterator[str]:
-    """The values between commas; those inside brackets and quotes belong to a value."""
-    depth, quote, value = 0, "", ""
-    for letter in text:
-        if letter == quote:
-            quote = ""
-        elif letter in "'\"" and not quote:
-            quote = letter
-        depth += 0 if quote else (letter in "{[") - (letter in "}]")
-        if letter == "," and depth == 0 and not quote:
-            yield value.strip()
-            value = ""
-        else:
-            value += letter
-    yield value.strip()
-
-
-def _stage_with(key: str, base: Recipe, word: str) -> str:
-    """The name of the first stage that talks and has the key."""
-    for name, stage in base.stages.items():
-        if stage.kind in TALKING and getattr(stage, key, None) is not None:
-            return name
-    raise UsageError(f"--vary {word}: no align or tune stage of the recipe has a {key}")
 
 
 def _image_size(axes: Sequence[Axis], values: Sequence[str]) -> int | None:

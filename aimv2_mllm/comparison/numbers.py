@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from aimv2_mllm.comparison.cells import answers_in
 from aimv2_mllm.comparison.grid import Cell, Grid
+from aimv2_mllm.comparison.tasks import answers_in
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.evaluate import RESULTS
 from aimv2_mllm.evaluation.asking import SEEN

@@ -9,8 +9,8 @@ from typing import Any
 from tqdm import tqdm
 
 from aimv2_mllm.chat import load_model, stream
-from aimv2_mllm.comparison.cells import DONE
 from aimv2_mllm.comparison.grid import Cell
+from aimv2_mllm.comparison.tasks import DONE
 from aimv2_mllm.data.asked import Asked
 from aimv2_mllm.data.files import Unusable
 from aimv2_mllm.engine.disk import replace_file
