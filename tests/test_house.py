@@ -68,6 +68,7 @@ TABLE = (
     "model.quantising",
     "model.adapting",
     "model.llava",
+    "model.joining",
     "model.mllm",
     "model.rows",
     "model.answering",
