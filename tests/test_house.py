@@ -66,6 +66,7 @@ TABLE = (
     "model.frozen_tower",
     "model.stock",
     "model.quantising",
+    "model.merging",
     "model.adapting",
     "model.llava",
     "model.joining",
