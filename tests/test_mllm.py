@@ -249,6 +249,43 @@ def test_a_connector_that_cannot_serve_the_tower_is_refused_before_anything_is_b
         mllm.assemble(tower(), llm(), TOKENIZER, connector="mlp", options={"factor": 3})
 
 
+@pytest.mark.parametrize("kind", ["aimv2", *MAKE])
+def test_nothing_of_an_assembled_model_is_held_twice_or_missing(kind: str, tmp_path: Path) -> None:
+    mind = llm("qwen2")
+    if kind == "aimv2":
+        eyes = tower()
+    else:
+        saved(kind, tmp_path)
+        eyes = load_tower(tmp_path)
+    pixels, before = eyes.prepare([picture()]), [id(p) for p in mind.model.parameters()]
+    model = mllm.assemble(eyes, mind, TOKENIZER).eval()
+    assert before == [id(p) for p in model.model.language_model.parameters()]
+    assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
+    shared = {p.data_ptr() for p in eyes.parameters()} & {
+        p.data_ptr() for p in model.model.vision_tower.parameters()
+    }
+    assert shared
+    assert not [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
+    # Of one tensor that was three, each has a storage of its own, as what is saved needs it.
+    assert all(p.untyped_storage().nbytes() == p.nbytes for p in model.parameters())
+    assert model.get_image_features(pixel_values=pixels).pooler_output[0].isfinite().all()
+
+
+def test_a_connector_is_drawn_alike_for_llms_of_every_depth_and_vocabulary() -> None:
+    def drawn(seed: int, **sizes: int) -> dict[str, torch.Tensor]:
+        config = transformers.LlamaConfig(**{**SIZES, **sizes})
+        mind, eyes = transformers.LlamaForCausalLM(config), tower()
+        torch.manual_seed(seed)
+        return mllm.assemble(eyes, mind, TOKENIZER).model.multi_modal_projector.state_dict()
+
+    first, *others = drawn(3), drawn(3, num_hidden_layers=3), drawn(3, vocab_size=9), drawn(4)
+    alike = [all(torch.equal(first[name], other[name]) for name in first) for other in others]
+    assert alike == [True, True, False]
+    # As transformers draws a projector.
+    assert not first["linear_1.bias"].any()
+    assert float(first["linear_2.weight"].std()) == pytest.approx(0.02, rel=0.1)
+
+
 @pytest.mark.parametrize(
     ("size", "most", "unit", "grid"),
     [

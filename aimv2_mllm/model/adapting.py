@@ -18,7 +18,7 @@ from torch import nn
 from ..errors import UsageError, nearest
 from .families import TOWERS, family_of
 from .foreign import first_line
-from .quantising import is_quantised
+from .merging import merged_aside, share_unquantised
 from .shapes import shapes_only
 
 CONNECTOR, TOWER = "model.multi_modal_projector.", "model.vision_tower."
@@ -170,8 +170,10 @@ class Result:
             whole = self.model if self.adapters is None else self.adapters.merge_and_unload()
         else:
             full = self.unquantised()
-            copy_unquantised(self.model, full.model)
-            whole = full.model if full.adapters is None else full.adapters.merge_and_unload()
+            share_unquantised(self.model, full.model)
+            whole = full.model
+            if full.adapters is not None:
+                whole = merged_aside(full.adapters, folder, self.dtype)
         whole.to(self.dtype).save_pretrained(folder)
 
 
@@ -189,12 +191,3 @@ def save_adapter(adapters: Any, folder: Path, base: str) -> None:
         tensors = {name: tensor for name, tensor in trained.items() if name.startswith(part)}
         if tensors:
             save_file(tensors, folder / f"{file}.safetensors", metadata={"format": "pt"})
-
-
-def copy_unquantised(source: nn.Module, target: nn.Module) -> None:
-    """Give `target` every weight of `source` that is not quantised there, by name."""
-    have = dict(source.named_parameters())
-    with torch.no_grad():
-        for name, parameter in target.named_parameters():
-            if not is_quantised(have[name]):
-                parameter.copy_(have[name])

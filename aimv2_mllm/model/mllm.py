@@ -15,6 +15,7 @@ from aimv2_mllm.errors import UsageError
 from aimv2_mllm.model.connectors import build_connector
 from aimv2_mllm.model.families import side_of
 from aimv2_mllm.model.foreign import demand_whole, first_line
+from aimv2_mllm.model.joining import draw_connector, take_weights
 from aimv2_mllm.model.llms import IMAGE_TOKEN
 from aimv2_mllm.model.preprocessing import Preprocessing
 from aimv2_mllm.model.stock import (
@@ -38,12 +39,13 @@ def assemble(
     connector: str = "mlp",
     options: Mapping[str, Any] | None = None,
 ) -> "LlavaForConditionalGeneration":
-    """A Llava of this tower and this LLM, their weights copied, with a freshly drawn connector.
+    """A Llava of this tower and this LLM, their weights taken over, with a freshly drawn connector.
 
     It is transformers' own where that computes the same (see `stock.is_stock`), and else ours,
-    which needs this package. `tokenizer` is `llms.load_tokenizer`'s; where it has more tokens than
-    the LLM, the LLM's embeddings grow. UsageError for a connector that cannot serve the tower's
-    grid.
+    which needs this package. Nothing is held twice, so `llm` is a part of it from then on, and a
+    tower shares what needs no other form. What is drawn follows from torch's seed and the sizes of
+    the connector alone. `tokenizer` is that of `llms`; where it has more tokens than the LLM,
+    the LLM's embeddings grow. UsageError for a connector that cannot serve the tower's grid.
     """
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
@@ -52,8 +54,6 @@ def assemble(
         num_tokens = build_connector(connector, tower.hidden_size, width, **options).num_tokens(
             tower.grid
         )
-    if len(tokenizer) > llm.get_input_embeddings().weight.shape[0]:
-        llm.resize_token_embeddings(len(tokenizer))
     common = {
         "vision_config": vision_config(tower),
         "text_config": llm.config,
@@ -63,9 +63,9 @@ def assemble(
         "image_seq_length": num_tokens,
         "tie_word_embeddings": llm.config.tie_word_embeddings,
     }
-    if is_stock(tower, connector, options):
-        model = LlavaForConditionalGeneration(LlavaConfig(**common))
-    else:
+    kind: Any = LlavaForConditionalGeneration
+    config = LlavaConfig(**common)
+    if not is_stock(tower, connector, options):
         from aimv2_mllm.model.llava import AnyLlava, AnyLlavaConfig
 
         ours = {
@@ -73,13 +73,18 @@ def assemble(
             "vision_feature_norm": tower.norm,
             "connector": {"name": connector, **options},
         }
-        model = AnyLlava(AnyLlavaConfig(**common, **ours))
-    model.model.vision_tower.load_state_dict(tower_state(tower), strict=True)
-    model.model.language_model.load_state_dict(llm.base_model.state_dict(), strict=True)
-    model.lm_head.load_state_dict(llm.get_output_embeddings().state_dict(), strict=True)
+        kind, config = AnyLlava, AnyLlavaConfig(**common, **ours)
+    with torch.device("meta"):
+        model = kind(config)
+    draw_connector(model)
+    take_weights(model.model.vision_tower, tower_state(tower))
+    assert type(model.model.language_model) is type(llm.base_model), type(llm.base_model)
+    model.model.language_model, model.lm_head = llm.base_model, llm.get_output_embeddings()
+    if len(tokenizer) > model.lm_head.weight.shape[0]:
+        model.resize_token_embeddings(len(tokenizer))
     model.config.text_config.name_or_path = ""  # a path of this machine
     model.generation_config = llm.generation_config
-    return model
+    return model.train()
 
 
 def build_processor(model: Any, tokenizer: Any, preprocessing: Preprocessing) -> "LlavaProcessor":
