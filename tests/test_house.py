@@ -402,7 +402,7 @@ README = (HOUSE.parent / "README.md").read_text(encoding="utf-8").splitlines()
 
 
 def test_the_readme_is_short_and_its_commands_are_ones_we_have() -> None:
-    assert len(README) < 300
+    assert len(README) < 330  # with the table of towers and connectors
     assert next(number for number, line in enumerate(README, 1) if line.startswith("```")) <= 20
     commands = [line for line in README if line.startswith(".venv/bin/aimv2-mllm ")]
     assert len(commands) >= 4
