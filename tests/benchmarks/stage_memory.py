@@ -122,7 +122,6 @@ def measured(args: argparse.Namespace, case: str, checkpointing: bool, folder: P
 def process(args: argparse.Namespace, case: str, checkpointing: bool, folder: Path) -> Any:
     """GiB of a process with its libraries, and what it grows by at most in a run of three steps."""
     recipe = recipe_of(args, case, checkpointing, folder, steps=3)
-    stage = recipe.stages["stage"]
     plan(recipe, accelerator(None), 1)  # it imports what a stage of this kind does
     gc.collect()
     release_freed_memory()
