@@ -4,12 +4,16 @@
     python tests/benchmarks/stage_memory.py --cases lora,nf4 --llm 0.5b --tower large
 
 The plan is that of `run --dry-run`. Beside it, on a CPU, what torch allocates at most in the second
-micro-batch of a step, as its profiler has it, with weights and optimiser. Each
-row is a process of its own; rows are those of `llava_shaped`.
+micro-batch of a step, as its profiler has it, with weights and optimiser; and
+what a process that trains three steps and saves takes at most, beyond what it
+has before anything is built. Each row is processes of their own; rows are those
+of `llava_shaped`.
 """
 
 import argparse
+import gc
 import json
+import shutil
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,13 +25,14 @@ from measure import in_a_child
 
 from aimv2_mllm.engine.accelerators import accelerator
 from aimv2_mllm.engine.distributed import Ranks
-from aimv2_mllm.engine.memory import keep_freed_memory
+from aimv2_mllm.engine.memory import keep_freed_memory, release_freed_memory
 from aimv2_mllm.engine.optimizer import build_optimizer
 from aimv2_mllm.engine.strategies import keep_inputs
 from aimv2_mllm.job import Place
 from aimv2_mllm.model.quantising import num_bytes
 from aimv2_mllm.plan import plan
 from aimv2_mllm.recipe import Recipe
+from aimv2_mllm.run import run
 from aimv2_mllm.stages import STAGES
 
 GIB = 2**30
@@ -53,11 +58,13 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--llm", choices=tuple(LLMS), default="0.1b")
     parser.add_argument("--micro-batch", type=int, default=2)
     parser.add_argument("--cases", default=",".join(CASES))
-    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     return parser.parse_args(words)
 
 
-def recipe_of(args: argparse.Namespace, case: str, checkpointing: bool, folder: Path) -> Recipe:
+def recipe_of(
+    args: argparse.Namespace, case: str, checkpointing: bool, folder: Path, steps: int = 1
+) -> Recipe:
     """The recipe of one case."""
     data: dict[str, Any] = {"sources": [{"kind": "llava", "file": str(folder / "rows.json")}]}
     if case == "features":
@@ -69,7 +76,7 @@ def recipe_of(args: argparse.Namespace, case: str, checkpointing: bool, folder: 
         "connector": "mlp",
         "data": data,
         "train": {
-            "steps": 1,
+            "steps": steps,
             "batch_size": 2 * args.micro_batch,
             "micro_batch_size": args.micro_batch,
             "lr": 1e-4,
@@ -112,30 +119,55 @@ def measured(args: argparse.Namespace, case: str, checkpointing: bool, folder: P
     return {"torch": (kept + most) / GIB}
 
 
+def process(args: argparse.Namespace, case: str, checkpointing: bool, folder: Path) -> Any:
+    """GiB of a process with its libraries, and what it grows by at most in a run of three steps."""
+    recipe = recipe_of(args, case, checkpointing, folder, steps=3)
+    plan(recipe, accelerator(None), 1)  # it imports what a stage of this kind does
+    gc.collect()
+    release_freed_memory()
+    before = of_this_process("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the most so far is forgotten
+    run(recipe, lambda line: None)
+    shutil.rmtree(recipe.output)
+    return {"libraries": before, "process": of_this_process("VmHWM") - before}
+
+
+def of_this_process(what: str) -> float:
+    """GiB that Linux says of this process: VmRSS, what it holds, or VmHWM, what it held at most."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    [kib] = [line.split()[1] for line in lines if line.startswith(f"{what}:")]
+    return int(kib) / 2**20
+
+
 def main() -> None:
     words = sys.argv[1:]
     args = parse(words)
     if args.child:
-        case, checkpointing, name = args.child
-        print(json.dumps(measured(args, case, checkpointing == "yes", Path(name))))
+        what, case, checkpointing, name = args.child
+        measure = {"torch": measured, "process": process}[what]
+        print(json.dumps(measure(args, case, checkpointing == "yes", Path(name))))
         return
     print(f"aimv2_{args.tower} at {args.image_size} px, LLM {args.llm}, {args.micro_batch} rows at "
           "once, fp32, cpu; GiB")  # fmt: skip
-    print("case       checkpointing  plan   torch  plan/torch")
+    print("case       checkpointing  plan   torch  plan/torch  process  plan/process  libraries")
     with TemporaryDirectory() as name:
         folder = Path(name)
         write_rows(folder, 16)
         write_models(folder, args.tower, args.image_size, args.llm)
         for case in args.cases.split(","):
             for word in ("no", "yes"):
-                found = in_a_child("stage_memory.py", *words, "--child", case, word, name)
+                found = {}
+                for what in ("torch", "process"):
+                    child = ("--child", what, case, word, name)
+                    found |= in_a_child("stage_memory.py", *words, *child)
                 planned = plan(recipe_of(args, case, word == "yes", folder), accelerator(None), 1)
                 memory = planned.stages[0].memory
                 assert memory is not None, [str(problem) for problem in planned.problems]
                 foretold = memory.total / GIB
-                ratio = foretold / found["torch"]
-                print(f"{case:10}{word:>13}{foretold:7.3f}{found['torch']:8.3f}{ratio:12.3f}",
-                      flush=True)  # fmt: skip
+                allocated, grown = found["torch"], found["process"]
+                print(f"{case:10}{word:>13}{foretold:7.3f}{allocated:8.3f}"
+                      f"{foretold / allocated:12.3f}{grown:9.3f}{foretold / grown:14.3f}"
+                      f"{found['libraries']:11.3f}", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":
