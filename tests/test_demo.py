@@ -36,7 +36,7 @@ CAMERA = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"
 # What a screen reader calls those that can be used, by the browser's own account.
 CONTROLS = {"button", "checkbox", "combobox", "link", "radio", "slider", "spinbutton", "tab",
             "textbox"}  # fmt: skip
-PATIENCE = 30_000  # milliseconds, on a machine that others use too
+PATIENCE = 90_000  # milliseconds, on a machine that others use too
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium")
 
 

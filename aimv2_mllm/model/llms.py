@@ -38,6 +38,7 @@ def load_tokenizer(name: str, *, talks: bool = True, chat_template: str | None =
         raise UsageError(
             f"{name}: no tokenizer can be loaded from there ({first_line(error)})"
         ) from None
+    forget_how_it_was_loaded(tokenizer)
     if not talks:
         if tokenizer.eos_token_id is None:
             raise UsageError(f"{name}: its tokenizer has no end token, so no caption would end")
@@ -53,6 +54,11 @@ def load_tokenizer(name: str, *, talks: bool = True, chat_template: str | None =
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def forget_how_it_was_loaded(tokenizer: Any) -> None:
+    """Keep out of a saved tokenizer whether the hub was within reach when it was loaded."""
+    tokenizer.init_kwargs.pop("local_files_only", None)
 
 
 def load_llm(name: str, dtype: torch.dtype = torch.float32) -> "PreTrainedModel":

@@ -16,7 +16,7 @@ from aimv2_mllm.model.connectors import build_connector
 from aimv2_mllm.model.families import side_of
 from aimv2_mllm.model.foreign import demand_whole, first_line
 from aimv2_mllm.model.joining import draw_connector, take_weights
-from aimv2_mllm.model.llms import IMAGE_TOKEN
+from aimv2_mllm.model.llms import IMAGE_TOKEN, forget_how_it_was_loaded
 from aimv2_mllm.model.preprocessing import Preprocessing
 from aimv2_mllm.model.stock import (
     STRATEGIES,
@@ -147,6 +147,7 @@ def load_llava(source: str | Path, dtype: Any = torch.float32) -> tuple[Any, Any
             f"{source}: no Llava can be loaded from there ({first_line(error)})"
         ) from None
     demand_whole(report, str(source))
+    forget_how_it_was_loaded(processor.tokenizer)
     return model, processor
 
 
