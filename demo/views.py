@@ -145,8 +145,12 @@ def compare(room: Showroom, folder: Path) -> None:
             image = visit.picture_of(file)
             asked = visit.with_question([], question, [str(file)])
             found: list[Any] = ["", "", None, "", "", None]
+            yield found
             for start, model in ((0, left), (3, right)):
                 found[start + 2] = insight.coloured(insight.view(room.bot(model), image))
+                yield found
+                # Sent once: a picture's file would be written anew while the page reads it.
+                found[2] = found[5] = gr.skip()
                 reply = room.ask(f"{request.session_hash} {start}", model, asked)
                 try:
                     for piece in reply:

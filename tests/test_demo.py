@@ -36,6 +36,11 @@ CAMERA = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"
 # What a screen reader calls those that can be used, by the browser's own account.
 CONTROLS = {"button", "checkbox", "combobox", "link", "radio", "slider", "spinbutton", "tab",
             "textbox"}  # fmt: skip
+WHOLE_PICTURES = """number => {
+    const shown = [...document.querySelectorAll("[role=tabpanel] img")]
+        .filter(one => one.checkVisibility());
+    return shown.length == number && shown.every(one => one.complete && one.naturalWidth);
+}"""
 PATIENCE = 90_000  # milliseconds, on a machine that others use too
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium")
 
@@ -260,6 +265,9 @@ def test_two_models_answer_side_by_side(visit: Visit, drawn: Path) -> None:
     for side in ("Left", "Right"):
         visit.page.wait_for_function(f"document.querySelector('#{side} textarea').value")
     visit.page.wait_for_function("document.querySelector('#Right-took textarea').value")
+    # The picture, and what each tower makes of it: all of them whole, none of them written anew
+    # while the page reads it.
+    visit.page.wait_for_function(WHOLE_PICTURES, arg=3)
     visit.photograph("demo_compare.png")
 
 
