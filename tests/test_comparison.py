@@ -117,6 +117,15 @@ def test_what_cannot_vary_is_refused_before_anything_runs(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_tower_that_is_not_there_is_told_before_anything_is_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["compare", RECIPE, "--vary", "tower=both,./nowhere", "--out", str(tmp_path / "out")]
+    assert main([*words, "--limit", "14"]) == 2
+    assert "stages.align.tower: there is no folder ./nowhere" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_comma_inside_quotes_belongs_to_the_value(tmp_path: Path) -> None:
     made = grid(tmp_path, 'tower="./my, folder",./other')
     assert made.axes[0].values == ('"./my, folder"', "./other")

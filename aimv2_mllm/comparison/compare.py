@@ -48,6 +48,7 @@ def compare(args: Namespace, narrate: Narrate) -> dict[str, Any]:
             "give --no-controls"
         )
     digest = _digest(asked, args)
+    _demand_folders(grid, out)
     launcher = (*shlex.split(args.launcher), "-m", "aimv2_mllm") if args.launcher else PROGRAM
     tasks = tasks_of(grid, launcher, [data, *_judge(args)], digest)
     with ExitStack() as held:
@@ -73,6 +74,22 @@ def compare(args: Namespace, narrate: Narrate) -> dict[str, Any]:
         }
         write_files(out, _files(numbers))
     return numbers
+
+
+def _demand_folders(grid: Grid, out: Path) -> None:
+    """UsageError for a folder that runs are to start from and that is not there, nor made in
+    `out` by the comparison itself."""
+    recipes = [cell.recipe for cell in grid.cells]
+    recipes += [recipe for recipe in grid.shared.values() if recipe is not None]
+    for recipe in recipes:
+        for name, stage in recipe.stages.items():
+            for key in ("tower", "llm", "start"):
+                source = getattr(stage, key, None)
+                if not isinstance(source, str) or not source.startswith(("/", "./", "../")):
+                    continue
+                is_made = Path(source).is_relative_to(out.absolute())
+                if not is_made and not Path(source).is_dir():
+                    raise UsageError(f"stages.{name}.{key}: there is no folder {source}")
 
 
 def _digest(asked: Asked, args: Namespace) -> str:
