@@ -540,6 +540,15 @@ def test_a_client_compares_paints_and_keeps_conversations(
     assert opened[-1]["content"][0]["text"] == history[-1]["content"][0]["text"]
 
 
+def test_a_comparison_sends_each_picture_once(served: Served, drawn: Path) -> None:
+    words = (client.handle_file(drawn), "Describe the sheet.", *served.room.names)
+    job = visitor(served).submit(*words, api_name="/compare")
+    job.result()
+    for place in (2, 5):
+        sent = [one[place] for one in job.outputs() if isinstance(one[place], str)]
+        assert len(sent) == 1, sent
+
+
 def test_a_file_that_is_too_large_is_not_taken(served: Served, tmp_path: Path) -> None:
     large = tmp_path / "large.png"
     large.write_bytes(bytes(11 * 10**6))
