@@ -74,7 +74,8 @@ def run_stage(
     packages = {name: version(name) for name in ("torch", "transformers", "aimv2-mllm")}
     versions = {**packages, "python": platform.python_version()}
     narrate(f"stage {name}: training {STAGES[stage.kind].trains}")
-    torch.manual_seed(_number(place.recipe.seed, name))
+    # By kind: encoders that are compared begin with equal weights, and each kind with its own.
+    torch.manual_seed(_number(place.recipe.seed, stage.kind))
     job = STAGES[stage.kind].build(stage, place)
     table = job.table()
     narrate(_as_text(table))
@@ -159,8 +160,8 @@ def _say_nothing(text: str) -> None:
     """What narrates on ranks other than 0."""
 
 
-def _number(seed: int, name: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7])
+def _number(seed: int, kind: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{kind}".encode()).digest()[:7])
 
 
 def _as_text(table: list[tuple[str, int, bool]]) -> str:

@@ -48,6 +48,16 @@ def test_another_seed_is_another_run(tiny_run: Path, tmp_path: Path) -> None:
     assert metrics(other, "pretrain")[0]["text"] != metrics(tiny_run, "pretrain")[0]["text"]
 
 
+def test_stages_of_a_kind_begin_with_equal_weights(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path / "run", "stages.pretrain.train.steps=1")
+    both = recipe.stages["pretrain"]
+    pictures = both.model_copy(update={"text_weight": 0})
+    stages = {"both": both, "pictures": pictures}
+    folder = runs.run(recipe.model_copy(update={"stages": stages}), lambda _: None)
+    first, second = (metrics(folder, stage)[0]["image"] for stage in stages)
+    assert first == second
+
+
 @pytest.mark.slow
 def test_killed_in_every_stage_and_run_again_ends_with_equal_metrics(tmp_path: Path) -> None:
     folder, file = tmp_path / "killed", tmp_path / "recipe.yaml"
