@@ -5,7 +5,6 @@ Owns when a run is judged again and that its report is whole or not there.
 
 import hashlib
 import json
-import os
 import platform
 import re
 import shutil
@@ -16,6 +15,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from aimv2_mllm.disk import write_synced
 from aimv2_mllm.errors import RunFailed
 from aimv2_mllm.evaluation.summary import Findings, evaluate
 from aimv2_mllm.folders import STAGE_FILE
@@ -123,10 +123,7 @@ def write_files(folder: Path, files: dict[str, bytes]) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir()
         for name, content in files.items():
-            with (unfinished / name).open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
+            write_synced(unfinished / name, content)
         (folder / SUMMARY).unlink(missing_ok=True)
         for name in sorted(files, key=lambda name: name == SUMMARY):
             (unfinished / name).rename(folder / name)

@@ -15,8 +15,8 @@ from typing import Any
 
 import yaml
 
+from aimv2_mllm.disk import replace_file
 from aimv2_mllm.engine.checkpoint import owner
-from aimv2_mllm.engine.disk import replace_file
 from aimv2_mllm.engine.training import CHECKPOINTS
 from aimv2_mllm.errors import RunFailed, UsageError
 from aimv2_mllm.files import sha256

@@ -24,6 +24,7 @@ RECIPES = sorted((HOUSE.parent / "recipes").glob("*.yaml"))
 # A module imports only what stands above it, or beside it in the same entry.
 TABLE = (
     "errors",
+    "disk",
     "heap",
     "sampling",
     "folders",
@@ -134,7 +135,7 @@ ONLY = {
     "model.namings": {"errors"},
     "model.timm_layout": {"errors", "model.encoder"},
     "model.layouts": {"errors", "model.encoder", "model.timm_layout"},
-    "model.shards": {"errors", "model.namings"},
+    "model.shards": {"disk", "errors", "model.namings"},
     "model.hub": {"errors", "model.shapes"},
     "model.weights": {
         "errors",
@@ -148,7 +149,7 @@ ONLY = {
     "model.lit": {"model.blocks", "model.encoder"},
     "convert": {"errors", "folders", "files", "model"},
     "objective": set(),
-    "engine": {"errors", "recipe_train", "engine"},
+    "engine": {"disk", "errors", "recipe_train", "engine"},
     "folders": {"errors"},
     "charts": set(),
     "prompts": {"errors", "data"},

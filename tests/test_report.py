@@ -1,6 +1,7 @@
 """The report of a finished run: its numbers, its page, and that it is whole or not there."""
 
 import json
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -258,7 +259,7 @@ def test_a_report_that_was_there_outlives_a_failed_one(
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(report.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(RunFailed):
         report.write_report(other, lambda line: None)
     after = {name: (place.folder / name).read_bytes() for name in report_files(place.folder)}

@@ -18,7 +18,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
-from uuid import uuid4
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -28,6 +27,7 @@ from tqdm import tqdm
 from aimv2_mllm.data.cache import user_cache
 from aimv2_mllm.data.files import Unusable, read_at, regular_file
 from aimv2_mllm.data.shard_index import INDEX_ENDING
+from aimv2_mllm.disk import replace_file
 from aimv2_mllm.errors import RunFailed, UsageError
 
 VERSION = "1"
@@ -213,12 +213,7 @@ def _sidecars(file: Path) -> list[Path]:
 
 
 def _save(rows: JsonRows, path: Path, stamp: dict[str, str]) -> None:
-    unfinished = path.with_name(f"{path.name}.{uuid4().hex}.part")  # ranks may write it together
-    try:
-        unfinished.write_bytes(save(rows.columns, stamp | {"digest": rows.digest()}))
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    replace_file(path, save(rows.columns, stamp | {"digest": rows.digest()}))
 
 
 def _loaded(path: Path, file: Path, stamp: dict[str, str]) -> JsonRows | None:

@@ -14,13 +14,13 @@ import zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from uuid import uuid4
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from aimv2_mllm.data.files import read_at, regular_file
+from aimv2_mllm.disk import replace_file
 from aimv2_mllm.errors import UsageError
 
 INDEX_ENDING = ".index.safetensors"
@@ -144,12 +144,7 @@ def save_index(index: ShardIndex, path: Path, size: int, stamp: str) -> None:
         "left_out": json.dumps(index.left_out),
         "digest": index.digest(),
     }
-    unfinished = path.with_name(f"{path.name}.{uuid4().hex}.part")  # ranks may write it together
-    try:
-        unfinished.write_bytes(save(index.columns, metadata))
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    replace_file(path, save(index.columns, metadata))
 
 
 def load_index(path: Path, size: int, stamp: str) -> ShardIndex | None:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.utils._pytree import tree_leaves
 
+from aimv2_mllm.disk import sync
 from aimv2_mllm.engine import checkpoint, metrics
-from aimv2_mllm.engine.disk import sync
 from aimv2_mllm.engine.distributed import Ranks
 from aimv2_mllm.engine.flops import FlopCounter
 from aimv2_mllm.engine.memory import release_freed_memory

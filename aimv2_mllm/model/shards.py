@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..disk import replace_file
 from ..errors import UsageError
 from .namings import State
 
@@ -130,10 +131,8 @@ def demand_fit(
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write `content` to `path` under another name, and rename it."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    """Write `content` to `path`, whole or not at all."""
+    replace_file(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def num_bytes(tensor: Tensor, dtype: torch.dtype | None = None) -> int:
