@@ -149,7 +149,7 @@ ONLY = {
     "model.lit": {"model.blocks", "model.encoder"},
     "convert": {"errors", "folders", "files", "model"},
     "objective": set(),
-    "engine": {"disk", "errors", "recipe_train", "engine"},
+    "engine": {"disk", "errors", "heap", "recipe_train", "engine"},
     "folders": {"errors"},
     "charts": set(),
     "prompts": {"errors", "data"},
