@@ -16,7 +16,7 @@ from PIL import Image
 
 from aimv2_mllm.data import scenes
 from aimv2_mllm.data.files import Unusable
-from aimv2_mllm.data.images import as_rgb, open_image, opened, upright
+from aimv2_mllm.data.images import decoded, open_image
 from aimv2_mllm.data.tables import load_dataset, picture_bytes
 from aimv2_mllm.errors import UsageError, nearest
 
@@ -196,9 +196,7 @@ def _rows(rows: Any, image: str, label: str, source: str) -> Pictures:
 
     def open_row(index: int, _: int) -> Image.Image:
         try:
-            with opened(io.BytesIO(picture_bytes(raw[index][image]))) as picture:
-                picture.load()
-                return as_rgb(upright(picture))
+            return decoded(io.BytesIO(picture_bytes(raw[index][image])))
         except Unusable as error:
             raise UsageError(f"{source}: row {index} {error}") from None
 
