@@ -147,8 +147,8 @@ def test_a_run_is_judged_again_when_what_it_was_judged_by_changed(
         config = place.recipe.evaluation.model_copy(update={"questions": 8})
         place = Place(place.recipe.model_copy(update={"evaluation": config}), place.folder)
     else:
-        real = report._record
-        monkeypatch.setattr(report, "_record", lambda p, s: {**real(p, s), "files": {"x": s}})
+        real = Place.record
+        monkeypatch.setattr(Place, "record", lambda p, s: {**real(p, s), "files": {"x": s}})
     report.write_report(place, lambda line: None)
     assert len(calls) == 2
 

@@ -21,6 +21,7 @@ from aimv2_mllm.folders import (
     licence_of,
     origins_of,
     pretrained_folder,
+    result_of,
     stage_record,
     stages_of,
     talking_folder,
@@ -79,7 +80,7 @@ def seeing(name: str) -> Source:
             )
         return _opened(name, folder)
     kinds = {stage: recipe["kind"] for stage, recipe in stages_of(folder).items()}
-    results = [folder / s / "model" for s, kind in kinds.items() if kind in ("align", "tune")]
+    results = [result_of(folder, s) for s, kind in kinds.items() if kind in ("align", "tune")]
     finished = [result for result in results if isfile(result / STAGE_FILE)]
     tuned = [
         result
