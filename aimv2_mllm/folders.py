@@ -50,14 +50,22 @@ def stages_of(folder: Path) -> dict[str, dict[str, Any]]:
     raise UsageError(f"{folder}: is no model and no run, for it has neither {files}; {hint}")
 
 
-def model_type_of(folder: Path, give: str = GIVE) -> Any:
-    """What the config of the model in `folder` says that it is, None where it says nothing;
-    UsageError, which ends with what to `give`, where there is no such config."""
+def config_of(folder: Path, give: str = GIVE) -> dict[str, Any]:
+    """What the config of the model in `folder` says, nothing where it is no mapping; UsageError,
+    which ends with what to `give`, where there is none."""
     path = folder / CONFIG_FILE
+    if not isfile(path):
+        raise UsageError(f"{folder} has no {CONFIG_FILE}: {give}")
     try:
-        return json.loads(path.read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise UsageError(f"{path}: cannot be read ({error!r}); {give}") from None
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} is not JSON ({error}): {give}") from None
+    return content if isinstance(content, dict) else {}
+
+
+def model_type_of(folder: Path, give: str = GIVE) -> Any:
+    """What the config of the model in `folder` says that it is, None where it says nothing."""
+    return config_of(folder, give).get("model_type")
 
 
 def _run_stages(path: Path) -> dict[str, dict[str, Any]]:

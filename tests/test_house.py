@@ -134,11 +134,12 @@ ONLY = {
     "model.encoder": {"model.blocks", "model.packed", "model.positions"},
     "model.namings": {"errors"},
     "model.timm_layout": {"errors", "model.encoder"},
-    "model.layouts": {"errors", "model.encoder", "model.timm_layout"},
+    "model.layouts": {"errors", "folders", "model.encoder", "model.timm_layout"},
     "model.shards": {"disk", "errors", "model.namings"},
     "model.hub": {"errors", "model.shapes"},
     "model.weights": {
         "errors",
+        "folders",
         "model.encoder",
         "model.hub",
         "model.layouts",
@@ -169,7 +170,7 @@ ONLY = {
     "answerers": {"errors", "sampling", "data", "model", "folders", "prompts", "chat"},
     "transcript": {"errors", "data", "prompts"},
     "visit": {"errors", "data", "prompts", "transcript"},
-    "towers": {"errors", "model", "towers"},
+    "towers": {"errors", "folders", "model", "towers"},
 }
 # What stands in the old environments of host toolkits, where towers live.
 BASE = {"torch", "safetensors", "numpy", "PIL"}

@@ -6,7 +6,6 @@ of another tower as far as shapes allow, and keeps an old tower under a new name
 
 import argparse
 import importlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 
 from ..errors import UsageError, nearest
+from ..folders import config_of
 from .llava import demand_known
 from .llava_connectors import build_projector
 from .llava_images import join
@@ -189,13 +189,5 @@ def check_model(path: str, base: str | None) -> None:
 
 def _llm_config(source: str) -> dict[str, Any]:
     """The config.json of a folder, or nothing of a hub id, which is not there yet."""
-    path = Path(source) / "config.json"
-    if not path.is_file():
-        if Path(source).is_dir():
-            raise UsageError(f"{source} has no config.json: give the folder of an LLM")
-        return {}
-    try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} is not JSON ({error})") from None
-    return config
+    folder = Path(source)
+    return config_of(folder, "give the folder of an LLM") if folder.is_dir() else {}
