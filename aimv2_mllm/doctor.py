@@ -4,7 +4,6 @@ Towers are loaded with their weights, everything else is built with shapes alone
 the first ones of the run itself. What no earlier stage has made yet is stood in for, and said.
 """
 
-import hashlib
 import platform
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
@@ -19,6 +18,7 @@ from aimv2_mllm.data.batches import CaptionBatches
 from aimv2_mllm.data.talk_batches import TalkBatches
 from aimv2_mllm.doctor_samples import Report, examine_captions, examine_talks
 from aimv2_mllm.errors import RunFailed, UsageError
+from aimv2_mllm.files import sha256
 from aimv2_mllm.folders import pretrained_folder
 from aimv2_mllm.job import Job, Place
 from aimv2_mllm.model.hub import commit_of, locate
@@ -31,7 +31,6 @@ from aimv2_mllm.recipe_stages import Stage
 from aimv2_mllm.stand_ins import sketched
 from aimv2_mllm.towers.tower import demand_finite
 
-CHUNK = 2**24  # bytes
 PACKAGES = ("torch", "transformers", "peft", "aimv2-mllm")
 
 
@@ -118,12 +117,7 @@ def _told(source: str) -> str:
     folder = locate(source)
     if commit := commit_of(source, folder):
         return f"commit {commit}"
-    digest = hashlib.sha256()
-    for path in weight_files(pretrained_folder(folder)):
-        with path.open("rb") as file:
-            while chunk := file.read(CHUNK):
-                digest.update(chunk)
-    return f"sha256 {digest.hexdigest()[:16]}"
+    return f"sha256 {sha256(*weight_files(pretrained_folder(folder)))[:16]}"
 
 
 def _built(name: str, stage: Stage, sketch: Place, report: Report) -> Job | None:

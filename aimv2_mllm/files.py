@@ -69,10 +69,13 @@ def new_folder(destination: Path) -> Iterator[Path]:
         raise UsageError(f"{destination}: cannot be written ({said})") from None
 
 
-def sha256(path: Path) -> str:
-    """The digest of a file's contents, in hex digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256(*paths: Path) -> str:
+    """The digest of a file's contents, or of several one behind the other, in hex digits."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            hashlib.file_digest(file, lambda: digest)
+    return digest.hexdigest()
 
 
 def _formats() -> dict[str, str]:

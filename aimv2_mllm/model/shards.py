@@ -4,6 +4,7 @@ Refuses a file that is cut off, a shard that is missing, an index that does not 
 hold, and a folder that has both forms.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -133,6 +134,15 @@ def demand_fit(
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write `content` to `path`, whole or not at all."""
     replace_file(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def weights_sha256(state: Mapping[str, Tensor]) -> str:
+    """The hash of all tensors by name: equal for equal weights, however they are stored."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def num_bytes(tensor: Tensor, dtype: torch.dtype | None = None) -> int:
