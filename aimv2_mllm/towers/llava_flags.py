@@ -14,10 +14,10 @@ import torch
 
 from ..errors import UsageError, nearest
 from ..folders import config_of
-from .llava import demand_known
+from .llava import meant_for_us
 from .llava_connectors import build_projector
 from .llava_images import join
-from .sources import SOURCES, is_source
+from .sources import SOURCES
 from .tower import VisionTower
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
@@ -59,10 +59,10 @@ def check_flags(flags: Flags) -> None:
     if not model.vision_tower:
         forms = " or ".join(f"{kind}:FOLDER_OR_HUB_ID" for kind in SOURCES)
         raise UsageError(f"there is no --vision_tower: give {forms}")
-    demand_known(model.vision_tower)
+    is_ours = meant_for_us(model.vision_tower)
     _check_files(model, data)
     _check_stage(model, training)
-    if is_source(model.vision_tower):
+    if is_ours:
         config = _llm_config(model.model_name_or_path)
         before = config.get("mm_vision_tower")
         if before not in (None, model.vision_tower):
