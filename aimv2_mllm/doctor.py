@@ -4,9 +4,7 @@ Towers are loaded with their weights, everything else is built with shapes alone
 the first ones of the run itself. What no earlier stage has made yet is stood in for, and said.
 """
 
-import platform
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -29,6 +27,7 @@ from aimv2_mllm.problems import Problem, find_problems
 from aimv2_mllm.recipe import Recipe
 from aimv2_mllm.recipe_stages import Stage
 from aimv2_mllm.stand_ins import sketched
+from aimv2_mllm.towers.examined import versions
 from aimv2_mllm.towers.tower import demand_finite
 
 PACKAGES = ("torch", "transformers", "peft", "aimv2-mllm")
@@ -40,7 +39,7 @@ def examine(recipe: Recipe, say: Callable[[str], None]) -> list[Problem]:
     Nothing is trained, and nothing written into the run folder.
     """
     report, place = Report(say), Place(recipe, recipe.output)
-    report.tell("ok", f"versions: {_versions()}")
+    report.tell("ok", f"versions: {versions(PACKAGES)}")
     report.problems += find_problems(place, 1)
     unbuilt = set[str]()
     with TemporaryDirectory() as folder:
@@ -62,16 +61,6 @@ def examine(recipe: Recipe, say: Callable[[str], None]) -> list[Problem]:
             why = f"stage {waits_for.pop()}" if waits_for else "it"
             report.tell("note", f"left out: shapes and samples, for {why} cannot be built")
     return report.problems
-
-
-def _versions() -> str:
-    found = [f"python {platform.python_version()}"]
-    for package in PACKAGES:
-        try:
-            found.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            found.append(f"no {package}")
-    return ", ".join([*found, "cuda" if torch.cuda.is_available() else "cpu"])
 
 
 def _earlier(stage: Stage) -> set[str]:
