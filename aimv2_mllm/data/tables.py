@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from aimv2_mllm.data.files import MAX_PICTURE_BYTES, Later, Unusable, read_later, read_whole
 from aimv2_mllm.data.pairs import Source
-from aimv2_mllm.errors import UsageError, nearest, show
+from aimv2_mllm.errors import UsageError, first_line, nearest, show
 from aimv2_mllm.recipe_data import DatasetsSource
 
 
@@ -145,6 +145,5 @@ def load_dataset(name: str, config: str | None = None, split: str | None = None)
         return datasets.load_dataset(name, config, split=split)
     # Each builder has its own kinds of errors, and the hub's are no OSError.
     except Exception as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
         where = "" if os.path.isdir(name) else " from the hub, and there is no such folder"
-        raise UsageError(f"{name}: cannot be loaded{where} ({lines[0]})") from None
+        raise UsageError(f"{name}: cannot be loaded{where} ({first_line(error)})") from None

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 
-from ..errors import UsageError, nearest
+from ..errors import UsageError, first_line, nearest
 from ..folders import config_of
 from .llava import meant_for_us
 from .llava_connectors import build_projector
@@ -46,7 +46,7 @@ def read_flags(train: Any, words: Sequence[str]) -> Flags:
             list(words), return_remaining_strings=True, look_for_args_file=False
         )
     except (ValueError, argparse.ArgumentError) as error:
-        raise UsageError(str(error).splitlines()[0]) from None
+        raise UsageError(first_line(error)) from None
     if unknown:
         known = [o for action in parser._actions for o in action.option_strings]
         raise UsageError(f"there is no flag {unknown[0]}{nearest(unknown[0], known)}")
