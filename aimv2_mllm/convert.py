@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from aimv2_mllm.errors import UsageError
-from aimv2_mllm.files import sha256
-from aimv2_mllm.folders import STAGE_FILE, origin_of, origins_of
+from aimv2_mllm.files import demand_free, new_folder, sha256
+from aimv2_mllm.folders import CONFIG_FILE, STAGE_FILE, origin_of, origins_of
 from aimv2_mllm.model.encoder import EncoderConfig
 from aimv2_mllm.model.hub import commit_of, locate
-from aimv2_mllm.model.layouts import CONFIG_FILE, read_config
+from aimv2_mllm.model.layouts import read_config
 from aimv2_mllm.model.preprocessing import PREPROCESSOR_FILE, Preprocessing
 from aimv2_mllm.model.shards import weight_files, write_json
 from aimv2_mllm.model.timm_layout import CLIP_MEAN, CLIP_STD, timm_config
@@ -45,7 +44,7 @@ def convert(
     not given. Raises UsageError, and leaves nothing behind, where it cannot be done.
     """
     destination = Path(os.path.abspath(destination))
-    _demand_free(destination)
+    demand_free(destination)
     folder = locate(source)
     encoder, notes = read_encoder(folder, image_size)
     for note in notes:
@@ -54,9 +53,7 @@ def convert(
         encoder = encoder.to(DTYPES[dtype])
     record = _record(source, folder)
     record["recipe"] = {"layout": layout, "image_size": image_size, "dtype": dtype}
-    unfinished = destination.with_name(f".{destination.name}.{os.getpid()}.part")
-    try:
-        unfinished.mkdir(parents=True)
+    with new_folder(destination) as unfinished:
         save_encoder(encoder, unfinished, layout=layout)
         mean, std = _write_preprocessor(folder, unfinished, encoder.config)
         if layout == "timm":
@@ -65,11 +62,6 @@ def convert(
             shutil.copyfile(terms, unfinished / terms.name)
         record["files"] = {file.name: sha256(file) for file in sorted(unfinished.iterdir())}
         write_json(unfinished / STAGE_FILE, record)
-        unfinished.rename(destination)
-    except (OSError, SafetensorError) as error:
-        raise UsageError(f"{destination}: cannot be written ({error})") from None
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     parameters = sum(p.numel() for p in encoder.parameters())
     kind = str(next(encoder.parameters()).dtype).removeprefix("torch.")
     return (
@@ -77,13 +69,6 @@ def convert(
         f"{encoder.config.image_size} px\n"
         f"licence: {record['licence']} (of {record['source']}, revision {record['revision']})"
     )
-
-
-def _demand_free(destination: Path) -> None:
-    if os.path.lexists(destination) and not destination.is_dir():
-        raise UsageError(f"{destination}: is a file; give a new folder")
-    if destination.is_dir() and any(destination.iterdir()):
-        raise UsageError(f"{destination}: is not empty; give a new folder, or remove this one")
 
 
 def _record(source: str, folder: Path) -> dict[str, Any]:

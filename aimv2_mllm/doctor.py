@@ -4,10 +4,7 @@ Towers are loaded with their weights, everything else is built with shapes alone
 the first ones of the run itself. What no earlier stage has made yet is stood in for, and said.
 """
 
-import hashlib
-import platform
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,6 +16,7 @@ from aimv2_mllm.data.batches import CaptionBatches
 from aimv2_mllm.data.talk_batches import TalkBatches
 from aimv2_mllm.doctor_samples import Report, examine_captions, examine_talks
 from aimv2_mllm.errors import RunFailed, UsageError
+from aimv2_mllm.files import sha256
 from aimv2_mllm.folders import pretrained_folder
 from aimv2_mllm.job import Job, Place
 from aimv2_mllm.model.hub import commit_of, locate
@@ -29,9 +27,9 @@ from aimv2_mllm.problems import Problem, find_problems
 from aimv2_mllm.recipe import Recipe
 from aimv2_mllm.recipe_stages import Stage
 from aimv2_mllm.stand_ins import sketched
+from aimv2_mllm.towers.examined import versions
 from aimv2_mllm.towers.tower import demand_finite
 
-CHUNK = 2**24  # bytes
 PACKAGES = ("torch", "transformers", "peft", "aimv2-mllm")
 
 
@@ -41,7 +39,7 @@ def examine(recipe: Recipe, say: Callable[[str], None]) -> list[Problem]:
     Nothing is trained, and nothing written into the run folder.
     """
     report, place = Report(say), Place(recipe, recipe.output)
-    report.tell("ok", f"versions: {_versions()}")
+    report.tell("ok", f"versions: {versions(PACKAGES)}")
     report.problems += find_problems(place, 1)
     unbuilt = set[str]()
     with TemporaryDirectory() as folder:
@@ -63,16 +61,6 @@ def examine(recipe: Recipe, say: Callable[[str], None]) -> list[Problem]:
             why = f"stage {waits_for.pop()}" if waits_for else "it"
             report.tell("note", f"left out: shapes and samples, for {why} cannot be built")
     return report.problems
-
-
-def _versions() -> str:
-    found = [f"python {platform.python_version()}"]
-    for package in PACKAGES:
-        try:
-            found.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            found.append(f"no {package}")
-    return ", ".join([*found, "cuda" if torch.cuda.is_available() else "cpu"])
 
 
 def _earlier(stage: Stage) -> set[str]:
@@ -118,12 +106,7 @@ def _told(source: str) -> str:
     folder = locate(source)
     if commit := commit_of(source, folder):
         return f"commit {commit}"
-    digest = hashlib.sha256()
-    for path in weight_files(pretrained_folder(folder)):
-        with path.open("rb") as file:
-            while chunk := file.read(CHUNK):
-                digest.update(chunk)
-    return f"sha256 {digest.hexdigest()[:16]}"
+    return f"sha256 {sha256(*weight_files(pretrained_folder(folder)))[:16]}"
 
 
 def _built(name: str, stage: Stage, sketch: Place, report: Report) -> Job | None:

@@ -13,11 +13,11 @@ from aimv2_mllm.data.corpus import Sample
 from aimv2_mllm.data.drawing import Skipped
 from aimv2_mllm.data.talk_batches import TalkBatches
 from aimv2_mllm.data.talks import TURNS, TalkSample
-from aimv2_mllm.data.templates import Encoded
 from aimv2_mllm.errors import RunFailed, UsageError
 from aimv2_mllm.job import Job
 from aimv2_mllm.objective import ContrastiveObjective
 from aimv2_mllm.problems import Problem
+from aimv2_mllm.towers.examined import shown
 
 NUM_SAMPLES = 64  # read of a stage
 SHOWN = 5  # unusable rows that are named
@@ -70,7 +70,11 @@ def examine_talks(
         _examine_places(here, samples, batches.writer.image_token_id, num_image_tokens, report)
         pictures = [picture for sample in samples for picture in sample.pictures]
         _tell_pictures([one for one in pictures if isinstance(one, np.ndarray)], report)
-    _show_talk(rows[0], batches, report)
+    writer = batches.writer
+    decode, image = writer.tokenizer.decode, writer.image_token_id
+    ids, labels = rows[0].ids.tolist(), rows[0].labels.tolist()
+    for line in shown(ids, labels, decode, image=image, stands_for=1):
+        report.tell("show", line)
 
 
 def _read(
@@ -135,22 +139,6 @@ def _tell_pictures(pictures: Sequence[np.ndarray], report: Report) -> None:
     report.tell("ok", text)
     if blank := sum(picture.min() == picture.max() for picture in pictures):
         report.tell("note", f"pictures: {blank} are of one colour")
-
-
-def _show_talk(row: Encoded, batches: TalkBatches, report: Report) -> None:
-    """One conversation, in runs of tokens that are learned and that are not."""
-    runs: list[tuple[str, list[int]]] = []
-    for token, label in zip(row.ids.tolist(), row.labels.tolist(), strict=True):
-        seen = "image" if token == batches.writer.image_token_id else "not learned"
-        kind = seen if label == IGNORED else "learned"
-        if not runs or runs[-1][0] != kind:
-            runs.append((kind, []))
-        runs[-1][1].append(token)
-    decode = batches.writer.tokenizer.decode
-    for kind, tokens in runs:
-        is_image = kind == "image"
-        text = f"<image> ({len(tokens)} tokens)" if is_image else repr(decode(tokens))
-        report.tell("show", f"{kind:11} {text}")
 
 
 def examine_captions(here: str, job: Job, batches: CaptionBatches, report: Report) -> None:

@@ -17,6 +17,11 @@ class RunFailed(RuntimeError):
     """A run started and could not go on (exit code 1): the message says why and what is kept."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what `error` says, or if it says nothing its type."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """The words "; did you mean X?" when one of `names` is close to `name`, else nothing."""
     by_lower = {other.lower(): other for other in names}

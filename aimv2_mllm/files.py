@@ -1,12 +1,16 @@
-"""Files that a command writes: checked before the work, written whole or not at all, and told from
-others by their digests."""
+"""Files and folders that a command writes: checked before the work, written whole or not at all,
+and told from others by their digests."""
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from safetensors import SafetensorError
+
+from aimv2_mllm import disk
 from aimv2_mllm.errors import UsageError
 
 if TYPE_CHECKING:
@@ -35,21 +39,43 @@ def write_picture(path: Path, picture: "Image.Image") -> None:
 
 def write(path: Path, save: Callable[[Path], object]) -> None:
     """Let `save` write another file, then put it in place; UsageError where that cannot be."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        save(unfinished)
-        unfinished.replace(path)
+        with disk.replaced(path) as unfinished:
+            save(unfinished)
     except OSError as error:
         raise UsageError(f"{path}: cannot be written ({error.strerror or error})") from None
-    finally:
-        if os.path.exists(unfinished):
-            unfinished.unlink()
 
 
-def sha256(path: Path) -> str:
-    """The digest of a file's contents, in hex digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def demand_free(destination: Path) -> None:
+    """UsageError where a new folder cannot be made because something is there."""
+    if os.path.lexists(destination) and not destination.is_dir():
+        raise UsageError(f"{destination}: is a file; give a new folder")
+    if destination.is_dir() and any(destination.iterdir()):
+        raise UsageError(f"{destination}: is not empty; give a new folder, or remove this one")
+
+
+@contextmanager
+def new_folder(destination: Path) -> Iterator[Path]:
+    """The folder to write, which becomes `destination` when all is well and is gone when not.
+
+    UsageError for a destination that is in use, and where the disk refuses.
+    """
+    demand_free(destination)
+    try:
+        with disk.new_folder(destination) as unfinished:
+            yield unfinished
+    except (OSError, SafetensorError) as error:
+        said = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UsageError(f"{destination}: cannot be written ({said})") from None
+
+
+def sha256(*paths: Path) -> str:
+    """The digest of a file's contents, or of several one behind the other, in hex digits."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            hashlib.file_digest(file, lambda: digest)
+    return digest.hexdigest()
 
 
 def _formats() -> dict[str, str]:

@@ -13,6 +13,7 @@ from aimv2_mllm.errors import UsageError
 
 RECIPE_FILE, STAGE_FILE, CONFIG_FILE = "recipe.yaml", "stage.json", "config.json"
 CARD_FILE, UNKNOWN = "README.md", "unknown"
+RESULT = "model"  # of a stage: the folder in its own
 TALKING = ("align", "tune")  # kinds of stages whose result sees and talks
 LLAVAS = ("llava", "aimv2_mllm_llava")  # model types of what they make: transformers' own, and ours
 MUTE = {
@@ -43,20 +44,28 @@ def stages_of(folder: Path) -> dict[str, dict[str, Any]]:
             raise UsageError(f"{path}: is not a stage's record ({error!r}); {GIVE}") from None
     if isfile(folder / CONFIG_FILE):
         return {}
-    inside = folder / "model"
+    inside = folder / RESULT
     hint = f"give {inside}" if isdir(inside) else GIVE
     files = f"{RECIPE_FILE}, {STAGE_FILE} nor {CONFIG_FILE}"
     raise UsageError(f"{folder}: is no model and no run, for it has neither {files}; {hint}")
 
 
-def model_type_of(folder: Path, give: str = GIVE) -> Any:
-    """What the config of the model in `folder` says that it is, None where it says nothing;
-    UsageError, which ends with what to `give`, where there is no such config."""
+def config_of(folder: Path, give: str = GIVE) -> dict[str, Any]:
+    """What the config of the model in `folder` says, nothing where it is no mapping; UsageError,
+    which ends with what to `give`, where there is none."""
     path = folder / CONFIG_FILE
+    if not isfile(path):
+        raise UsageError(f"{folder} has no {CONFIG_FILE}: {give}")
     try:
-        return json.loads(path.read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise UsageError(f"{path}: cannot be read ({error!r}); {give}") from None
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} is not JSON ({error}): {give}") from None
+    return content if isinstance(content, dict) else {}
+
+
+def model_type_of(folder: Path, give: str = GIVE) -> Any:
+    """What the config of the model in `folder` says that it is, None where it says nothing."""
+    return config_of(folder, give).get("model_type")
 
 
 def _run_stages(path: Path) -> dict[str, dict[str, Any]]:
@@ -88,7 +97,7 @@ def talking_folders(folder: Path) -> dict[str, Path]:
     tune stages, the last first. Raises UsageError, with what to do, when there is none."""
     if not isfile(folder / RECIPE_FILE):
         name = folder.resolve()
-        return {(name.parent if name.name == "model" else name).name: talking_folder(folder)}
+        return {(name.parent if name.name == RESULT else name).name: talking_folder(folder)}
     found = _all_finished(folder, TALKING, GIVE)
     return {f"{folder.resolve().name}/{one.parent.name}": one for one in reversed(found)}
 
@@ -119,7 +128,7 @@ def _all_finished(folder: Path, wanted: tuple[str, ...], give: str) -> list[Path
     """The results of a run's finished stages of the kinds that are wanted, one at least."""
     kinds = {name: stage["kind"] for name, stage in stages_of(folder).items()}
     words = " or ".join(wanted)
-    results = [folder / name / "model" for name, kind in kinds.items() if kind in wanted]
+    results = [result_of(folder, name) for name, kind in kinds.items() if kind in wanted]
     if not results:
         known = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
         raise UsageError(f"{folder}: this run has no {words} stage, only {known}; {give}")
@@ -130,6 +139,11 @@ def _all_finished(folder: Path, wanted: tuple[str, ...], give: str) -> list[Path
             f"run `aimv2-mllm run {folder / RECIPE_FILE} output={folder}` to the end first"
         )
     return finished
+
+
+def result_of(run: str | Path, stage: str) -> Path:
+    """The folder with the result of a run's stage."""
+    return Path(run) / stage / RESULT
 
 
 def stage_record(folder: Path) -> dict[str, Any]:

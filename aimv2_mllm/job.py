@@ -10,6 +10,7 @@ from torch import nn
 from aimv2_mllm.data.batches import EVERYTHING, Share
 from aimv2_mllm.engine.distributed import Ranks
 from aimv2_mllm.engine.optimizer import Parts
+from aimv2_mllm.folders import result_of, stage_record
 from aimv2_mllm.model.quantising import num_weights
 from aimv2_mllm.recipe import Recipe
 
@@ -35,7 +36,11 @@ class Place:
 
     def result(self, stage: str) -> Path:
         """The folder with the result of the stage of that name."""
-        return self.folder / stage / "model"
+        return result_of(self.folder, stage)
+
+    def record(self, stage: str) -> dict[str, Any]:
+        """What the record of that result says, empty where there is none."""
+        return stage_record(self.result(stage))
 
     def source(self, name: str) -> str:
         """Where the model called `name` lies: a stage's result, or outside of the recipe as

@@ -14,7 +14,6 @@ from aimv2_mllm.data import scenes
 from aimv2_mllm.engine.metrics import METRICS
 from aimv2_mllm.evaluation import answers
 from aimv2_mllm.evaluation.summary import Findings, Painting, last_stage
-from aimv2_mllm.folders import STAGE_FILE
 from aimv2_mllm.gallery import sheet_gallery
 from aimv2_mllm.job import Place
 
@@ -39,7 +38,7 @@ def describe(place: Place, findings: Findings) -> dict[str, Any]:
     """Everything that the templates of the report say of a run, by the names they use."""
     numbers, config = findings.numbers, place.recipe.evaluation
     assert config is not None
-    first = json.loads((place.result(next(iter(place.recipe.stages))) / STAGE_FILE).read_text())
+    first = place.record(next(iter(place.recipe.stages)))
     versions = ", ".join(f"{name} {number}" for name, number in first["versions"].items())
     return {
         "title": f"{place.recipe.name}: what was learned",
@@ -147,7 +146,7 @@ def _headline(numbers: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def _stage(name: str, place: Place) -> dict[str, Any]:
-    record = json.loads((place.result(name) / STAGE_FILE).read_text())
+    record = place.record(name)
     parts = [
         {"name": part, "parameters": f"{count:,}", "trained": trained}
         for part, count, trained in record["parts"]

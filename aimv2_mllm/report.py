@@ -5,7 +5,6 @@ Owns when a run is judged again and that its report is whole or not there.
 
 import hashlib
 import json
-import os
 import platform
 import re
 import shutil
@@ -16,9 +15,9 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from aimv2_mllm.disk import write_synced
 from aimv2_mllm.errors import RunFailed
 from aimv2_mllm.evaluation.summary import Findings, evaluate
-from aimv2_mllm.folders import STAGE_FILE
 from aimv2_mllm.job import Place
 from aimv2_mllm.page import describe, pictures
 
@@ -50,7 +49,7 @@ def _made_from(place: Place) -> dict[str, Any]:
     """What decides the numbers: how they are taken, and the hashes of every stage's files."""
     assert place.recipe.evaluation is not None
     results = {
-        name: hashlib.sha256(json.dumps(_record(place, name)["files"]).encode()).hexdigest()
+        name: hashlib.sha256(json.dumps(place.record(name)["files"]).encode()).hexdigest()
         for name in place.recipe.stages
     }
     return {"evaluation": place.recipe.evaluation.model_dump(mode="json"), "results": results}
@@ -68,7 +67,7 @@ def _is_current(folder: Path, made_from: dict[str, Any]) -> bool:
 
 def _complete(findings: Findings, place: Place, made_from: dict[str, Any]) -> None:
     """Add to the numbers what is not measured: times of the stages, versions, what was judged."""
-    stages = {name: _record(place, name) for name in place.recipe.stages}
+    stages = {name: place.record(name) for name in place.recipe.stages}
     findings.numbers["seconds"] |= {name: record["seconds"] for name, record in stages.items()}
     findings.numbers["stage_parameters"] = {
         name: {part: count for part, count, _ in record["parts"]} for name, record in stages.items()
@@ -76,11 +75,6 @@ def _complete(findings: Findings, place: Place, made_from: dict[str, Any]) -> No
     packages = {name: version(name) for name in ("torch", "transformers", "aimv2-mllm")}
     findings.numbers["versions"] = packages | {"python": platform.python_version()}
     findings.numbers["made_from"] = made_from
-
-
-def _record(place: Place, stage: str) -> dict[str, Any]:
-    record: dict[str, Any] = json.loads((place.result(stage) / STAGE_FILE).read_text())
-    return record
 
 
 def _render(place: Place, findings: Findings) -> dict[str, bytes]:
@@ -123,10 +117,7 @@ def write_files(folder: Path, files: dict[str, bytes]) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir()
         for name, content in files.items():
-            with (unfinished / name).open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
+            write_synced(unfinished / name, content)
         (folder / SUMMARY).unlink(missing_ok=True)
         for name in sorted(files, key=lambda name: name == SUMMARY):
             (unfinished / name).rename(folder / name)

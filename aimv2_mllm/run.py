@@ -8,7 +8,6 @@ by `run_folder`.
 import hashlib
 import json
 import platform
-import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
 from importlib.metadata import version
@@ -19,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 
 from aimv2_mllm.data.batches import Share
-from aimv2_mllm.engine.disk import sync
+from aimv2_mllm.disk import new_folder
 from aimv2_mllm.engine.distributed import Ranks, joined
 from aimv2_mllm.engine.loop import train
 from aimv2_mllm.engine.trackers import require
@@ -117,22 +116,14 @@ def run_stage(
 
 
 def _save(job: Job, result: Path, record: dict[str, Any]) -> None:
-    """Write the result under another name and rename it when it is whole, so that no half of one is
-    ever found."""
-    unfinished = result.with_name(f"{result.name}.tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    """Write the result, of which no half is ever found; RunFailed where the disk refuses."""
     try:
-        unfinished.mkdir(parents=True)
-        job.save(unfinished)
-        files = sorted(path for path in unfinished.rglob("*") if path.is_file())
-        record["files"] = {str(f.relative_to(unfinished)): sha256(f) for f in files}
-        (unfinished / STAGE_FILE).write_text(json.dumps(record, indent=2) + "\n")
-        for file in [*files, unfinished / STAGE_FILE, unfinished]:
-            sync(file)
-        unfinished.rename(result)
-        sync(result.parent)
-    except BaseException as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        with new_folder(result) as unfinished:
+            job.save(unfinished)
+            files = sorted(path for path in unfinished.rglob("*") if path.is_file())
+            record["files"] = {str(f.relative_to(unfinished)): sha256(f) for f in files}
+            (unfinished / STAGE_FILE).write_text(json.dumps(record, indent=2) + "\n")
+    except Exception as error:
         # The tokenizers library says with a bare Exception that the disk is full.
         if isinstance(error, (OSError, SafetensorError)) or type(error) is Exception:
             raise RunFailed(

@@ -15,8 +15,8 @@ from typing import Any
 
 import yaml
 
+from aimv2_mllm.disk import replace_file
 from aimv2_mllm.engine.checkpoint import owner
-from aimv2_mllm.engine.disk import replace_file
 from aimv2_mllm.engine.training import CHECKPOINTS
 from aimv2_mllm.errors import RunFailed, UsageError
 from aimv2_mllm.files import sha256
@@ -25,7 +25,6 @@ from aimv2_mllm.folders import (
     STAGE_FILE,
     UNKNOWN,
     origins_of,
-    stage_record,
     talking_source,
 )
 from aimv2_mllm.job import Place
@@ -147,7 +146,7 @@ def _fingerprint(name: str, place: Place) -> str:
     seed, the results it starts from, and the models from outside of the recipe."""
     stage = place.recipe.stages[name]
     # Their files and not their records, which hold the seconds they took.
-    parents = [stage_record(place.result(other))["files"] for other in earlier(name, place)]
+    parents = [place.record(other)["files"] for other in earlier(name, place)]
     outside = [_digest(_folder(source, stage, place)) for source in inputs(stage, place)]
     own = deciding(stage.model_dump(mode="json"))
     text = json.dumps([name, place.recipe.seed, own, parents, outside], sort_keys=True)
@@ -180,7 +179,7 @@ def lineage(name: str, place: Place) -> dict[str, Any]:
     """Which models from outside went in, here or earlier, and the licence that this makes: that of
     the world's own weights, and theirs."""
     stage = place.recipe.stages[name]
-    records = [stage_record(place.result(other)) for other in earlier(name, place)]
+    records = [place.record(other) for other in earlier(name, place)]
     origins = [one for record in records for one in record.get("origins", [])]
     for source in inputs(stage, place):
         folder = _folder(source, stage, place)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from aimv2_mllm.data.files import Unusable
-from aimv2_mllm.data.images import as_rgb, opened, upright
+from aimv2_mllm.data.images import decoded
 from aimv2_mllm.errors import UsageError, show
 from aimv2_mllm.prompts import Message
 
@@ -103,8 +103,6 @@ def _picture(url: str, place: str) -> "Image.Image":
     if not head.startswith(DATA_URL) or not mark:
         raise UsageError(f"{place}: its picture must be inside, as a {DATA_URL}…;base64 URL")
     try:
-        with opened(io.BytesIO(base64.b64decode(content, validate=True))) as picture:
-            picture.load()
-            return as_rgb(upright(picture))
+        return decoded(io.BytesIO(base64.b64decode(content, validate=True)))
     except (Unusable, binascii.Error) as error:
         raise UsageError(f"{place}: its picture cannot be read ({error})") from None

@@ -9,7 +9,7 @@ from aimv2_mllm.data.templates import V1_CHAT_TEMPLATE, Writer
 from aimv2_mllm.engine.optimizer import Parts
 from aimv2_mllm.engine.precision import held_dtype
 from aimv2_mllm.errors import UsageError, nearest
-from aimv2_mllm.folders import stage_record, talking_source
+from aimv2_mllm.folders import talking_source
 from aimv2_mllm.job import Job, Place
 from aimv2_mllm.llm_stages import (
     assembled,
@@ -113,7 +113,7 @@ def _base_record(stage: TuneStage, place: Place) -> dict[str, Any]:
         return {"tower": stage.tower, "llm": stage.llm}
     if stage.start not in place.recipe.stages:
         return {"source": stage.start}
-    made = stage_record(place.result(stage.start)).get("fingerprint")
+    made = place.record(stage.start).get("fingerprint")
     return {"stage": stage.start, "fingerprint": made}
 
 

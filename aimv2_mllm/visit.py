@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aimv2_mllm.data.files import Unusable
-from aimv2_mllm.data.images import as_rgb, opened, upright
+from aimv2_mllm.data.images import decoded
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.prompts import Message, said
 from aimv2_mllm.transcript import as_json, from_json
@@ -37,15 +37,8 @@ def picture_of(path: str | Path | None) -> "Image.Image":
     if path is None:
         raise UsageError("there is no picture yet: give one first")
     try:
-        with Path(path).open("rb") as stream, opened(stream) as picture:
-            if picture.width * picture.height > MOST_PIXELS:
-                raise Unusable(
-                    "too_large",
-                    f"has {picture.width:,} x {picture.height:,} pixels, and {MOST_PIXELS:,} are "
-                    "the most here; scale it down first",
-                )
-            picture.load()
-            return as_rgb(upright(picture))
+        with Path(path).open("rb") as stream:
+            return decoded(stream, MOST_PIXELS)
     except Unusable as error:
         raise UsageError(f"{Path(path).name}: {error}") from None
     except OSError as error:

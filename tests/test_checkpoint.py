@@ -193,7 +193,7 @@ def test_leftovers_of_a_killed_save_are_removed_and_latest_is_put_right(tmp_path
     saved(tmp_path, 1)
     (tmp_path / "step-000002.tmp-77").mkdir()
     (tmp_path / "step-000002.tmp-77" / "tensors.safetensors").write_bytes(b"half")
-    (tmp_path / "latest.tmp-77").write_text("step-00")
+    (tmp_path / "latest.77.part").write_text("step-00")
     (tmp_path / "latest").write_text("step-000002\n")
     assert load(tmp_path) == (1, [])
     assert names(tmp_path) == ["latest", "step-000001"]
@@ -236,7 +236,7 @@ def test_killed_at_any_call_latest_names_a_whole_checkpoint(
     assert step in (2, 3)
     assert int(named.removeprefix("step-")) <= step
     assert latest(tmp_path) == f"step-00000{step}"
-    assert not [name for name in names(tmp_path) if "tmp" in name]
+    assert not [name for name in names(tmp_path) if "tmp" in name or "part" in name]
 
 
 def test_what_is_renamed_was_synced_before_and_its_folder_after(
@@ -248,7 +248,7 @@ def test_what_is_renamed_was_synced_before_and_its_folder_after(
         monkeypatch.setattr(os, name, lambda *a, n=name, r=real: (calls.append(n), r(*a))[1])
     saved(tmp_path, 1)
     # Tensors, state, their folder; the folder around it. Then the same for `latest`.
-    assert calls == ["fsync"] * 3 + ["rename", "fsync", "fsync", "replace", "fsync"]
+    assert calls == ["fsync"] * 3 + ["replace", "fsync", "fsync", "replace", "fsync"]
 
 
 FULL_DISK = """

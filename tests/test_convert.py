@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import multiprocessing
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +251,29 @@ def test_what_fails_in_the_middle_leaves_nothing(
     with pytest.raises(UsageError, match=r"target: cannot be written .*No space left"):
         convert(str(source), tmp_path / "target", layout="timm", narrate=quiet)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def killed_while_it_writes(source: Path, target: Path) -> None:
+    """Convert, and die as by SIGKILL before the folder is whole."""
+
+    def die(path: Path) -> str:
+        return "" if "target" not in str(path) else str(os.kill(os.getpid(), signal.SIGKILL))
+
+    converting.sha256 = die  # type: ignore[assignment]
+    convert(str(source), target, layout="timm", narrate=quiet)
+
+
+def test_what_a_killed_conversion_left_is_cleared_by_the_next(source: Path, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    process = multiprocessing.get_context("fork").Process(
+        target=killed_while_it_writes, args=(source, target)
+    )
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) == 2
+    convert(str(source), target, layout="timm", narrate=quiet)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target"]
 
 
 def test_a_destination_that_cannot_be_made_is_one_line(source: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from aimv2_mllm import __main__ as command
+from aimv2_mllm import disk
 from aimv2_mllm.export import answers, verify, writing
 from aimv2_mllm.export.card import front_matter
 from aimv2_mllm.export.source import talking
@@ -264,7 +265,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
         def fill(path: Path) -> None:
             raise OSError(28, "No space left on device")
 
-        patch.setattr(writing, "sync", fill)
+        patch.setattr(disk, "sync", fill)
         text = refused(said, "export", tiny_run, tmp_path / "new")
         assert text.endswith("new: cannot be written (No space left on device)")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 8, 10**6))

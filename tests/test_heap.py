@@ -1,11 +1,15 @@
-"""Memory that was freed goes back to the system."""
+"""Freed memory stays with a process, or goes back to the system."""
 
+import platform
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from aimv2_mllm import heap
+
+of_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
 
 
 def held() -> int:
@@ -25,8 +29,42 @@ def test_what_was_freed_below_something_that_lives_goes_back() -> None:
     assert len(last) == 60_000
 
 
-def test_other_c_libraries_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+@of_glibc
+def test_glibc_takes_both_settings() -> None:
+    assert heap.keep_freed() is True
+
+
+@of_glibc
+def test_what_was_kept_goes_back_to_the_system_when_asked() -> None:
+    code = (
+        "import torch\n"
+        "from pathlib import Path\n"
+        "from aimv2_mllm.heap import keep_freed, give_back\n"
+        "def resident(): return int(Path('/proc/self/statm').read_text().split()[1]) >> 8\n"
+        "keep_freed()\n"
+        "large, last = torch.ones(2**25), torch.ones(2**20)\n"
+        "full = resident()\n"
+        "del large\n"
+        "kept = resident()\n"
+        "give_back()\n"
+        "print(full - kept, full - resident())\n"
+    )
+    said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    kept, released = map(int, said.stdout.split())  # MiB
+    assert kept < 8
+    assert 120 < released < 140
+
+
+def test_other_systems_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setattr(heap.ctypes, "CDLL", lambda _: pytest.fail("asked for a library"))
     heap.share_pools()
-    heap.give_back()
+    assert heap.keep_freed() is False
+    assert heap.give_back() is False
+
+
+def test_another_allocator_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heap.ctypes, "CDLL", lambda name: object())
+    heap.share_pools()
+    assert heap.keep_freed() is False
+    assert heap.give_back() is False

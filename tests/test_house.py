@@ -24,6 +24,7 @@ RECIPES = sorted((HOUSE.parent / "recipes").glob("*.yaml"))
 # A module imports only what stands above it, or beside it in the same entry.
 TABLE = (
     "errors",
+    "disk",
     "heap",
     "sampling",
     "folders",
@@ -133,11 +134,12 @@ ONLY = {
     "model.encoder": {"model.blocks", "model.packed", "model.positions"},
     "model.namings": {"errors"},
     "model.timm_layout": {"errors", "model.encoder"},
-    "model.layouts": {"errors", "model.encoder", "model.timm_layout"},
-    "model.shards": {"errors", "model.namings"},
+    "model.layouts": {"errors", "folders", "model.encoder", "model.timm_layout"},
+    "model.shards": {"disk", "errors", "model.namings"},
     "model.hub": {"errors", "model.shapes"},
     "model.weights": {
         "errors",
+        "folders",
         "model.encoder",
         "model.hub",
         "model.layouts",
@@ -148,7 +150,7 @@ ONLY = {
     "model.lit": {"model.blocks", "model.encoder"},
     "convert": {"errors", "folders", "files", "model"},
     "objective": set(),
-    "engine": {"errors", "recipe_train", "engine"},
+    "engine": {"disk", "errors", "heap", "recipe_train", "engine"},
     "folders": {"errors"},
     "charts": set(),
     "prompts": {"errors", "data"},
@@ -168,7 +170,7 @@ ONLY = {
     "answerers": {"errors", "sampling", "data", "model", "folders", "prompts", "chat"},
     "transcript": {"errors", "data", "prompts"},
     "visit": {"errors", "data", "prompts", "transcript"},
-    "towers": {"errors", "model", "towers"},
+    "towers": {"errors", "folders", "model", "towers"},
 }
 # What stands in the old environments of host toolkits, where towers live.
 BASE = {"torch", "safetensors", "numpy", "PIL"}

@@ -131,3 +131,28 @@ def test_a_saved_dataset_without_classes_is_refused(tmp_path: Path) -> None:
     datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(tmp_path / "e")
     with pytest.raises(UsageError, match=r"one of type ClassLabel, and has text \(Value\)"):
         load_labelled(str(tmp_path / "e"), seed=0)
+
+
+def test_what_no_builder_of_datasets_can_read_is_refused_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = pytest.importorskip("datasets")
+
+    def missing(*_: object, **__: object) -> None:
+        raise KeyError("a builder's own kind")
+
+    monkeypatch.setattr(datasets, "load_dataset", missing)
+    said = "no/where: cannot be loaded from the hub, and there is no such folder .*own kind"
+    with pytest.raises(UsageError, match=said):
+        load_labelled("no/where", seed=0)
+
+
+def test_a_row_without_a_picture_is_refused_when_it_is_opened(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    source = saved(tmp_path / "d", {"train": [(png(1), 0), (png(2), 1)], "test": [(png(3), 0)]})
+    there = datasets.load_from_disk(source)
+    empty = there["test"].map(lambda row: {"picture": None}, features=there["test"].features)
+    datasets.DatasetDict({"train": there["train"], "test": empty}).save_to_disk(tmp_path / "e")
+    data = load_labelled(str(tmp_path / "e"), seed=0)
+    with pytest.raises(UsageError, match="row 0 has no picture"):
+        data.test.open(0, 8)

@@ -76,7 +76,7 @@ def test_sound_flags_pass(world: Path) -> None:
 def test_an_aimv2_folder_without_the_prefix_is_refused(world: Path) -> None:
     said = refusal(world, vision_tower=world / "aimv2")
     assert f"type aimv2:{world / 'aimv2'}" in said
-    assert "random CLIP" in said
+    assert "LLaVA would build another model of it" in said
     assert "type aimv2:apple/aimv2-" in refusal(world, vision_tower="apple/aimv2-large-patch14-224")
 
 
@@ -84,7 +84,7 @@ def test_an_aimv2_folder_without_the_prefix_is_refused(world: Path) -> None:
     ("changes", "said"),
     [
         ({"vision_tower": None}, "there is no --vision_tower: give aimv2:FOLDER_OR_HUB_ID or hf:"),
-        ({"vision_tower": "aimv22:WORLD/aimv2"}, "begins with aimv22:, and must with aimv2:, hf:"),
+        ({"vision_tower": "aimv22:WORLD/aimv2"}, "aimv22:; did you mean aimv2. Type aimv2:"),
         ({"vision_tower": "WORLD/siglip"}, "is a siglip_vision_model, .* type hf:"),
         ({"vision_tower": "aimv2:WORLD/gone"}, "gone is not a folder"),
         ({"vision_tower": "aimv2:WORLD/aimv2?image_size=57"}, "give 56 or 70"),

@@ -17,8 +17,6 @@ from test_run import files, metrics, record
 
 from aimv2_mllm import __main__ as command
 from aimv2_mllm import run as runs
-from aimv2_mllm.errors import UsageError
-from aimv2_mllm.export.writing import new_folder
 from aimv2_mllm.recipe_file import load_recipe
 
 RECIPE = """\
@@ -164,13 +162,3 @@ def test_an_export_that_was_killed_leaves_no_half_folder_and_is_made_by_the_same
     assert [path.name for path in tmp_path.iterdir()] == ["exported"]
     assert command.main(["verify-export", str(exported), str(start_of(world))]) == 0
     assert capsys.readouterr().out.endswith("exported: all 14 checks passed\n")
-
-
-def test_two_exports_do_not_write_to_one_place(tmp_path: Path) -> None:
-    with (
-        new_folder(tmp_path / "mine"),
-        pytest.raises(UsageError, match="another process is writing it"),
-        new_folder(tmp_path / "mine"),
-    ):
-        pass
-    assert [path.name for path in tmp_path.iterdir()] == ["mine"]

@@ -1,6 +1,7 @@
 """The report of a finished run: its numbers, its page, and that it is whole or not there."""
 
 import json
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -146,8 +147,8 @@ def test_a_run_is_judged_again_when_what_it_was_judged_by_changed(
         config = place.recipe.evaluation.model_copy(update={"questions": 8})
         place = Place(place.recipe.model_copy(update={"evaluation": config}), place.folder)
     else:
-        real = report._record
-        monkeypatch.setattr(report, "_record", lambda p, s: {**real(p, s), "files": {"x": s}})
+        real = Place.record
+        monkeypatch.setattr(Place, "record", lambda p, s: {**real(p, s), "files": {"x": s}})
     report.write_report(place, lambda line: None)
     assert len(calls) == 2
 
@@ -258,7 +259,7 @@ def test_a_report_that_was_there_outlives_a_failed_one(
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(report.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(RunFailed):
         report.write_report(other, lambda line: None)
     after = {name: (place.folder / name).read_bytes() for name in report_files(place.folder)}

@@ -12,9 +12,9 @@ from test_dreams import result_folder
 from aimv2_mllm import __main__ as cli
 from aimv2_mllm.data import scenes
 from aimv2_mllm.data.tokenizer import train_tokenizer
-from aimv2_mllm.evaluation.vision import weights_sha256
 from aimv2_mllm.model.encoder import AIMv2Encoder, EncoderConfig
 from aimv2_mllm.model.pretrainer import AIMv2ForPreTraining, DecoderConfig
+from aimv2_mllm.model.shards import weights_sha256
 from aimv2_mllm.model.towers import load_tower
 
 
@@ -62,7 +62,8 @@ def test_probe_prints_a_table_and_writes_results_and_a_picture(here, pretrained,
     results = json.loads((here / "r.json").read_text())
     assert results["seed"] == 3
     assert results["encoder"] == str(pretrained)
-    assert results["tower"]["sha256"] == weights_sha256(load_tower(str(pretrained)).module)
+    weights = load_tower(str(pretrained)).module.state_dict()
+    assert results["tower"]["sha256"] == weights_sha256(weights)
     assert list(results["probes"]) == ["knn", "linear", "attentive"]
     share = 100 * results["probes"]["knn"]["accuracy"]
     assert f"{share:.1f} %" in said[4]

@@ -9,6 +9,7 @@ import pytest
 from corpora import jpeg, sheet
 from PIL import Image
 
+from aimv2_mllm.data import json_index
 from aimv2_mllm.data.files import Unusable
 from aimv2_mllm.data.sources import SOURCES, Source, open_sources
 from aimv2_mllm.errors import UsageError
@@ -101,7 +102,7 @@ def test_a_list_names_pictures_below_its_root(tmp_path: Path) -> None:
     source = opened("jsonl", file=file, root=tmp_path)
     assert source.groups == [2]
     assert source.read(0) == (rows[1][0], "é")
-    assert source.name(1) == f"{file}:3"
+    assert source.name(1) == f"{file}, row 1"
     assert reason(source, 1) == "no_caption"
     assert opened("jsonl", file=file, root=tmp_path, caption="c").read(1) == (rows[0][0], "d")
 
@@ -158,16 +159,35 @@ def test_a_picture_file_above_the_limit_is_not_read(
         ("[" * 100_000, "is not JSON"),
     ],
 )
-def test_a_broken_line_is_told_by_its_number(tmp_path: Path, line: str, rule: str) -> None:
-    file = lines(tmp_path, {"image": "0.jpg", "caption": "c"}, "", line)
-    with pytest.raises(UsageError, match=rf"pairs\.jsonl:3: .*{rule}"):
+def test_a_broken_line_is_a_row_that_cannot_be_used(tmp_path: Path, line: str, rule: str) -> None:
+    rows = written(tmp_path)
+    row = {"image": "0.jpg", "caption": "c"}
+    source = opened("jsonl", file=lines(tmp_path, row, "", line, row))
+    assert [source.read(place) for place in (0, 2)] == [(rows[0][0], "c")] * 2
+    with pytest.raises(Unusable, match=rule):
+        source.read(1)
+
+
+def test_a_list_of_which_no_row_names_a_picture_is_refused(tmp_path: Path) -> None:
+    file = lines(tmp_path, *[{"imag": "0.jpg", "caption": "x"}, {"image": 3}] * 100)
+    with pytest.raises(UsageError, match=r"pairs\.jsonl, row 0: .* it has imag, caption"):
         opened("jsonl", file=file)
+
+
+def test_a_list_is_opened_by_its_index_the_second_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = lines(tmp_path, {"image": "0.jpg", "caption": "c"})
+    first = opened("jsonl", file=file)
+    assert (tmp_path / "pairs.jsonl.index.safetensors").is_file()
+    monkeypatch.setattr(json_index, "_built", None)
+    assert opened("jsonl", file=file).digest == first.digest
 
 
 def test_a_list_that_is_missing_empty_or_a_pipe_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path, rule in (
-        (lines(tmp_path), "has no lines"),
+        (lines(tmp_path), "has no rows"),
         (tmp_path / "absent", "No such file"),
         (tmp_path / "pipe", "is not a regular file"),
     ):

@@ -13,9 +13,9 @@ from torch import Tensor
 
 import aimv2_mllm
 from aimv2_mllm.errors import UsageError
-from aimv2_mllm.evaluation.vision import weights_sha256
 from aimv2_mllm.model.encoder import AIMv2Encoder, EncoderConfig
 from aimv2_mllm.model.preprocessing import Preprocessing
+from aimv2_mllm.model.shards import weights_sha256
 from aimv2_mllm.model.towers import TOWERS, load_tower
 from aimv2_mllm.model.weights import save_encoder
 
@@ -250,14 +250,14 @@ def test_our_own_encoder_can_look_at_another_size(native: bool, tmp_path: Path) 
 
 def test_the_hash_is_of_the_weights_and_nothing_else(tmp_path: Path) -> None:
     encoder = ours(tmp_path)
-    digest = weights_sha256(encoder)
-    assert digest == weights_sha256(load_tower(str(tmp_path)).module)
+    digest = weights_sha256(encoder.state_dict())
+    assert digest == weights_sha256(load_tower(str(tmp_path)).module.state_dict())
     with torch.no_grad():
         encoder.trunk.post_trunk_norm.weight[3] += 1e-6
-    assert digest != weights_sha256(encoder)
+    assert digest != weights_sha256(encoder.state_dict())
     other = torch.nn.Linear(2, 2)
     same = torch.nn.ModuleDict({"x": other})
-    assert weights_sha256(other) != weights_sha256(same)
+    assert weights_sha256(other.state_dict()) != weights_sha256(same.state_dict())
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from typing import IO
 from tqdm import tqdm
 
 from aimv2_mllm.comparison.tasks import DONE, Task
-from aimv2_mllm.engine.disk import replace_file
+from aimv2_mllm.disk import replace_file
 from aimv2_mllm.errors import RunFailed
 from aimv2_mllm.recipe import dump_recipe
 

@@ -13,7 +13,7 @@ from aimv2_mllm.comparison.grid import Cell
 from aimv2_mllm.comparison.tasks import DONE
 from aimv2_mllm.data.asked import Asked
 from aimv2_mllm.data.files import Unusable
-from aimv2_mllm.engine.disk import replace_file
+from aimv2_mllm.disk import replace_file
 from aimv2_mllm.prompts import said
 
 SPEED = "speed.json"

@@ -16,7 +16,7 @@ from PIL import Image
 from aimv2_mllm.data.asked_sources import GIVE, Source, open_asked
 from aimv2_mllm.data.conversations import IMAGE_TOKEN
 from aimv2_mllm.data.files import Unusable
-from aimv2_mllm.data.images import as_rgb, opened, upright
+from aimv2_mllm.data.images import decoded
 from aimv2_mllm.errors import UsageError, nearest, show
 
 MOST_LEFT_OUT = 0.05  # of the rows
@@ -79,9 +79,7 @@ def load_asked(
 
     def open_picture(number: int) -> Image.Image:
         content = source.picture(source.fields(rows[number])[names["image"]])
-        with opened(io.BytesIO(content)) as picture:
-            picture.load()
-            return as_rgb(upright(picture))
+        return decoded(io.BytesIO(content))
 
     return Asked(questions, open_picture, left_out, source.digest)
 

@@ -20,6 +20,7 @@ import numpy as np
 from torch import Tensor
 
 from aimv2_mllm.data.feature_shards import Damaged, Shard, read_shard, remove, serialised
+from aimv2_mllm.disk import replace_file
 from aimv2_mllm.errors import UsageError
 
 GIB = 2**30
@@ -167,16 +168,8 @@ class FeatureStore:
             yield
 
     def _write(self, path: Path, content: bytes) -> None:
-        part = path.with_name(f"{path.name}{PART}")  # the lock makes it ours
-        try:
-            self.own.mkdir(exist_ok=True)
-            with part.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+        self.own.mkdir(exist_ok=True)
+        replace_file(path, content)
 
     def _has_room(self, size: int, tell: Callable[[str], None]) -> bool:
         for part in self.folder.glob(f"*/*{PART}"):  # of who was killed while it had the lock

@@ -31,9 +31,8 @@ def open_image(path: str | Path) -> Image.Image:
     if os.path.isdir(file):
         raise UsageError(f"{file}: is a folder; give a picture file such as PNG or JPEG")
     try:
-        with file.open("rb") as stream, opened(stream) as picture:
-            picture.load()
-            return as_rgb(upright(picture))
+        with file.open("rb") as stream:
+            return decoded(stream)
     except FileNotFoundError:
         raise UsageError(f"{file}: there is no such picture") from None
     except OSError as error:
@@ -42,23 +41,33 @@ def open_image(path: str | Path) -> Image.Image:
         raise UsageError(f"{file}: {error}") from None
 
 
+def decoded(stream: BinaryIO, most: int | None = None) -> Image.Image:
+    """The picture in `stream`, of `most` pixels at most, as `open_image` gives one; `Unusable` as
+    `opened` says."""
+    with opened(stream, most) as picture:
+        picture.load()
+        return as_rgb(upright(picture))
+
+
 @contextmanager
-def opened(stream: BinaryIO) -> Iterator[Image.Image]:
+def opened(stream: BinaryIO, most: int | None = None) -> Iterator[Image.Image]:
     """The picture in `stream` with its size known and nothing decoded.
 
     What Pillow raises while it is opened or used becomes `Unusable` (undecodable or too_large), but
-    for errors of the system. A size above `MAX_PIXELS` is refused before anything is decoded.
+    for errors of the system. A size above `most` (`MAX_PIXELS`) is refused before anything is
+    decoded.
     """
+    most = most or MAX_PIXELS
     try:
         with warnings.catch_warnings():
             # Odd palettes and metadata are warned of; large sizes too, and our limit is lower.
             warnings.simplefilter("ignore")
             with Image.open(stream, formats=FORMATS) as picture:
                 width, height = picture.size
-                if width * height > MAX_PIXELS:
+                if width * height > most:
                     raise Unusable(
                         "too_large",
-                        f"has {width:,} x {height:,} pixels, and {MAX_PIXELS:,} are the most;"
+                        f"has {width:,} x {height:,} pixels, and {most:,} are the most;"
                         " scale it down first",
                     )
                 yield picture
@@ -68,7 +77,7 @@ def opened(stream: BinaryIO) -> Iterator[Image.Image]:
         text = "is not a picture; give a PNG, JPEG, WebP, GIF or TIFF file"
         raise Unusable("undecodable", text) from None
     except Image.DecompressionBombError:
-        text = f"has more than {MAX_PIXELS:,} pixels, which is the most; scale it down first"
+        text = f"has more than {most:,} pixels, which is the most; scale it down first"
         raise Unusable("too_large", text) from None
     except (OSError, SyntaxError, ValueError, struct.error, EOFError) as error:
         if isinstance(error, OSError) and error.errno:

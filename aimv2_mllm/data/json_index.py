@@ -14,20 +14,23 @@ import re
 import zlib
 from array import array
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
-from uuid import uuid4
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 from tqdm import tqdm
 
 from aimv2_mllm.data.cache import user_cache
+from aimv2_mllm.data.columns import (
+    INDEX_ENDING,
+    Columns,
+    digest_of,
+    is_of,
+    load_columns,
+    save_columns,
+)
 from aimv2_mllm.data.files import Unusable, read_at, regular_file
-from aimv2_mllm.data.shard_index import INDEX_ENDING
 from aimv2_mllm.errors import RunFailed, UsageError
 
 VERSION = "1"
@@ -48,18 +51,17 @@ Row = tuple[int, int, int]  # offset, size, CRC-32
 
 @dataclass(frozen=True)
 class JsonRows:
-    """The rows of a JSON file: `columns` are those of `COLUMNS`, (rows,) each."""
+    """The rows of a JSON file: `columns` are those of `COLUMNS`."""
 
     file: Path
-    columns: dict[str, np.ndarray]
+    columns: Columns
 
     def __len__(self) -> int:
         return len(self.columns["offset"])
 
     def digest(self) -> str:
         """What two files with equal rows have in common."""
-        content = b"".join(self.columns[name].tobytes() for name in COLUMNS)
-        return hashlib.sha256(content).hexdigest()[:32]
+        return digest_of(self.columns)
 
     def read(self, row: int) -> Any:
         """The value of a row; `Unusable` where it is not JSON.
@@ -100,22 +102,19 @@ def open_rows(file: Path) -> JsonRows:
             }
             sidecars = _sidecars(file)
             for sidecar in sidecars:
-                found = _loaded(sidecar, file, stamp)
-                if found is not None and _is_of(found, descriptor):
-                    return found
+                if (found := load_columns(sidecar, COLUMNS, stamp)) is not None:
+                    columns, _ = found
+                    if is_of(descriptor, columns["crc"], columns["offset"], columns["size"]):
+                        return JsonRows(file, columns)
             rows = JsonRows(file, _built(file, descriptor, facts.st_size))
     except OSError as error:
         raise UsageError(f"{file}: cannot be read ({error.strerror})") from None
     _demand_json(rows)
-    for sidecar in sidecars:
-        with suppress(OSError):
-            sidecar.parent.mkdir(parents=True, exist_ok=True)
-            _save(rows, sidecar, stamp)
-            break
+    save_columns(sidecars, rows.columns, stamp)
     return rows
 
 
-def _built(file: Path, descriptor: int, size: int) -> dict[str, np.ndarray]:
+def _built(file: Path, descriptor: int, size: int) -> Columns:
     columns = [array("q") for _ in COLUMNS]
     with (
         os.fdopen(os.dup(descriptor), "rb") as stream,
@@ -210,40 +209,3 @@ def _sidecars(file: Path) -> list[Path]:
         file.with_name(f"{file.name}{INDEX_ENDING}"),
         user_cache() / f"{digest}-{file.name[-100:]}{INDEX_ENDING}",
     ]
-
-
-def _save(rows: JsonRows, path: Path, stamp: dict[str, str]) -> None:
-    unfinished = path.with_name(f"{path.name}.{uuid4().hex}.part")  # ranks may write it together
-    try:
-        unfinished.write_bytes(save(rows.columns, stamp | {"digest": rows.digest()}))
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def _loaded(path: Path, file: Path, stamp: dict[str, str]) -> JsonRows | None:
-    """The index in `path`; None where there is none, a damaged one, or one of another file."""
-    try:
-        if not path.is_file():
-            return None
-        with safe_open(path, "np") as index:
-            facts = index.metadata() or {}
-            columns = {name: index.get_tensor(name) for name in COLUMNS}
-    except (OSError, SafetensorError):
-        return None
-    rows = JsonRows(file, columns)
-    shapes = {name: (column.shape, column.dtype) for name, column in columns.items()}
-    is_whole = shapes == {name: ((len(rows),), np.dtype(kind)) for name, kind in COLUMNS.items()}
-    return rows if is_whole and facts == stamp | {"digest": rows.digest()} else None
-
-
-def _is_of(rows: JsonRows, descriptor: int) -> bool:
-    """Whether the first and the last row stand where the index says."""
-    return all(
-        zlib.crc32(
-            read_at(descriptor, int(rows.columns["offset"][row]), int(rows.columns["size"][row]))
-        )
-        == rows.columns["crc"][row]
-        for row in {0, len(rows) - 1}
-        if len(rows)
-    )

@@ -16,7 +16,8 @@ from PIL import Image
 
 from aimv2_mllm.data import scenes
 from aimv2_mllm.data.files import Unusable
-from aimv2_mllm.data.images import as_rgb, open_image, opened, upright
+from aimv2_mllm.data.images import decoded, open_image
+from aimv2_mllm.data.tables import load_dataset, picture_bytes
 from aimv2_mllm.errors import UsageError, nearest
 
 TEST_SHARE = 0.2  # of each class, where a source has no test split of its own
@@ -159,7 +160,8 @@ def _is_saved_dataset(folder: Path) -> bool:
 
 def _dataset(source: str, seed: int) -> Labelled:
     """A dataset on disk or of a hub, with one column of pictures and one of classes."""
-    splits = _load_splits(source)
+    found = load_dataset(source)
+    splits = dict(found) if isinstance(found, dict) else {TRAIN: found}
     if TRAIN not in splits:
         raise UsageError(f"{source}: has no split {TRAIN}, only {', '.join(splits)}")
     test = next((name for name in TESTS if name in splits), None)
@@ -171,27 +173,6 @@ def _dataset(source: str, seed: int) -> Labelled:
         return _split(classes, train, seed, source)
     held = _rows(splits[test], image, label, source)
     return Labelled(classes, train, held, f"its {TRAIN} and {test}")
-
-
-def _load_splits(source: str) -> dict[str, Any]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise UsageError(
-            f"{source}: {'' if Path(source).is_dir() else 'there is no such folder, and '}"
-            "a dataset needs the datasets library: pip install 'aimv2-mllm[data]'"
-        ) from error
-    try:
-        found: Any = (
-            datasets.load_from_disk(source)
-            if Path(source).is_dir()
-            else datasets.load_dataset(source)
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        where = "there" if Path(source).is_dir() else "the hub, and there is no such folder"
-        raise UsageError(f"{source}: no dataset can be loaded from {where} ({line})") from None
-    return dict(found) if isinstance(found, datasets.DatasetDict) else {TRAIN: found}
 
 
 def _columns(rows: Any, source: str) -> tuple[str, str, list[str]]:
@@ -214,13 +195,8 @@ def _rows(rows: Any, image: str, label: str, source: str) -> Pictures:
     raw = rows.cast_column(image, datasets.Image(decode=False))  # so that a bad one is ours to skip
 
     def open_row(index: int, _: int) -> Image.Image:
-        cell = raw[index][image]
-        if not cell["bytes"]:
-            return open_image(cell["path"])
         try:
-            with opened(io.BytesIO(cell["bytes"])) as picture:
-                picture.load()
-                return as_rgb(upright(picture))
+            return decoded(io.BytesIO(picture_bytes(raw[index][image])))
         except Unusable as error:
             raise UsageError(f"{source}: row {index} {error}") from None
 

@@ -6,24 +6,21 @@ counted by why: names that are absolute or lead upwards, links and devices, and 
 taken. An index says which shard it is of, and is built anew when that shard has changed.
 """
 
-import hashlib
 import json
 import os
 import tarfile
 import zlib
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from uuid import uuid4
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
+from aimv2_mllm.data.columns import Columns, Facts, digest_of, is_of, load_columns, save_columns
 from aimv2_mllm.data.files import read_at, regular_file
 from aimv2_mllm.errors import UsageError
 
-INDEX_ENDING = ".index.safetensors"
 VERSION = "1"
 BLOCK = tarfile.BLOCKSIZE
 PICTURES = ("jpg", "jpeg", "png", "webp")
@@ -42,9 +39,9 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """The columns of `COLUMNS`, (rows,) each, and how much was left out, by why."""
+    """The columns of `COLUMNS`, and how much was left out, by why."""
 
-    columns: dict[str, np.ndarray]
+    columns: Columns
     left_out: dict[str, int]
 
     @property
@@ -54,8 +51,7 @@ class ShardIndex:
 
     def digest(self) -> str:
         """What two equal indices have in common."""
-        content = b"".join(self.columns[name].tobytes() for name in COLUMNS)
-        return hashlib.sha256(content).hexdigest()[:32]
+        return digest_of(self.columns)
 
 
 def build_index(path: Path, name: str) -> ShardIndex:
@@ -132,43 +128,31 @@ def _is_safe(name: str) -> bool:
     return not path.is_absolute() and ".." not in path.parts and "\0" not in name
 
 
-def save_index(index: ShardIndex, path: Path, size: int, stamp: str) -> None:
-    """Write `index` to `path`, whole or not at all, as of the shard of that size and stamp.
-
-    OSError where it cannot be written.
-    """
-    metadata = {
-        "version": VERSION,
-        "shard_size": str(size),
-        "shard_stamp": stamp,
-        "left_out": json.dumps(index.left_out),
-        "digest": index.digest(),
-    }
-    unfinished = path.with_name(f"{path.name}.{uuid4().hex}.part")  # ranks may write it together
-    try:
-        unfinished.write_bytes(save(index.columns, metadata))
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+def save_index(index: ShardIndex, paths: Iterable[Path], size: int, stamp: str) -> None:
+    """Write `index` to the first of `paths` that can be written, as of the shard of that size and
+    stamp."""
+    facts = _stamp(size, stamp) | {"left_out": json.dumps(index.left_out)}
+    save_columns(paths, index.columns, facts)
 
 
 def load_index(path: Path, size: int, stamp: str) -> ShardIndex | None:
     """The index in `path`; None where there is none, a damaged one, or one of another shard."""
-    try:
-        if not path.is_file():
-            return None
-        with safe_open(path, "np") as file:
-            facts = file.metadata() or {}
-            columns = {name: file.get_tensor(name) for name in COLUMNS}
-        left_out = dict(json.loads(facts["left_out"]))
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError):
+    found = load_columns(path, COLUMNS, _stamp(size, stamp))
+    if found is None:
         return None
-    index = ShardIndex(columns, left_out)
-    is_ours = (facts.get("version"), facts.get("shard_size"), facts.get("shard_stamp")) == (
-        VERSION,
-        str(size),
-        stamp,
-    )
-    shapes = {(column.shape, column.dtype) for column in columns.values()}
-    is_whole = shapes == {((index.rows,), np.dtype(kind)) for kind in COLUMNS.values()}
-    return index if is_ours and is_whole and facts.get("digest") == index.digest() else None
+    columns, facts = found
+    try:
+        return ShardIndex(columns, dict(json.loads(facts["left_out"])))
+    except (KeyError, ValueError, TypeError):
+        return None
+
+
+def is_of_shard(index: ShardIndex, path: Path) -> bool:
+    """Whether the first and the last row's headers stand in the tar file as the index says."""
+    headers = index.columns["image_offset"] - BLOCK
+    with regular_file(path) as descriptor:
+        return is_of(descriptor, index.columns["header_crc"], headers, np.full_like(headers, BLOCK))
+
+
+def _stamp(size: int, stamp: str) -> Facts:
+    return {"version": VERSION, "shard_size": str(size), "shard_stamp": stamp}

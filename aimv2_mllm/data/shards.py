@@ -17,6 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from aimv2_mllm.data.cache import ShardCache, remote_files, user_cache
+from aimv2_mllm.data.columns import INDEX_ENDING
 from aimv2_mllm.data.files import (
     MAX_PICTURE_BYTES,
     MAX_TEXT_BYTES,
@@ -30,9 +31,9 @@ from aimv2_mllm.data.files import (
 from aimv2_mllm.data.pairs import Source
 from aimv2_mllm.data.shard_index import (
     BLOCK,
-    INDEX_ENDING,
     ShardIndex,
     build_index,
+    is_of_shard,
     load_index,
     save_index,
 )
@@ -144,17 +145,14 @@ class Shards(Source):
             sidecars.insert(0, Path(f"{shard.url}{INDEX_ENDING}"))
         for path in sidecars:
             index = load_index(path, shard.size, shard.stamp)
-            if index is not None and (shard.is_remote or _is_of(index, Path(shard.url))):
+            if index is not None and (shard.is_remote or is_of_shard(index, Path(shard.url))):
                 return index
         try:
             index = build_index(self._local(shard), shard.url)
         except OSError as error:
             raise UsageError(f"{shard.url}: cannot be read ({error.strerror})") from None
-        for path in sidecars:  # beside the shard, or in the cache where that cannot be written
-            with suppress(OSError):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                save_index(index, path, shard.size, shard.stamp)
-                break
+        # Beside the shard, or in the cache where that cannot be written.
+        save_index(index, sidecars, shard.size, shard.stamp)
         return index
 
 
@@ -171,17 +169,6 @@ def _found(pattern: str) -> list[Shard]:
             raise UsageError(f"{name}: is not a regular file (a folder, pipe or device)")
         found.append(Shard(name, status.st_size, str(status.st_mtime_ns)))
     return found
-
-
-def _is_of(index: ShardIndex, path: Path) -> bool:
-    """Whether the first and the last row's headers stand where the index says."""
-    crcs, offsets = index.columns["header_crc"], index.columns["image_offset"]
-    with regular_file(path) as descriptor:
-        return all(
-            zlib.crc32(read_at(descriptor, int(offsets[row]) - BLOCK, BLOCK)) == crcs[row]
-            for row in {0, index.rows - 1}
-            if index.rows
-        )
 
 
 def _field(text: str, field: str, name: str) -> str:

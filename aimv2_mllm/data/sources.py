@@ -6,13 +6,10 @@ an `Unusable` when that row is read.
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from aimv2_mllm.data.files import (
     MAX_PICTURE_BYTES,
@@ -21,11 +18,10 @@ from aimv2_mllm.data.files import (
     Unusable,
     as_text,
     below,
-    read_at,
     read_later,
     read_whole,
-    regular_file,
 )
+from aimv2_mllm.data.json_index import LOOKED_AT, open_rows
 from aimv2_mllm.data.pairs import Source
 from aimv2_mllm.data.shards import Shards
 from aimv2_mllm.data.tables import Table
@@ -42,63 +38,45 @@ METADATA = "metadata.jsonl"
 
 
 class JsonLines(Source):
-    """One JSON mapping a line: a picture's path below `root`, and its caption."""
+    """A JSON mapping a row: a picture's path below `root`, and its caption."""
 
     def __init__(self, file: Path, root: Path, *, image: str, caption: str) -> None:
-        self._file, self._root, self._image, self._caption = file, root, image, caption
-        digest, offset, offsets, numbers = hashlib.sha256(), 0, [], []
-        for number, line in enumerate(_lines(file), start=1):
-            digest.update(line)
-            if line.strip():
-                self._fields(line, number)
-                offsets.append(offset)
-                numbers.append(number)
-            offset += len(line)
-        if not offsets:
-            raise UsageError(f"{file}: has no lines; a line is {{{show(image)}: ...}}")
-        self._offsets, self._ends = np.array(offsets), np.array([*offsets[1:], offset])
-        self._numbers = np.array(numbers)
-        self.groups, self.notes, self.digest = [len(offsets)], list[str](), digest.hexdigest()
+        self._rows, self._root, self._image, self._caption = open_rows(file), root, image, caption
+        self.groups, self.notes, self.digest = [len(self._rows)], list[str](), self._rows.digest()
+        self._demand_field()
 
-    def _fields(self, line: bytes, number: int) -> dict[str, Any]:
-        try:
-            fields = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UsageError(f"{self._file}:{number}: is not JSON ({error})") from None
+    def _demand_field(self) -> None:
+        """UsageError where none of the first rows names a picture."""
+        faults = []
+        for row in range(min(len(self._rows), LOOKED_AT)):
+            try:
+                self._fields(row)
+                return
+            except Unusable as error:
+                faults.append(f"{self.name(row)}: {error}")
+        raise UsageError(faults[0])
+
+    def _fields(self, row: int) -> dict[str, Any]:
+        fields = self._rows.read(row)
         if not isinstance(fields, dict) or not isinstance(fields.get(self._image), str):
             said = ", ".join(fields) if isinstance(fields, dict) else show(fields)
-            raise UsageError(
-                f"{self._file}:{number}: has no field {show(self._image)} with a picture's path,"
-                f" it has {said}"
+            raise Unusable(
+                "odd_row",
+                f"has no field {show(self._image)} with a picture's path, it has {said}",
             )
         return fields
 
     def name(self, row: int) -> str:
         """Where the row is, in words."""
-        return f"{self._file}:{self._numbers[row]}"
+        return f"{self._rows.file}, row {row}"
 
     def caption(self, row: int) -> tuple[str, Later]:
         """The row's caption, and what reads its picture."""
-        begin, end = int(self._offsets[row]), int(self._ends[row])
-        with regular_file(self._file) as descriptor:
-            fields = self._fields(read_at(descriptor, begin, end - begin), self._numbers[row])
+        fields = self._fields(row)
         caption = fields.get(self._caption)
         if not isinstance(caption, str):
-            raise Unusable("no_caption", f"{self.name(row)}: has no text {show(self._caption)}")
+            raise Unusable("no_caption", f"has no text {show(self._caption)}")
         return caption, read_later(below(self._root, fields[self._image]), MAX_PICTURE_BYTES)
-
-
-def _lines(file: Path) -> Iterator[bytes]:
-    try:
-        with regular_file(file) as descriptor, os.fdopen(os.dup(descriptor), "rb") as stream:
-            number = 0
-            while line := stream.readline(MAX_TEXT_BYTES + 1):
-                number += 1
-                if len(line) > MAX_TEXT_BYTES:
-                    raise UsageError(f"{file}:{number}: is longer than {MAX_TEXT_BYTES:,} bytes")
-                yield line
-    except OSError as error:
-        raise UsageError(f"{file}: cannot be read ({error.strerror})") from None
 
 
 class Folder(Source):

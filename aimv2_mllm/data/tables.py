@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from aimv2_mllm.data.files import MAX_PICTURE_BYTES, Later, Unusable, read_later, read_whole
 from aimv2_mllm.data.pairs import Source
-from aimv2_mllm.errors import UsageError, nearest, show
+from aimv2_mllm.errors import UsageError, first_line, nearest, show
 from aimv2_mllm.recipe_data import DatasetsSource
 
 
@@ -119,25 +119,31 @@ def load_table(config: _Named, columns: Mapping[str, str]) -> tuple[Any, str]:
 
 
 def _table(config: _Named) -> Any:
+    rows = load_dataset(config.dataset, config.config, config.split)
+    if isinstance(rows, dict):  # a folder has all splits
+        if config.split not in rows:
+            known = f"{', '.join(rows)}{nearest(config.split, rows)}"
+            raise UsageError(f"{config.dataset}: has no split {config.split}; it has {known}")
+        rows = rows[config.split]
+    if not len(rows):
+        raise UsageError(f"{config.dataset}: split {config.split} has no rows")
+    return rows
+
+
+def load_dataset(name: str, config: str | None = None, split: str | None = None) -> Any:
+    """What the library `datasets` knows as `name`: what was saved to a folder, which may be several
+    splits, or that split of a hub's, without one all of them. UsageError where it cannot be had."""
     try:
         import datasets
     except ImportError:
         raise UsageError(
-            "sources of kind datasets need that library: pip install 'aimv2-mllm[data]'"
+            f"{name}: a data set needs the library datasets: pip install 'aimv2-mllm[data]'"
         ) from None
     try:
-        if os.path.isdir(config.dataset):
-            rows = datasets.load_from_disk(config.dataset)
-            rows = rows[config.split] if isinstance(rows, datasets.DatasetDict) else rows
-        else:
-            rows = datasets.load_dataset(config.dataset, config.config, split=config.split)
-    except KeyError:
-        known = f"{', '.join(rows)}{nearest(config.split, rows)}"
-        raise UsageError(f"{config.dataset}: has no split {config.split}; it has {known}") from None
+        if os.path.isdir(name):
+            return datasets.load_from_disk(name)
+        return datasets.load_dataset(name, config, split=split)
     # Each builder has its own kinds of errors, and the hub's are no OSError.
     except Exception as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise UsageError(f"{config.dataset}: cannot be loaded ({lines[0]})") from None
-    if not len(rows):
-        raise UsageError(f"{config.dataset}: split {config.split} has no rows")
-    return rows
+        where = "" if os.path.isdir(name) else " from the hub, and there is no such folder"
+        raise UsageError(f"{name}: cannot be loaded{where} ({first_line(error)})") from None

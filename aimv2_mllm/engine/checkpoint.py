@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from aimv2_mllm.engine.disk import remedy, replace_file, sync, why, write_synced
+from aimv2_mllm.disk import put, remedy, replace_file, why, write_synced
 from aimv2_mllm.engine.distributed import Ranks
 from aimv2_mllm.engine.pieces import Stored, to_write, write
 from aimv2_mllm.errors import RunFailed, UsageError
@@ -103,9 +103,7 @@ def _finish(unfinished: Path, final: Path, state: dict[str, Any], outcomes: list
         files |= written
     text = json.dumps({**state, "files": files}, indent=1, allow_nan=False)
     write_synced(unfinished / STATE, text.encode())
-    sync(unfinished)
-    unfinished.rename(final)
-    sync(final.parent)
+    put(unfinished, final)
     replace_file(final.parent / LATEST, f"{final.name}\n".encode())
 
 
@@ -215,7 +213,7 @@ def _check_file(path: Path, facts: dict[str, Any]) -> None:
 
 def _tidy(folder: Path, damaged: list[Path], step: int | None) -> None:
     try:
-        for path in [*folder.glob("step-*.tmp-*"), *folder.glob(f"{LATEST}.tmp-*")]:
+        for path in [*folder.glob("step-*.tmp-*"), *folder.glob(f"{LATEST}.*")]:
             path.unlink() if path.is_file() else shutil.rmtree(path)
         latest = folder / LATEST
         if step is None:

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from aimv2_mllm import heap
 from aimv2_mllm.engine.checkpoint import what_is_kept
 from aimv2_mllm.engine.distributed import Ranks
 from aimv2_mllm.engine.journal import Journal, is_due
-from aimv2_mllm.engine.memory import keep_freed_memory, release_freed_memory
 from aimv2_mllm.engine.optimizer import Parts, set_learning_rates
 from aimv2_mllm.engine.precision import has_bf16
 from aimv2_mllm.engine.skipping import Skipping
@@ -67,7 +67,7 @@ def train(
     run's checkpoint, unknown part, no such device), and on all ranks, after a signal to any and a
     saved checkpoint, `KeyboardInterrupt` (SIGINT) or `SystemExit(143)` (SIGTERM).
     """
-    keep_freed_memory()
+    heap.keep_freed()
     run = Run(config, folder, fingerprint, ranks)
     with StopRequest(ranks) as stop:
         training = Training(model.train(), parts, run)
@@ -93,7 +93,7 @@ def train(
                     break
         training.give_back()
     del training
-    release_freed_memory()  # what is saved needs it in other pieces
+    heap.give_back()  # what is saved needs it in other pieces
     return progress.summary()
 
 

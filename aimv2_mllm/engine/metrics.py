@@ -17,7 +17,7 @@ from typing import Any, TextIO
 import torch
 from tqdm import tqdm
 
-from aimv2_mllm.engine.disk import replace_file
+from aimv2_mllm.disk import replace_file
 from aimv2_mllm.errors import RunFailed
 
 # The fields that differ between two runs of the same recipe; all others are equal bit for bit.

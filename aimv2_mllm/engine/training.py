@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.utils._pytree import tree_leaves
 
+from aimv2_mllm import heap
+from aimv2_mllm.disk import sync
 from aimv2_mllm.engine import checkpoint, metrics
-from aimv2_mllm.engine.disk import sync
 from aimv2_mllm.engine.distributed import Ranks
 from aimv2_mllm.engine.flops import FlopCounter
-from aimv2_mllm.engine.memory import release_freed_memory
 from aimv2_mllm.engine.optimizer import Parts, build_optimizer, restore, training_tensors
 from aimv2_mllm.engine.precision import autocast
 from aimv2_mllm.engine.strategies import give_back, place, whole
@@ -180,7 +180,7 @@ class Training:
         size = sum(value.nbytes for value in tree_leaves(batch) if isinstance(value, Tensor))
         if size > self._most:
             self._most = size
-            release_freed_memory()
+            heap.give_back()
         on_device = {name: _moved(value, device) for name, value in batch.items()}
         with autocast(device, placed.precision), counter or nullcontext():
             return objective(placed.call, on_device, totals)

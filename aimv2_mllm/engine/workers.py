@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from aimv2_mllm.errors import RunFailed, UsageError
+from aimv2_mllm.errors import RunFailed, UsageError, first_line
 
 STEPS_AHEAD = 2  # per worker
 GRACE = 2.0  # seconds that a worker has to end by itself
@@ -106,7 +106,7 @@ def prepared_by_workers(
             except RuntimeError as error:
                 if "DataLoader worker" not in str(error) or "Caught" in str(error):
                     raise
-                death = _first(error)
+                death = first_line(error)
             if death is not None:
                 # Not while that error is known, which would keep the other workers.
                 raise RunFailed(
@@ -137,7 +137,3 @@ def _end(workers: Iterable[multiprocessing.process.BaseProcess]) -> None:
         worker.join()
     if is_main:
         signal.signal(signal.SIGCHLD, handler)
-
-
-def _first(error: Exception) -> str:
-    return str(error).splitlines()[0]

@@ -19,8 +19,9 @@ from aimv2_mllm.errors import UsageError
 from aimv2_mllm.evaluation import attentive
 from aimv2_mllm.evaluation.examples import BATCH_SIZE, Examples, centred, look
 from aimv2_mllm.evaluation.intervals import wilson_interval
-from aimv2_mllm.evaluation.vision import Seeing, weights_sha256
+from aimv2_mllm.evaluation.vision import Seeing
 from aimv2_mllm.model.encoder import AIMv2Encoder, EncoderConfig
+from aimv2_mllm.model.shards import weights_sha256
 
 # DINO's protocol (Caron et al., 2021, arXiv 2104.14294, k-NN evaluation): the 20 nearest by cosine,
 # each voting with exp(similarity / 0.07); the weights are those of Wu et al., 2018.
@@ -173,7 +174,7 @@ def describe(tower: Seeing) -> dict[str, Any]:
     return {
         "model_type": tower.kind,
         **asdict(tower.preprocessing),
-        "sha256": weights_sha256(tower.module),
+        "sha256": weights_sha256(tower.module.state_dict()),
         "notes": list(tower.notes),
     }
 

@@ -1,10 +1,8 @@
-"""What a probe needs of a vision tower, and by what its weights are known."""
+"""What a probe needs of a vision tower."""
 
-import hashlib
 from collections.abc import Sequence
 from typing import Protocol
 
-import torch
 from PIL import Image
 from torch import Tensor, nn
 
@@ -27,12 +25,3 @@ class Seeing(Protocol):
 
     def __call__(self, pixel_values: Tensor) -> Tensor:
         """The tokens (B, N, D) of all patches in raster order, and of nothing else."""
-
-
-def weights_sha256(module: nn.Module) -> str:
-    """The hash of all parameters and buffers by name: equal for equal weights, however stored."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()

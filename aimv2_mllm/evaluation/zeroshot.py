@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from aimv2_mllm.data import scenes
 from aimv2_mllm.data.batches import encode_captions
 from aimv2_mllm.data.labelled import Labelled
-from aimv2_mllm.errors import UsageError
+from aimv2_mllm.errors import UsageError, first_line
 from aimv2_mllm.evaluation.examples import look
 from aimv2_mllm.evaluation.probes import describe, majority, score
 from aimv2_mllm.folders import stage_record
@@ -106,8 +106,9 @@ def _tokenizer(source: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UsageError(f"{source}: no tokenizer can be loaded from there ({line})") from None
+        raise UsageError(
+            f"{source}: no tokenizer can be loaded from there ({first_line(error)})"
+        ) from None
 
 
 def handwriting_templates() -> list[str]:

@@ -17,7 +17,7 @@ from aimv2_mllm.export.llava import demand_stock
 from aimv2_mllm.export.options import Options
 from aimv2_mllm.export.source import Source, talking
 from aimv2_mllm.export.writing import copy_files, demand_room
-from aimv2_mllm.folders import CONFIG_FILE, RECIPE_FILE, UNKNOWN, stage_record, stages_of
+from aimv2_mllm.folders import CONFIG_FILE, RECIPE_FILE, UNKNOWN, result_of, stage_record, stages_of
 from aimv2_mllm.model.shards import num_bytes, read_tensors, write_json
 
 FOLDER, CONFIG, WEIGHTS = "adapter", "adapter_config.json", "adapter_model.safetensors"
@@ -105,7 +105,7 @@ def base_of(told: Mapping[str, Any], run: str | None, made: Path) -> tuple[str, 
             f"its base is the stage {base['stage']} of its run: give the run folder behind DST"
         )
     if "stage" in base:
-        found = Path(str(run)) / str(base["stage"]) / "model"
+        found = result_of(str(run), str(base["stage"]))
         if stage_record(found).get("fingerprint") != base.get("fingerprint"):
             raise UsageError(f"{found}: is not the base that was tuned; give the run that it is of")
         return str(found), f"base: stage {base['stage']}"
@@ -113,7 +113,7 @@ def base_of(told: Mapping[str, Any], run: str | None, made: Path) -> tuple[str, 
         raise UsageError("it does not say what its base is; export it again from its run")
     stages = stages_of(Path(str(run))) if is_run else {}
     tower, llm = (
-        str(Path(str(run)) / base[key] / "model") if base[key] in stages else str(base[key])
+        str(result_of(str(run), base[key]) if base[key] in stages else base[key])
         for key in ("tower", "llm")
     )
     assemble_base(tower, llm, made)

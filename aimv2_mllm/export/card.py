@@ -12,7 +12,7 @@ import yaml
 
 from aimv2_mllm.export.source import Source
 from aimv2_mllm.export.usage import TITLES, usage
-from aimv2_mllm.folders import CARD_FILE, UNKNOWN, stage_record
+from aimv2_mllm.folders import CARD_FILE, UNKNOWN, result_of, stage_record
 from aimv2_mllm.model.hub import HUB_ID
 
 # Licences that the hub knows by these words; any other is written out as license_name.
@@ -88,7 +88,7 @@ def _records(source: Source) -> list[dict[str, Any]]:
     raw = yaml.safe_load((source.run / "recipe.yaml").read_text(encoding="utf-8"))
     names = list(raw["stages"])
     names = names[: names.index(source.record["stage"]) + 1]
-    records = [stage_record(source.run / name / "model") for name in names]
+    records = [stage_record(result_of(source.run, name)) for name in names]
     return [record for record in records if "recipe" in record]
 
 

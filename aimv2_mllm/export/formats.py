@@ -14,7 +14,8 @@ from aimv2_mllm.export.llava import write_llava
 from aimv2_mllm.export.options import DTYPES, Options, size_in_bytes
 from aimv2_mllm.export.original import write_original
 from aimv2_mllm.export.source import Source
-from aimv2_mllm.export.writing import new_folder, write_sidecar
+from aimv2_mllm.export.writing import write_sidecar
+from aimv2_mllm.files import new_folder
 
 MINIMUM = "5.18"  # the first transformers that reads tie_last_hidden_states
 

@@ -3,7 +3,6 @@
 Of a run it is the last finished stage that has what is wanted; else the folder that was given.
 """
 
-import json
 from dataclasses import dataclass
 from os.path import isfile
 from pathlib import Path
@@ -18,9 +17,11 @@ from aimv2_mllm.folders import (
     RECIPE_FILE,
     STAGE_FILE,
     UNKNOWN,
+    config_of,
     licence_of,
     origins_of,
     pretrained_folder,
+    result_of,
     stage_record,
     stages_of,
     talking_folder,
@@ -79,7 +80,7 @@ def seeing(name: str) -> Source:
             )
         return _opened(name, folder)
     kinds = {stage: recipe["kind"] for stage, recipe in stages_of(folder).items()}
-    results = [folder / s / "model" for s, kind in kinds.items() if kind in ("align", "tune")]
+    results = [result_of(folder, s) for s, kind in kinds.items() if kind in ("align", "tune")]
     finished = [result for result in results if isfile(result / STAGE_FILE)]
     tuned = [
         result
@@ -98,10 +99,4 @@ def _parts(result: Path) -> list[Any]:
 
 
 def _opened(name: str, folder: Path) -> Source:
-    path = folder / CONFIG_FILE
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        assert isinstance(config, dict), "it is no mapping"
-    except (OSError, ValueError, AssertionError) as error:
-        raise UsageError(f"{path}: cannot be read ({error}); {GIVE}") from None
-    return Source(name, folder, config, stage_record(folder))
+    return Source(name, folder, config_of(folder), stage_record(folder))

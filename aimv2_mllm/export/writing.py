@@ -1,17 +1,12 @@
-"""A folder written whole or not at all: under another name, synced, then renamed."""
+"""What is put into an exported folder: weights, what lies beside them, and the sidecar."""
 
-import fcntl
-import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from torch import Tensor
 
-from aimv2_mllm.engine.disk import sync
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.export.answers import SIDECAR
 from aimv2_mllm.files import sha256
@@ -20,60 +15,6 @@ from aimv2_mllm.model.shards import INDEX_FILE, WEIGHTS_FILE, num_bytes, write_j
 
 LARGE = 10**8  # bytes from which a bar is shown
 NOT_COPIED = (WEIGHTS_FILE, INDEX_FILE, STAGE_FILE, CARD_FILE, SIDECAR)
-
-
-@contextmanager
-def new_folder(destination: Path) -> Iterator[Path]:
-    """The folder to write, which becomes `destination` when all is well and is gone when not.
-
-    UsageError for a destination that is in use, and where the disk refuses.
-    """
-    if os.path.lexists(destination) and not destination.is_dir():
-        raise UsageError(f"{destination}: is a file; give a new folder")
-    if destination.is_dir() and any(destination.iterdir()):
-        raise UsageError(f"{destination}: is not empty; give a new folder, or remove this one")
-    unfinished = destination.with_name(f".{destination.name}.part")
-    try:
-        unfinished.mkdir(parents=True, exist_ok=True)
-        with _held(unfinished, destination):
-            try:
-                _empty(unfinished)  # of what a process left that was killed
-                yield unfinished
-                for file in (path for path in unfinished.rglob("*") if path.is_file()):
-                    file.chmod(0o644)  # safetensors writes for the owner alone
-                    sync(file)
-                sync(unfinished)
-                unfinished.rename(destination)
-                sync(destination.parent)
-            finally:
-                shutil.rmtree(unfinished, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        said = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise UsageError(f"{destination}: cannot be written ({said})") from None
-
-
-@contextmanager
-def _held(unfinished: Path, destination: Path) -> Iterator[None]:
-    """Hold the folder `unfinished` against a second process, as long as this one lives."""
-    handle = os.open(unfinished, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(
-                f"{destination}: another process is writing it; wait for that, or give a new folder"
-            ) from None
-        yield
-    finally:
-        os.close(handle)
-
-
-def _empty(folder: Path) -> None:
-    for path in folder.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
 
 
 def demand_room(destination: Path, needed: int) -> None:

@@ -15,9 +15,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from ..errors import UsageError, nearest
+from ..errors import UsageError, first_line, nearest
 from .families import TOWERS, family_of
-from .foreign import first_line
 from .merging import merged_aside, share_unquantised
 from .shapes import shapes_only
 

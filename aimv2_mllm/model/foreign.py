@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import UsageError
+from ..errors import UsageError, first_line
 from .families import TOWERS
 
 
@@ -90,11 +90,6 @@ def demand_whole(report: dict[str, Any], where: str) -> None:
         raise UsageError(
             f"{where}: its weights do not fit its config.json: {', '.join(faults[:3])}{more}"
         )
-
-
-def first_line(error: Exception) -> str:
-    """The first line of what `error` says, or if it says nothing its type."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 @contextmanager

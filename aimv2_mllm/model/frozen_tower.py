@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from aimv2_mllm.model.families import chosen_layers, read_patches
 from aimv2_mllm.model.preprocessing import Preprocessing
+from aimv2_mllm.model.shards import weights_sha256
 
 # Pictures that go through the tower at once. A CPU is as fast with one (AIMv2-L: 18.4 s for 8 one
 # by one, 19.3 s together); an accelerator needs some thousand patches to be busy.
@@ -117,7 +118,7 @@ class FrozenTower:
         return {
             "version": VERSION,
             "tower": {k: v for k, v in sorted(config.items()) if k not in SAID_ELSEWHERE},
-            "weights": _digest(self._tower.state_dict()),
+            "weights": weights_sha256(self._tower.state_dict()),
             "layers": list(layers),
             "norm": norm,
             "strategy": others,
@@ -150,11 +151,3 @@ class FrozenTower:
 def digest_of(about: Mapping[str, Any]) -> str:
     """A name for what `FrozenTower.about` says."""
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:24]
-
-
-def _digest(state: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(state.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()

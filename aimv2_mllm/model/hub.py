@@ -10,7 +10,7 @@ from os.path import exists, isdir  # pathlib's raise on a name that is too long
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from ..errors import UsageError
+from ..errors import UsageError, first_line
 from .shapes import shapes_only
 
 # `model*`: the same repositories hold the weights of other frameworks too.
@@ -103,6 +103,5 @@ def _download(repository: str, revision: str | None) -> Path:
             "download it where there is a network and give the folder",
         }
         said = next((text for kind, text in known.items() if isinstance(error, kind)), None)
-        lines = str(error).strip().splitlines()
-        said = said or f"cannot be downloaded ({lines[0] if lines else type(error).__name__})"
+        said = said or f"cannot be downloaded ({first_line(error)})"
         raise UsageError(f"{repository} {said}") from None

@@ -5,17 +5,16 @@ to. `model_type: aimv2` stands for two things, told apart by `vision_config`: an
 first release, and a LiT model, whose encoder is then meant.
 """
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
+from ..folders import CONFIG_FILE, config_of
 from .encoder import SIZES, EncoderConfig
 from .timm_layout import from_timm, timm_config
 
-CONFIG_FILE = "config.json"
 MODEL_TYPES = ("aimv2", "aimv2_vision_model")
 REQUIRED_KEYS = (
     "hidden_size",
@@ -38,20 +37,13 @@ VISION_DEFAULTS = {
 def read_config(folder: Path) -> dict[str, Any]:
     """The `config.json` of a folder with AIMv2 weights; UsageError if there is none, or another
     model's."""
-    path = folder / CONFIG_FILE
-    if not path.is_file():
-        raise UsageError(f"{folder} has no {CONFIG_FILE}: give the folder of an AIMv2 encoder")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} is not JSON ({error}): download it again") from None
-    raw: dict[str, Any] = content if isinstance(content, dict) else {}
+    raw = config_of(folder, "give the folder of an AIMv2 encoder")
     if "architecture" in raw and "model_type" not in raw:
         return raw
     if raw.get("model_type") not in MODEL_TYPES:
         raise UsageError(
-            f"{path} is not an AIMv2 encoder's: its model_type is {raw.get('model_type')!r}, "
-            f"and must be one of {', '.join(MODEL_TYPES)}"
+            f"{folder / CONFIG_FILE} is not an AIMv2 encoder's: its model_type is "
+            f"{raw.get('model_type')!r}, and must be one of {', '.join(MODEL_TYPES)}"
         )
     return raw
 
@@ -59,6 +51,11 @@ def read_config(folder: Path) -> dict[str, Any]:
 def is_lit(raw: Mapping[str, Any]) -> bool:
     """Whether `raw` is an image-text (LiT) model's config, and not an encoder's."""
     return "vision_config" in raw
+
+
+def load_config(folder: Path) -> EncoderConfig:
+    """The encoder that the `config.json` in `folder` describes; UsageError as the two beside."""
+    return encoder_config(read_config(folder), folder / CONFIG_FILE)
 
 
 def encoder_config(raw: Mapping[str, Any], path: Path) -> EncoderConfig:

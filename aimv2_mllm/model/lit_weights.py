@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from ..errors import UsageError, nearest
+from ..folders import CONFIG_FILE
 from .hub import locate
 from .layouts import (
-    CONFIG_FILE,
     demand_plain,
     encoder_config,
     is_lit,

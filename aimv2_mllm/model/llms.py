@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from aimv2_mllm.errors import UsageError
-from aimv2_mllm.model.foreign import demand_whole, first_line
+from aimv2_mllm.errors import UsageError, first_line
+from aimv2_mllm.model.foreign import demand_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

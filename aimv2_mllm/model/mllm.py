@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from aimv2_mllm.errors import UsageError
+from aimv2_mllm.errors import UsageError, first_line
 from aimv2_mllm.model.connectors import build_connector
 from aimv2_mllm.model.families import side_of
-from aimv2_mllm.model.foreign import demand_whole, first_line
+from aimv2_mllm.model.foreign import demand_whole
 from aimv2_mllm.model.joining import draw_connector, take_weights
 from aimv2_mllm.model.llms import IMAGE_TOKEN, forget_how_it_was_loaded
 from aimv2_mllm.model.preprocessing import Preprocessing

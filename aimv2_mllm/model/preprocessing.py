@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from aimv2_mllm.errors import UsageError
-from aimv2_mllm.model.layouts import CONFIG_FILE, encoder_config, read_config
+from aimv2_mllm.model.layouts import load_config
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
 BICUBIC = 3  # Pillow's number of that filter
@@ -112,7 +112,7 @@ class Preprocessing:
         try:
             config = json.loads(path.read_text())
             if image_size is None and _is_native(config):
-                image_size = encoder_config(read_config(folder), folder / CONFIG_FILE).image_size
+                image_size = load_config(folder).image_size
             return cls.read(config, image_size=image_size)
         except FileNotFoundError:
             raise UsageError(

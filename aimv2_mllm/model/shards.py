@@ -4,6 +4,7 @@ Refuses a file that is cut off, a shard that is missing, an index that does not 
 hold, and a folder that has both forms.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -15,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..disk import replace_file
 from ..errors import UsageError
 from .namings import State
 
@@ -130,10 +132,17 @@ def demand_fit(
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write `content` to `path` under another name, and rename it."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    """Write `content` to `path`, whole or not at all."""
+    replace_file(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def weights_sha256(state: Mapping[str, Tensor]) -> str:
+    """The hash of all tensors by name: equal for equal weights, however they are stored."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def num_bytes(tensor: Tensor, dtype: torch.dtype | None = None) -> int:

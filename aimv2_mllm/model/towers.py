@@ -6,9 +6,8 @@ are transformers' own models, imported when one is loaded.
 Letters in shapes: B pictures, N patches, D width.
 """
 
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Self
@@ -18,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from ..folders import pretrained_folder
+from ..folders import config_of, pretrained_folder
 from .encoder import AIMv2Encoder
 from .families import (
     TOWERS,
@@ -32,11 +31,11 @@ from .families import (
 )
 from .grids import Grid
 from .hub import locate
-from .layouts import CONFIG_FILE, encoder_config, read_config
+from .layouts import load_config
 from .preprocessing import Preprocessing
 from .weights import read_encoder
 
-__all__ = ["TOWERS", "Tower", "load_tower", "open_tower", "tower_config"]
+__all__ = ["TOWERS", "Tower", "load_tower", "open_tower"]
 
 
 class Tower(nn.Module):
@@ -149,7 +148,7 @@ def open_tower(
     folder: Path, image_size: int | None
 ) -> tuple[str, nn.Module, Preprocessing, list[str]]:
     """The family, the network, the preprocessing and what to know of the tower in `folder`."""
-    raw = tower_config(folder)
+    raw = config_of(folder, "give the folder of a tower")
     # timm's layout, which has no model_type, is AIMv2's or refused there.
     kind = "aimv2" if "architecture" in raw and "model_type" not in raw else None
     kind = kind or family_of(raw.get("model_type"), str(folder))
@@ -159,7 +158,7 @@ def open_tower(
         module: nn.Module = load_foreign(kind, folder)
         preprocessing = _preprocessing(kind, module, folder, image_size)
         return kind, module, preprocessing, []
-    native = encoder_config(read_config(folder), folder / CONFIG_FILE).native
+    native = load_config(folder).native
     # A native encoder takes any size as it is.
     encoder, notes = read_encoder(folder, None if native else image_size)
     preprocessing = _preprocessing(kind, encoder, folder, image_size)
@@ -187,15 +186,3 @@ def _preprocessing(
     if kind != "aimv2" and side != own_size(config) and (side < patch or side % patch):
         raise UsageError(f"{folder}: cannot look at {side} pixels, only multiples of {patch}")
     return preprocessing
-
-
-def tower_config(folder: Path) -> Mapping[str, Any]:
-    """The `config.json` in `folder`; UsageError if there is none, or it is not JSON."""
-    path = folder / CONFIG_FILE
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"{folder} has no {CONFIG_FILE}: give the folder of a tower") from None
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: is not JSON ({error}): download it again") from None
-    return raw if isinstance(raw, Mapping) else {}

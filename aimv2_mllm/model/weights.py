@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import UsageError, nearest
+from ..folders import CONFIG_FILE
 from .encoder import AIMv2Encoder, EncoderConfig
 from .hub import locate
-from .layouts import CONFIG_FILE, LAYOUTS, encoder_config, read_config
+from .layouts import LAYOUTS, load_config
 from .namings import (
     HEAD,
     IMAGE,
@@ -50,7 +51,7 @@ def load_encoder(
 
 def read_encoder(folder: Path, image_size: int | None = None) -> tuple[AIMv2Encoder, list[str]]:
     """The encoder in `folder` as `load_encoder` returns it, with what a user should know of it."""
-    config = encoder_config(read_config(folder), folder / CONFIG_FILE)
+    config = load_config(folder)
     if shapes_only():
         side = None if config.native else image_size
         return AIMv2Encoder(resized_config(config, side, folder) if side else config), []

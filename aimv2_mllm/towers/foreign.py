@@ -5,8 +5,6 @@ that transformers 4 had, and a tuned tower must be found by both.
 """
 
 import importlib
-import json
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
+from ..folders import model_type_of
 from ..model.families import (
     TOWERS,
     chosen_norm,
@@ -23,7 +22,6 @@ from ..model.families import (
 )
 from ..model.foreign import load_foreign
 from ..model.hub import locate
-from ..model.layouts import CONFIG_FILE
 from ..model.preprocessing import Preprocessing
 from .processor import ImageProcessor
 
@@ -37,7 +35,8 @@ class ForeignSource:
         if image_size is not None:
             raise UsageError(f"hf:{location} takes no ?image_size, which is for aimv2: alone")
         self.location, self.folder = location, locate(location)
-        self.kind = family_of(_model_type(self.folder), str(self.folder))
+        kind = model_type_of(self.folder, "give the folder of a tower")
+        self.kind = family_of(kind, str(self.folder))
         if self.kind == "aimv2":
             raise UsageError(f"{location} is AIMv2's: type aimv2:{location}")
         transformers = importlib.import_module("transformers")
@@ -90,12 +89,3 @@ class ForeignSource:
 def _inner(model: Any) -> nn.Module:
     network: nn.Module = getattr(model, "vision_model", model)
     return network
-
-
-def _model_type(folder: Path) -> str | None:
-    path = folder / CONFIG_FILE
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read ({error}): give the folder of a tower") from None
-    return raw.get("model_type") if isinstance(raw, dict) else None

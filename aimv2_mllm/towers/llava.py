@@ -12,7 +12,6 @@ import functools
 import importlib
 import importlib.util
 import inspect
-import json
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -21,13 +20,14 @@ from typing import Any
 from torch import nn
 
 from ..errors import UsageError
-from ..model.layouts import MODEL_TYPES
+from ..folders import CONFIG_FILE, config_of
 from .llava_compat import install_generation
 from .llava_connectors import build_projector
 from .llava_images import install_images, join
-from .sources import SOURCES, is_source
 from .tower import VisionTower
+from .words import is_ours
 
+HOST = "LLaVA"
 INSTALL = (
     "pip install 'aimv2-mllm[llava]' (its pinned libraries), or beside current libraries "
     "pip install --no-deps llava-torch==1.2.2.post1"
@@ -70,13 +70,15 @@ def install() -> None:
     towers: Any = importlib.import_module("llava.model.multimodal_encoder.builder")
     projectors: Any = importlib.import_module("llava.model.multimodal_projector.builder")
     # llava_arch has bound both names at its import.
+    builder = tower_builder(towers.build_vision_tower, meant_for_us, LlavaTower)
     for module in (towers, arch):
-        module.build_vision_tower = _tower_builder(towers.build_vision_tower)
+        module.build_vision_tower = builder
+    builder = projector_builder(projectors.build_vision_projector, build_projector)
     for module in (projectors, arch):
-        module.build_vision_projector = _projector_builder(projectors.build_vision_projector)
+        module.build_vision_projector = builder
     meta = arch.LlavaMetaModel
-    meta.__init__ = _then_join(meta.__init__)
-    meta.initialize_vision_modules = _then_join(meta.initialize_vision_modules)
+    meta.__init__ = then(meta.__init__, join_model)
+    meta.initialize_vision_modules = then(meta.initialize_vision_modules, join_model)
     install_images(arch.LlavaMetaForCausalLM)
     install_generation()
     arch.aimv2_mllm = True
@@ -111,33 +113,19 @@ def _folder(package: str) -> str:
     return ", ".join(spec.submodule_search_locations or []) if spec else "?"
 
 
-def demand_known(name: str) -> None:
-    """UsageError for a tower's name that LLaVA would take for CLIP's although it is another's."""
-    if is_source(name):
-        return
-    prefixes = ", ".join(f"{kind}:" for kind in SOURCES)
-    kind, colon, _ = name.partition(":")
-    if colon and not Path(name).exists() and len(kind) > 1:  # C:\ is a drive
-        raise UsageError(f"vision tower {name!r} begins with {kind}:, and must with {prefixes}")
-    config = Path(name) / "config.json"
-    model_type = None
-    if config.is_file():
-        try:
-            content = json.loads(config.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UsageError(f"{config} is not JSON ({error})") from None
-        model_type = content.get("model_type") if isinstance(content, dict) else None
-        model_type = model_type or ("timm" if "architecture" in content else None)
-    if model_type in (*MODEL_TYPES, "timm") or (config.is_file() is False and "aimv2" in name):
-        raise UsageError(
-            f"vision tower {name} is AIMv2's, and LLaVA would build a random CLIP of it: "
-            f"type aimv2:{name}"
-        )
-    if model_type is not None and model_type not in CLIP_TYPES:
-        raise UsageError(
-            f"vision tower {name} is a {model_type}, and LLaVA would take it for CLIP: "
-            f"type hf:{name}"
-        )
+def meant_for_us(name: object) -> bool:
+    """Whether the tower `name` is ours; UsageError for another that LLaVA would take for CLIP's."""
+    if is_ours(name, HOST):
+        return True
+    if isinstance(name, str) and (Path(name) / CONFIG_FILE).is_file():
+        config = config_of(Path(name), "give the folder of a tower")
+        kind = config.get("model_type") or config.get("architecture")
+        if kind not in (None, *CLIP_TYPES):
+            raise UsageError(
+                f"vision tower {name} is a {kind}, and {HOST} would take it for CLIP: "
+                f"type hf:{name}"
+            )
+    return False
 
 
 def beside(name: str, config: Any) -> str:
@@ -154,37 +142,47 @@ def beside(name: str, config: Any) -> str:
     return f"{kind}:{folder / path}{f'?{query}' if query else ''}"
 
 
-def _tower_builder(stock: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+def tower_builder(
+    stock: Callable[..., nn.Module], is_meant: Callable[[object], bool], tower: type[LlavaTower]
+) -> Callable[..., nn.Module]:
+    """The host's builder of towers, which builds a `tower` where the name is ours."""
+
     @functools.wraps(stock)
     def build_vision_tower(config: Any, **options: Any) -> nn.Module:
         # From a model's config, or from the arguments of training.
         name = getattr(config, "mm_vision_tower", None) or getattr(config, "vision_tower", None)
-        if not isinstance(name, str):
+        if not is_meant(name):
             return stock(config, **options)
-        demand_known(name)
-        if not is_source(name):
-            return stock(config, **options)
-        return LlavaTower(beside(name, config), config, **options)
+        return tower(beside(str(name), config), config, **options)
 
     return build_vision_tower
 
 
-def _projector_builder(stock: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+def projector_builder(
+    stock: Callable[..., nn.Module], build: Callable[[Any], nn.Module | None]
+) -> Callable[..., nn.Module]:
+    """The host's builder of projectors, and before it ours, which knows its own names."""
+
     @functools.wraps(stock)
     def build_vision_projector(config: Any, *rest: Any, **options: Any) -> nn.Module:
-        return build_projector(config) or stock(config, *rest, **options)
+        ours = build(config)
+        return stock(config, *rest, **options) if ours is None else ours
 
     return build_vision_projector
 
 
-def _then_join(method: Callable[..., None]) -> Callable[..., None]:
-    """`method` of LLaVA's model; after it, its tower knows what its projector makes of the grid."""
+def then(method: Callable[..., None], after: Callable[[Any], None]) -> Callable[..., None]:
+    """`method` of the host's model, and then `after` it where the tower is ours."""
 
     @functools.wraps(method)
-    def joined(self: Any, *rest: Any, **options: Any) -> None:
+    def both(self: Any, *rest: Any, **options: Any) -> None:
         method(self, *rest, **options)
-        tower = self.get_vision_tower()
-        if isinstance(tower, LlavaTower):
-            join(tower, self.mm_projector, self.config)
+        if isinstance(self.get_vision_tower(), LlavaTower):
+            after(self)
 
-    return joined
+    return both
+
+
+def join_model(model: Any) -> None:
+    """Tell the tower of the host's `model` what its projector makes of the grid."""
+    join(model.get_vision_tower(), model.mm_projector, model.config)

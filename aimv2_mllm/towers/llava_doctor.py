@@ -6,15 +6,14 @@ meta device); then the tower, the projector and the samples that it would have u
 
 import contextlib
 import io
-import platform
 import sys
 from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .examined import versions
 from .llava_flags import check_flags, read_flags
 from .llava_samples import Say, examine_images, examine_samples
 from .llava_training import install as install_training
@@ -23,6 +22,7 @@ from .llava_weights import read_vision
 from .tower import CHECKPOINT, VisionTower
 
 PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "peft", "safetensors", "pillow")
+OTHERS = ("llava", "llava-torch", "aimv2-mllm")
 
 
 class _Stop(Exception):
@@ -54,7 +54,7 @@ def examine(words: Sequence[str], *, num_samples: int, say: Callable[[str], None
         faults += kind == "FAULT"
         say(f"{kind:5} {text}")
 
-    tell("ok", f"versions: {_versions()}")
+    tell("ok", f"versions: {versions(PACKAGES, OTHERS)}")
     model, given = _build(train, words)
     release_tower(model, given["args"])
     tower = model.get_vision_tower()
@@ -65,15 +65,6 @@ def examine(words: Sequence[str], *, num_samples: int, say: Callable[[str], None
     examine_images(data, tell)
     examine_samples(model, data, num_samples=num_samples, tell=tell)
     return faults
-
-
-def _versions() -> str:
-    found = [f"python {platform.python_version()}"]
-    for package in (*PACKAGES, "llava", "llava-torch", "aimv2-mllm"):
-        with contextlib.suppress(PackageNotFoundError):
-            found.append(f"{package} {version(package)}")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return ", ".join([*found, device])
 
 
 def _build(train: Any, words: Sequence[str]) -> tuple[Any, dict[str, Any]]:

@@ -6,18 +6,18 @@ of another tower as far as shapes allow, and keeps an old tower under a new name
 
 import argparse
 import importlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 
-from ..errors import UsageError, nearest
-from .llava import demand_known
+from ..errors import UsageError, first_line, nearest
+from ..folders import config_of
+from .llava import meant_for_us
 from .llava_connectors import build_projector
 from .llava_images import join
-from .sources import SOURCES, is_source
+from .sources import SOURCES
 from .tower import VisionTower
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
@@ -46,7 +46,7 @@ def read_flags(train: Any, words: Sequence[str]) -> Flags:
             list(words), return_remaining_strings=True, look_for_args_file=False
         )
     except (ValueError, argparse.ArgumentError) as error:
-        raise UsageError(str(error).splitlines()[0]) from None
+        raise UsageError(first_line(error)) from None
     if unknown:
         known = [o for action in parser._actions for o in action.option_strings]
         raise UsageError(f"there is no flag {unknown[0]}{nearest(unknown[0], known)}")
@@ -59,10 +59,10 @@ def check_flags(flags: Flags) -> None:
     if not model.vision_tower:
         forms = " or ".join(f"{kind}:FOLDER_OR_HUB_ID" for kind in SOURCES)
         raise UsageError(f"there is no --vision_tower: give {forms}")
-    demand_known(model.vision_tower)
+    is_ours = meant_for_us(model.vision_tower)
     _check_files(model, data)
     _check_stage(model, training)
-    if is_source(model.vision_tower):
+    if is_ours:
         config = _llm_config(model.model_name_or_path)
         before = config.get("mm_vision_tower")
         if before not in (None, model.vision_tower):
@@ -189,13 +189,5 @@ def check_model(path: str, base: str | None) -> None:
 
 def _llm_config(source: str) -> dict[str, Any]:
     """The config.json of a folder, or nothing of a hub id, which is not there yet."""
-    path = Path(source) / "config.json"
-    if not path.is_file():
-        if Path(source).is_dir():
-            raise UsageError(f"{source} has no config.json: give the folder of an LLM")
-        return {}
-    try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} is not JSON ({error})") from None
-    return config
+    folder = Path(source)
+    return config_of(folder, "give the folder of an LLM") if folder.is_dir() else {}

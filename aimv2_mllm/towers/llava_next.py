@@ -10,18 +10,15 @@ until that is done.
 
 import functools
 import re
-from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-from torch import nn
-
 from ..errors import UsageError
-from ..model.connectors import build_connector
 from .hosts import host_modules, restore_names
-from .llava import LlavaTower
-from .llava_images import install_images, join
-from .words import is_ours, read_connector
+from .llava import LlavaTower, join_model, projector_builder, then, tower_builder
+from .llava_connectors import build_projector
+from .llava_images import install_images
+from .words import is_ours
 
 HOST = "LLaVA-NeXT"
 OWN = ("linear", "pooler", "identity", "mlp2x_gelu")
@@ -60,14 +57,18 @@ def install() -> None:
     arch, towers, projectors = host_modules(HOST, NEEDS)
     if getattr(arch, "aimv2_mllm", False):
         return
-    tower_builder = _tower_builder(towers.build_vision_tower)
-    projector_builder = _projector_builder(projectors.build_vision_projector)
+    is_next = functools.partial(is_ours, host=HOST)
+    build = functools.partial(build_projector, own=OWN, pattern=_OWN)
     # llava_arch has bound both names at its import.
-    towers.build_vision_tower = arch.build_vision_tower = tower_builder
-    projectors.build_vision_projector = arch.build_vision_projector = projector_builder
+    towers.build_vision_tower = arch.build_vision_tower = tower_builder(
+        towers.build_vision_tower, is_next, NextTower
+    )
+    projectors.build_vision_projector = arch.build_vision_projector = projector_builder(
+        projectors.build_vision_projector, build
+    )
     model = arch.LlavaMetaModel
-    model.__init__ = _then(model.__init__, _join)
-    model.initialize_vision_modules = _then(model.initialize_vision_modules, _load)
+    model.__init__ = then(model.__init__, join_model)
+    model.initialize_vision_modules = then(model.initialize_vision_modules, _load)
     install_images(arch.LlavaMetaForCausalLM)
     arch.aimv2_mllm = True
 
@@ -87,48 +88,7 @@ def train() -> None:
     program.train()
 
 
-def _tower_builder(stock: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    @functools.wraps(stock)
-    def build_vision_tower(config: Any, **options: Any) -> nn.Module:
-        # From a model's config, or from the arguments of training.
-        name = getattr(config, "mm_vision_tower", None) or getattr(config, "vision_tower", None)
-        if not is_ours(name, HOST):
-            return stock(config, **options)
-        return NextTower(str(name), config, **options)
-
-    return build_vision_tower
-
-
-def _projector_builder(stock: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    @functools.wraps(stock)
-    def build_vision_projector(config: Any, *rest: Any, **options: Any) -> nn.Module:
-        name = getattr(config, "mm_projector_type", "linear")
-        words = None if _OWN.fullmatch(name) else read_connector(name, OWN)
-        if words is None:
-            return stock(config, *rest, **options)
-        connector, chosen = words
-        return build_connector(connector, config.mm_hidden_size, config.hidden_size, **chosen)
-
-    return build_vision_projector
-
-
-def _then(method: Callable[..., None], after: Callable[[Any], None]) -> Callable[..., None]:
-    """`method` of the model, and then `after` it where its tower is ours."""
-
-    @functools.wraps(method)
-    def both(self: Any, *rest: Any, **options: Any) -> None:
-        method(self, *rest, **options)
-        if isinstance(self.get_vision_tower(), NextTower):
-            after(self)
-
-    return both
-
-
-def _join(model: Any) -> None:
-    join(model.get_vision_tower(), model.mm_projector, model.config)
-
-
 def _load(model: Any) -> None:
     # Before the trainer says what is trained, for loading freezes.
     model.get_vision_tower().load_model()
-    _join(model)
+    join_model(model)

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from ..model.connectors import Connector
+from .examined import IGNORED, shown
 from .llava_images import project
 
-IGNORED, IMAGE = -100, -200  # LLaVA's IGNORE_INDEX and IMAGE_TOKEN_INDEX
+IMAGE = -200  # LLaVA's IMAGE_TOKEN_INDEX
 SHOWN = 3  # names in a line
 Say = Callable[[str, str], None]
 
@@ -81,7 +82,10 @@ def examine_samples(model: Any, data: Any, *, num_samples: int, tell: Say) -> No
         share = 100 * learned / max(total, 1)
         tell("ok", f"samples: {share:.1f} % of the tokens of {len(samples)} are learned")
         _examine_features(model, data, tell)
-        _show(samples[0], data.tokenizer, tell)
+        first, decode = samples[0], data.tokenizer.decode
+        ids, labels, each = first.input_ids.tolist(), first.labels.tolist(), first.num_image_tokens
+        for line in shown(ids, labels, decode, image=IMAGE, stands_for=each):
+            tell("show", line)
 
 
 def _report(count: int, unusable: list[str], silent: list[str], tell: Say) -> None:
@@ -123,22 +127,6 @@ def _examine_features(model: Any, data: Any, tell: Say) -> None:
         f"{features.shape[-1]} wide, become {embedded.shape[1]} tokens, {embedded.shape[2]} wide"
     )
     tell("ok" if bool(torch.isfinite(embedded).all()) else "FAULT", text)
-
-
-def _show(sample: Sample, tokenizer: Any, tell: Say) -> None:
-    """One sample, in runs of tokens that are learned and that are not."""
-    runs: list[tuple[str, list[int]]] = []
-    for token, label in zip(sample.input_ids.tolist(), sample.labels.tolist(), strict=True):
-        kind = "image" if token == IMAGE else "not learned" if label == IGNORED else "learned"
-        if not runs or runs[-1][0] != kind:
-            runs.append((kind, []))
-        runs[-1][1].append(token)
-    for kind, tokens in runs:
-        if kind == "image":
-            text = f"<image> ({sample.num_image_tokens} tokens)"
-        else:
-            text = repr(tokenizer.decode(tokens))
-        tell("show", f"{kind:11} {text}")
 
 
 def _some(names: list[str]) -> str:

@@ -6,7 +6,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..model.encoder import AIMv2Encoder, EncoderConfig
 from ..model.hub import locate
-from ..model.layouts import CONFIG_FILE, encoder_config, read_config
+from ..model.layouts import load_config
 from ..model.preprocessing import Preprocessing
 from ..model.weights import read_encoder, resized_config
 from .processor import ImageProcessor
@@ -18,9 +18,7 @@ class AIMv2Source:
     def __init__(self, location: str, image_size: int | None = None) -> None:
         self.location, self.image_size = location, image_size
         self.folder = locate(location)
-        self.config: EncoderConfig = encoder_config(
-            read_config(self.folder), self.folder / CONFIG_FILE
-        )
+        self.config: EncoderConfig = load_config(self.folder)
         if image_size is not None and image_size != self.config.image_size:
             self.config = resized_config(self.config, image_size, self.folder)
         self.native = self.config.native

@@ -15,7 +15,7 @@ import torch
 from ..errors import UsageError, nearest
 from ..model.connectors import CONNECTORS, Connector, build_connector
 from ..model.grids import Grid
-from ..model.layouts import CONFIG_FILE, encoder_config, read_config
+from ..model.layouts import load_config
 from .sources import SOURCES, is_source
 
 OURS = "aimv2:"
@@ -74,7 +74,7 @@ def count_tokens(name: str, options: dict[str, int], in_features: int, grid: Gri
 
 def _is_aimv2(folder: Path) -> bool:
     try:
-        encoder_config(read_config(folder), folder / CONFIG_FILE)
+        load_config(folder)
     except UsageError:
         return False
     return True

@@ -16,7 +16,7 @@ import torch
 from measure import build, caption_batch, in_a_child, peak_gib
 from pretrain_step import END, TRAIN
 
-from aimv2_mllm.engine.memory import keep_freed_memory
+from aimv2_mllm import heap
 from aimv2_mllm.engine.optimizer import build_optimizer
 from aimv2_mllm.engine.precision import autocast, has_bf16
 from aimv2_mllm.engine.rehearsal import rehearse
@@ -60,7 +60,7 @@ def estimated(args: argparse.Namespace, batch: int, checkpointing: bool) -> floa
 def measured(args: argparse.Namespace) -> dict[str, float]:
     """GiB that torch allocates at most, and that the process grew by, in steps after the first."""
     device, objective = torch.device(args.device), PreTrainingObjective(14, END)
-    keep_freed_memory()
+    heap.keep_freed()
     steps(args, "nano", 1, 1)  # what is loaded once is no part of it
     before = peak_gib(device) if device.type == "cpu" else 0.0
     model, batch, optimizer = steps(args, args.size, args.measure, 2)

@@ -31,7 +31,7 @@ from measure import (
 from plain import PlainPreTraining
 from torch import nn
 
-from aimv2_mllm.engine.memory import keep_freed_memory
+from aimv2_mllm import heap
 from aimv2_mllm.engine.optimizer import build_optimizer
 from aimv2_mllm.engine.precision import autocast, has_bf16
 from aimv2_mllm.objective import PreTrainingObjective
@@ -72,7 +72,7 @@ def one_side(args: argparse.Namespace) -> dict[str, Any]:
         model = PlainPreTraining(model).to(device)  # type: ignore[arg-type]
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), eps=1e-8)
     else:
-        keep_freed_memory()  # as the engine does
+        heap.keep_freed()  # as the engine does
         model = model.to(device)
         optimizer = build_optimizer({"model": list(model.named_parameters())}, TRAIN)
     parameters = list(model.parameters())

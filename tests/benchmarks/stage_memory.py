@@ -23,9 +23,9 @@ import torch
 from llava_shaped import LLMS, write_models, write_rows
 from measure import in_a_child
 
+from aimv2_mllm import heap
 from aimv2_mllm.engine.accelerators import accelerator
 from aimv2_mllm.engine.distributed import Ranks
-from aimv2_mllm.engine.memory import keep_freed_memory, release_freed_memory
 from aimv2_mllm.engine.optimizer import build_optimizer
 from aimv2_mllm.engine.strategies import keep_inputs
 from aimv2_mllm.job import Place
@@ -91,7 +91,7 @@ def measured(args: argparse.Namespace, case: str, checkpointing: bool, folder: P
     """GiB that torch allocates at most in a second micro-batch."""
     recipe = recipe_of(args, case, checkpointing, folder)
     stage = recipe.stages["stage"]
-    keep_freed_memory()
+    heap.keep_freed()
     job = STAGES[stage.kind].build(stage, Place(recipe, recipe.output))
     if job.prepare is not None:
         job.prepare(job, Ranks(), lambda _: None)
@@ -124,7 +124,7 @@ def process(args: argparse.Namespace, case: str, checkpointing: bool, folder: Pa
     recipe = recipe_of(args, case, checkpointing, folder, steps=3)
     plan(recipe, accelerator(None), 1)  # it imports what a stage of this kind does
     gc.collect()
-    release_freed_memory()
+    heap.give_back()
     before = of_this_process("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the most so far is forgotten
     run(recipe, lambda line: None)
