@@ -110,7 +110,7 @@ def answer_all(
 ) -> list[str]:
     """What `bot` says next in each of `conversations`, messages with their images, in their order.
 
-    They are those of `answer`, of up to `batch_size` conversations computed together. `progress` is
+    Each equals what `answer` would return; up to `batch_size` are computed together. `progress` is
     called with how many of how many are done. Errors are `answer`'s, with the conversation's
     number, from 0, before them.
     """

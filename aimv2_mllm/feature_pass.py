@@ -112,7 +112,7 @@ def keep_features(
         filler = _Filler(store, tower, device, tell)
         facts = _filled(work, filler, workers=data.workers, ranks=ranks, narrate=narrate)
     assert facts is not None
-    rest = "" if facts["whole"] else "; no more fit into max_gib, and the others are computed anew"
+    rest = "" if facts["whole"] else "; max_gib is full; the rest is computed at every use"
     kept = f"{facts['kept']:,} of {facts['pictures']:,} pictures"
     narrate(f"features: {kept} are kept in {store.own} ({store.gib:.3f} GiB){rest}")
     job.batches = replace(batches, features=store)

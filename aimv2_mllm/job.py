@@ -67,7 +67,8 @@ class Job:
     `save` writes the result into a folder; it may change the model, for nothing comes after it.
     `record` is what its stage.json says besides.
     `prepare` is called right before the training, on every rank, with a function that narrates; it
-    may change the job, and gives what ends that after the training, with facts to be recorded.
+    may change the job, and returns a function that undoes it after training and returns facts to be
+    recorded.
     """
 
     model: nn.Module

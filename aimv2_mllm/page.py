@@ -116,7 +116,7 @@ def _about(place: Place) -> str:
 
 def _headline(numbers: dict[str, Any]) -> list[dict[str, str]]:
     rows = []
-    for key, name in (("vqa", "questions answered rightly"), ("text", "questions, sheet in words")):
+    for key, name in (("vqa", "questions answered correctly"), ("text", "questions, sheet in words")):
         if f"{key}_accuracy" in numbers:
             low, high = numbers[f"{key}_accuracy_interval"]
             interval = f"95 % interval {_percent(low)} to {_percent(high)} %"

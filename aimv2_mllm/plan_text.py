@@ -105,8 +105,7 @@ def _stage(
     )
     if device.is_shared:
         # glibc keeps much of what was freed (tests/benchmarks/stage_memory.py).
-        said = "tensors alone; a process on a CPU has taken up to 1.7 times that"
-        lines.append(f"              {said}")
+        lines.append("              tensors only; CPU processes took up to 1.7 times this")
     strategy = "ddp" if train.strategy == "auto" else train.strategy
     how = [train.precision, strategy if num_devices > 1 else "one process"]
     how += ["activation checkpointing"] * train.activation_checkpointing

@@ -27,12 +27,12 @@ class EncoderChoice(Section):
     native: Switch = Field(
         default=False,
         description="positions for any grid, and pictures in their own aspect ratio; batch sizes "
-        "count pictures of image_size, and others are as many as have as many patches",
+        "count pictures of image_size; other sizes fill the same number of patches",
     )
     areas: tuple[_Area, _Area] = Field(
         default=RELEASED_AREAS,
         strict=False,
-        description="native: patches of a picture at most, drawn per micro-batch: least and most",
+        description="native: smallest and largest patch budget per picture; drawn per micro-batch",
     )
 
     @field_validator("areas")

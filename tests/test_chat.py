@@ -227,7 +227,7 @@ def test_a_question_that_is_too_long_alone_is_refused_with_both_numbers(bot: Cha
 
 @pytest.mark.parametrize("mark", ["<image>", "<|end|>", "<|assistant|>"])
 def test_the_model_s_own_marks_are_refused_as_text(bot: Chatbot, mark: str) -> None:
-    with pytest.raises(UsageError, match="is a mark of this model"):
+    with pytest.raises(UsageError, match="is a special token of this model"):
         answer(bot, turn(f"what is {mark} it", "", image=True)[:1], [PICTURE])
 
 

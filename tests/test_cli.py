@@ -112,7 +112,7 @@ def test_a_verb_is_needed(refused: Refused) -> None:
 
 def test_an_unknown_verb_gets_the_nearest(refused: Refused) -> None:
     known = ", ".join(cli.VERBS)
-    expected = f"aimv2-mllm: there is no verb rum; there is {known}; did you mean run?\n"
+    expected = f"aimv2-mllm: unknown verb rum; the verbs are {known}; did you mean run?\n"
     assert refused("rum", "tiny.yaml") == expected
     assert "did you mean" not in refused("xyzzy")
 

@@ -125,7 +125,7 @@ def test_what_an_answer_took_is_told_when_asked(piped: Any) -> None:
     err = piped(["/counts", "what is it", "where is it", "/counts"])[1].splitlines()
     assert err[0] == "(nothing has been asked yet)"
     assert "4 of them pictures and" in err[1]
-    assert "remembered; 8 answered, the first after" in err[1]
+    assert "cached); answer 8 tokens, the first after" in err[1]
 
 
 def test_an_answer_ends_before_what_it_is_to_stop_at(piped: Any, bot: Chatbot) -> None:  # noqa: F811

@@ -136,7 +136,7 @@ def load_newest(
         return step, Stored([path / name for name in state["files"]]), state
     except OSError as error:
         raise UsageError(
-            f"{path} cannot be read here ({error.strerror or error}), but by rank 0 it can: the run"
+            f"{path}: rank 0 can read it, this rank cannot ({error.strerror or error}): the run"
             " folder must lie on a disk that all machines share"
         ) from error
 
