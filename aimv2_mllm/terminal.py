@@ -44,14 +44,18 @@ def talk(
     for line in _lines(terminal):
         command, _, rest = line.partition(" ")
         try:
-            if command == "/quit":
-                return
             if command.startswith("/"):
                 here.obey(command, rest.strip())
             else:
                 here.ask(line)
+        except _Quit:
+            return
         except UsageError as error:
             _note(f"aimv2-mllm: {error}")
+
+
+class _Quit(Exception):
+    """The conversation is to end."""
 
 
 class Talk:
@@ -185,6 +189,10 @@ class Talk:
         """Say what commands there are."""
         _note("\n".join(f"{name:8}{what}" for name, (what, _) in COMMANDS.items()))
 
+    def quit(self, _: str) -> None:
+        """End the conversation."""
+        raise _Quit
+
 
 COMMANDS: dict[str, tuple[str, Callable[[Talk, str], object]]] = {
     "/image": ("FILE  begin anew with another picture", Talk.image),
@@ -197,7 +205,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Talk, str], object]]] = {
     "/load": ("FILE  go on with a saved conversation", Talk.load),
     "/counts": ("      tokens and seconds of the last answer", Talk.counts),
     "/help": ("      show these commands", Talk.help),
-    "/quit": ("      end, as Ctrl-D does; Ctrl-C stops an answer", Talk.help),
+    "/quit": ("      end, as Ctrl-D does; Ctrl-C stops an answer", Talk.quit),
 }
 
 

@@ -70,7 +70,7 @@ def refused(here: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
 
 def model_folder(folder: Path, kind: str, source: str = "handwriting") -> str:
     folder.mkdir()
-    record = {"stage": "s", "kind": kind, "recipe": {"data": {"source": source}}}
+    record = {"stage": "s", "kind": kind, "recipe": {"data": {"sources": [{"kind": source}]}}}
     (folder / "stage.json").write_text(json.dumps(record))
     return str(folder)
 
@@ -260,9 +260,8 @@ def test_sample_writes_the_held_out_sheet_of_its_seed(
 def test_sample_without_a_seed_is_another_each_time_and_names_it(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (here / "recipe.yaml").write_text(
-        json.dumps({"stages": {"a": {"kind": "tune", "data": {"source": "handwriting"}}}})
-    )
+    data = {"sources": [{"kind": "handwriting"}]}
+    (here / "recipe.yaml").write_text(json.dumps({"stages": {"a": {"kind": "tune", "data": data}}}))
     said = []
     for _ in range(2):
         assert cli.main(["sample", str(here), "sheet.png"]) == 0  # replaces the old one

@@ -105,9 +105,9 @@ def demand_handwriting(model: Path) -> None:
     from aimv2_mllm.folders import stages_of
 
     sources = [
-        kind
+        source.get("kind")
         for stage in stages_of(model).values()
-        for kind in _kinds_of_sources(stage.get("data", {}))
+        for source in stage.get("data", {}).get("sources", [])
     ]
     if not sources or set(sources) != {"handwriting"}:
         known = f"were trained on {', '.join(map(str, sources))}" if sources else "are not known"
@@ -115,8 +115,3 @@ def demand_handwriting(model: Path) -> None:
             f"{model}: its stages {known}; sheets are for models trained on handwriting: "
             "show this one a picture of your own"
         )
-
-
-def _kinds_of_sources(data: dict[str, Any]) -> list[str | None]:
-    """Where a stage's samples came from; records hold one source, or a list of them."""
-    return [source.get("kind") for source in data.get("sources", [])] or [data.get("source")]

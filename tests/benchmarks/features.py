@@ -33,7 +33,6 @@ from aimv2_mllm.model.preprocessing import Preprocessing
 from aimv2_mllm.model.weights import save_encoder
 from aimv2_mllm.recipe import Recipe
 
-TOWERS = {"nano": (64, 176, 2, 2), "base": (768, 2048, 12, 6), "large": (1024, 2816, 24, 8)}
 WORDS = ("a", "photo", "of", "something", "that", "nobody", "has", "seen", "where", "there", "is")
 
 
@@ -41,7 +40,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tower", choices=TOWERS, default="large")
+    parser.add_argument("--tower", choices=("nano", "base", "large"), default="large")
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--llm-width", type=int, default=896)
     parser.add_argument("--llm-depth", type=int, default=24)
@@ -59,7 +58,8 @@ def written(folder: Path, args: argparse.Namespace) -> Recipe:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = encoder.EncoderConfig(*TOWERS[args.tower], image_size=args.image_size)
+    sizes = encoder.SIZES[f"aimv2_{args.tower}"]
+    config = encoder.EncoderConfig(**sizes, image_size=args.image_size)
     save_encoder(encoder.AIMv2Encoder(config), folder / "tower")
     Preprocessing(args.image_size).save(folder / "tower")
     width = args.llm_width
