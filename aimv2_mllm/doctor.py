@@ -27,7 +27,7 @@ from aimv2_mllm.model.towers import load_tower
 from aimv2_mllm.model.weights import load_encoder
 from aimv2_mllm.problems import Problem, find_problems
 from aimv2_mllm.recipe import Recipe
-from aimv2_mllm.recipe_stages import Stage
+from aimv2_mllm.recipe_stages import Stage, references
 from aimv2_mllm.stand_ins import sketched
 from aimv2_mllm.towers.tower import demand_finite
 
@@ -54,7 +54,7 @@ def examine(recipe: Recipe, say: Callable[[str], None]) -> list[Problem]:
                 continue
             say(f"\nstage {name} ({stage.kind})")
             _examine_weights(name, stage, place, report)
-            waits_for = unbuilt & _earlier(stage)
+            waits_for = unbuilt & {*references(stage).values()}
             job = None if waits_for else _built(name, stage, sketch, report)
             if job is not None:
                 _examine_job(name, stage, job, report)
@@ -75,27 +75,20 @@ def _versions() -> str:
     return ", ".join([*found, "cuda" if torch.cuda.is_available() else "cpu"])
 
 
-def _earlier(stage: Stage) -> set[str]:
-    """The names that may be those of earlier stages."""
-    given = {str(getattr(stage, key, None)) for key in ("tower", "llm", "start")}
-    return given | {str(getattr(getattr(stage, "start", None), "encoder", None))}
-
-
 def _examine_weights(name: str, stage: Stage, place: Place, report: Report) -> None:
     """That the stage's tower loads strictly, and that its weights are finite."""
-    for waiting in sorted(_earlier(stage) & place.recipe.stages.keys()):
+    named = references(stage)
+    for waiting in sorted({*named.values()} & place.recipe.stages.keys()):
         if not place.result(waiting).is_dir():
             report.tell(
                 "note", f"stage {waiting} has no result yet: its shapes stand in, and whether its "
                 "weights are finite is left out"
             )  # fmt: skip
-    start = getattr(stage, "start", None)
-    key, value = "tower", getattr(stage, "tower", None)
-    if stage.kind == "pretrain":
-        key, value = "start.encoder", getattr(start, "encoder", None)
-    here = f"stages.{name}.{key}"
-    is_waiting = value in place.recipe.stages and not place.result(str(value)).is_dir()
-    if value is None or is_waiting or report.knows(here):
+    key = "start.encoder" if stage.kind == "pretrain" else "tower"
+    value, here = named.get(key), f"stages.{name}.{key}"
+    if value is None or report.knows(here):
+        return
+    if value in place.recipe.stages and not place.result(value).is_dir():
         return
     source = place.source(value)
     try:

@@ -1,5 +1,6 @@
 """The part of a recipe that says what its stages build and train, a section for each kind."""
 
+from operator import attrgetter
 from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
@@ -237,14 +238,21 @@ STAGES: dict[str, type[Stage]] = {
     "tune": TuneStage,
     "language": LanguageStage,
 }
-# kind of a stage -> its keys that name an earlier stage -> the kinds which that stage may have
+# kind of a stage -> its keys that name a model -> the kinds of the earlier stages that may make it.
+# The order counts: run folders are told apart by digests of these models one after the other.
 REFERENCES: dict[str, dict[str, tuple[str, ...]]] = {
     "pretrain": {
-        "tokenizer": ("language",),
         "start.encoder": ("pretrain",),
         "start.decoder": ("pretrain",),
+        "tokenizer": ("language",),
     },
     "lit": {"tower": ("pretrain",), "tokenizer": ("language",)},
     "align": {"tower": ("pretrain",), "llm": ("language",)},
-    "tune": {"start": ("align", "tune"), "tower": ("pretrain",), "llm": ("language",)},
+    "tune": {"tower": ("pretrain",), "llm": ("language",), "start": ("align", "tune")},
 }
+
+
+def references(stage: Stage) -> dict[str, str]:
+    """The models that `stage` names, by key: earlier stages, folders or hub ids."""
+    named = {key: attrgetter(key)(stage) for key in REFERENCES.get(stage.kind, {})}
+    return {key: name for key, name in named.items() if name is not None}

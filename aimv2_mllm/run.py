@@ -101,7 +101,7 @@ def run_stage(
         "seed": place.recipe.seed,
         "recipe": stage.model_dump(mode="json"),
         "fingerprint": fingerprint,
-        "parents": inputs(stage, place) + earlier(name, place),
+        "parents": [*inputs(stage, place).values(), *earlier(name, place)],
         "parts": [list(row) for row in table],
         "seconds": round(outcome["seconds"], 1),
         "rows": list(job.data.rows),

@@ -117,12 +117,19 @@ def test_what_cannot_vary_is_refused_before_anything_runs(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("override", "varied", "key"),
+    [
+        ("seed=0", "tower=both,./nowhere", "stages.align.tower"),
+        ("stages.both.start.encoder=./nowhere", "tower=both,captions", "stages.both.start.encoder"),
+    ],
+)
 def test_a_tower_that_is_not_there_is_told_before_anything_is_trained(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str, varied: str, key: str
 ) -> None:
-    words = ["compare", RECIPE, "--vary", "tower=both,./nowhere", "--out", str(tmp_path / "out")]
+    words = ["compare", RECIPE, override, "--vary", varied, "--out", str(tmp_path / "out")]
     assert main([*words, "--limit", "14"]) == 2
-    assert "stages.align.tower: there is no folder ./nowhere" in capsys.readouterr().err
+    assert f"{key}: there is no folder ./nowhere" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -378,6 +385,23 @@ def test_a_task_is_another_where_the_tower_behind_its_path_is(tmp_path: Path) ->
     assert before[0] == after[0]  # the stages before it
     assert before[1] != after[1]
     assert tasks_of(made, ["python"], ["handwriting"], "other")[1].digest != after[1]
+
+
+@pytest.mark.parametrize("key", ["encoder", "decoder"])
+def test_a_task_is_another_where_the_weights_that_it_starts_from_are(
+    tmp_path: Path, key: str
+) -> None:
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    (begun / "config.json").write_text("{}")
+    start = f"stages.both.start.{key}={begun}"
+    made = grid(tmp_path / "out", "connector=linear,mlp", overrides=(start,))
+    tasks = tasks_of(made, ["python"], ["handwriting"], ASKED)
+    before = [task.digest for task in tasks]
+    (begun / "config.json").write_text('{"other": 1}')
+    assert [one != task.digest for one, task in zip(before, tasks, strict=True)] == [True] + [
+        False
+    ] * (len(tasks) - 1)
 
 
 def test_the_report_says_what_was_fair_and_what_was_not(tmp_path: Path) -> None:

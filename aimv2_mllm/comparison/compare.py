@@ -21,6 +21,7 @@ from aimv2_mllm.data.asked import Asked, load_asked
 from aimv2_mllm.data.asked_sources import HANDWRITING
 from aimv2_mllm.errors import RunFailed, UsageError
 from aimv2_mllm.evaluate import columns_of, demand_fit
+from aimv2_mllm.recipe_stages import references
 from aimv2_mllm.report import HTML, MARKDOWN, SUMMARY, fill, write_files
 from aimv2_mllm.run_folder import locked
 
@@ -83,9 +84,8 @@ def _demand_folders(grid: Grid, out: Path) -> None:
     recipes += [recipe for recipe in grid.shared.values() if recipe is not None]
     for recipe in recipes:
         for name, stage in recipe.stages.items():
-            for key in ("tower", "llm", "start"):
-                source = getattr(stage, key, None)
-                if not isinstance(source, str) or not source.startswith(("/", "./", "../")):
+            for key, source in references(stage).items():
+                if not source.startswith(("/", "./", "../")):
                     continue
                 is_made = Path(source).is_relative_to(out.absolute())
                 if not is_made and not Path(source).is_dir():
