@@ -18,9 +18,10 @@ from aimv2_mllm.data.labelled import Labelled, load_labelled
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.evaluation import dreams, zeroshot
 from aimv2_mllm.evaluation.features import see
+from aimv2_mllm.evaluation.painter import Painter
 from aimv2_mllm.evaluation.probes import KINDS, probe
 from aimv2_mllm.files import write, write_picture
-from aimv2_mllm.folders import pretrained_folder, stage_record
+from aimv2_mllm.folders import pretrained_folder
 from aimv2_mllm.model.towers import Tower, load_tower
 
 SHOWN = 8  # pictures in a picture of features
@@ -29,7 +30,6 @@ NOTE = (
     "as mean and variance: {}. The caption is of the whole picture."
 )
 COLOURS = "Features: their first three principal components as red, green and blue."
-UNWRITTEN = "(none: this decoder never learned captions, it was trained with text_weight 0)"
 UNPAINTED = "(nothing: this decoder never learned to paint, it was trained with alpha 0)"
 
 
@@ -131,41 +131,32 @@ def dream(args: Namespace, picture: Image.Image | None) -> None:
     A decoder that was trained without captions, or without pictures to predict, is not asked for
     them: that is said instead. Raises UsageError on a prefix out of range.
     """
-    folder = pretrained_folder(Path(args.model))
-    model, tokenizer, preprocessing = dreams.load_pretrainer(folder)
-    trained = stage_record(folder).get("recipe", {})
-    paints, writes = trained.get("alpha") != 0, trained.get("text_weight") != 0
-    num_patches = model.encoder.config.num_patches
+    painter = Painter(pretrained_folder(Path(args.model)))
+    preprocessing, num_patches = painter.preprocessing, painter.num_patches
     prefixes = args.prefix or [num_patches // 2]
-    wrong = [prefix for prefix in prefixes if prefix >= num_patches]
-    if wrong:
-        raise UsageError(
-            f"--prefix {wrong[0]}: the model sees {num_patches} patches, so 1 to "
-            f"{num_patches - 1} of them can be shown"
-        )
+    for prefix in prefixes:
+        painter.check(prefix, args.statistics)
     if picture is None:
         scene = scenes.scene(args.seed, "heldout", 0)
         picture = Image.fromarray(scenes.render(scene, preprocessing.image_size))
     pixels = preprocessing.prepare([picture])
     [original] = preprocessing.restore(pixels)
-    columns = []
-    for prefix in prefixes if paints else ():
-        [shown] = dreams.only_prefix(original[None], prefix, model.encoder.config.patch_size)
-        [painted] = preprocessing.restore(dreams.paint(model, pixels, prefix, args.statistics))
-        columns.append((f"prefix: {prefix} of {num_patches} patches", shown, painted))
-    [features] = see(model.encoder, pixels)
-    if writes:
-        [caption] = dreams.write_caption(model, pixels, tokenizer)
-        caption = caption or "(nothing)"
-    else:
-        caption = UNWRITTEN
-    note = NOTE.format(dreams.STATISTICS[args.statistics]) if paints else UNPAINTED
+    columns = [
+        (
+            f"prefix: {prefix} of {num_patches} patches",
+            *painter.paint(pixels, prefix, args.statistics),
+        )
+        for prefix in (prefixes if painter.paints else ())
+    ]
+    [features] = see(painter.model.encoder, pixels)
+    caption = painter.caption(pixels) or "(nothing)"
+    note = NOTE.format(dreams.STATISTICS[args.statistics]) if painter.paints else UNPAINTED
     words = (f"Caption: {caption}", f"{note} {COLOURS}")
     png = picture_grids.dream_grid(original, features, columns, words=words)
     write_picture(Path(args.out), _opened(png))
     if args.sheet:
         print(f"sheet:   {scenes.caption(scene)} (--seed {args.seed})")
     print(f"caption: {caption}")
-    if not paints:
+    if not painter.paints:
         print(f"painted: {UNPAINTED}")
     print(f"picture: {args.out}")

@@ -14,7 +14,7 @@ import torch
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.model.connectors import build_connector
 from aimv2_mllm.model.families import side_of
-from aimv2_mllm.model.foreign import demand_whole, first_line
+from aimv2_mllm.model.foreign import first_line, load_image_text
 from aimv2_mllm.model.joining import draw_connector, take_weights
 from aimv2_mllm.model.llms import IMAGE_TOKEN, forget_how_it_was_loaded
 from aimv2_mllm.model.preprocessing import Preprocessing
@@ -127,26 +127,9 @@ def build_processor(model: Any, tokenizer: Any, preprocessing: Preprocessing) ->
 def load_llava(source: str | Path, dtype: Any = torch.float32) -> tuple[Any, Any]:
     """The Llava in a folder or of a hub id, transformers' own or ours, in `dtype` ("auto": as it is
     stored), and its processor; UsageError if there is none, or not all of it."""
-    from safetensors import SafetensorError
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    import aimv2_mllm.model.llava  # noqa: F401  (transformers then knows ours)
-
     llava_config(source)
-    try:
-        model, report = AutoModelForImageTextToText.from_pretrained(
-            source,
-            dtype=dtype,
-            trust_remote_code=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are in the report
-        )
-        processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UsageError(
-            f"{source}: no Llava can be loaded from there ({first_line(error)})"
-        ) from None
-    demand_whole(report, str(source))
+    refusal, here = "no Llava can be loaded from there", torch.get_default_device()
+    model, processor = load_image_text(source, refusal, dtype=dtype, device=here)
     forget_how_it_was_loaded(processor.tokenizer)
     return model, processor
 
