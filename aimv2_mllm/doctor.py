@@ -20,6 +20,7 @@ from aimv2_mllm.data.talk_batches import TalkBatches
 from aimv2_mllm.doctor_samples import Report, examine_captions, examine_talks
 from aimv2_mllm.errors import RunFailed, UsageError
 from aimv2_mllm.folders import pretrained_folder
+from aimv2_mllm.formats import part_row
 from aimv2_mllm.job import Job, Place
 from aimv2_mllm.model.hub import commit_of, locate
 from aimv2_mllm.model.shards import weight_files
@@ -133,9 +134,8 @@ def _built(name: str, stage: Stage, sketch: Place, report: Report) -> Job | None
 
 def _examine_job(name: str, stage: Stage, job: Job, report: Report) -> None:
     """The parts, the way of a picture, LoRA in the tower, and the first samples."""
-    for part, count, is_trained in job.table():
-        trained = "trained" if is_trained else "frozen"
-        report.tell("ok", f"part: {part:12} {count:>14,} parameters, {trained}")
+    for row in job.table():
+        report.tell("ok", f"part: {part_row(*row)}")
     examine_lora(name, job.model, report)
     here, batches = f"stages.{name}.data", job.batches
     num_sources = len(stage.data.sources)

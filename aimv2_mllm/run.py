@@ -26,6 +26,7 @@ from aimv2_mllm.engine.trackers import require
 from aimv2_mllm.errors import RunFailed
 from aimv2_mllm.files import sha256
 from aimv2_mllm.folders import STAGE_FILE
+from aimv2_mllm.formats import part_row
 from aimv2_mllm.job import Job, Place
 from aimv2_mllm.recipe import Recipe
 from aimv2_mllm.recipe_stages import Stage
@@ -77,7 +78,7 @@ def run_stage(
     torch.manual_seed(_number(place.recipe.seed, name))
     job = STAGES[stage.kind].build(stage, place)
     table = job.table()
-    narrate(_as_text(table))
+    narrate("\n".join(f"  {part_row(*row)}" for row in table))
     for note in job.data.notes:
         narrate(f"  {note}")
     ended = job.prepare(job, ranks, narrate) if job.prepare else dict
@@ -161,11 +162,3 @@ def _say_nothing(text: str) -> None:
 
 def _number(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7])
-
-
-def _as_text(table: list[tuple[str, int, bool]]) -> str:
-    rows = [
-        f"  {part:<12}{count:>13,}  {'trained' if trained else 'frozen'}"
-        for part, count, trained in table
-    ]
-    return "\n".join(rows)

@@ -24,6 +24,7 @@ RECIPES = sorted((HOUSE.parent / "recipes").glob("*.yaml"))
 # A module imports only what stands above it, or beside it in the same entry.
 TABLE = (
     "errors",
+    "formats",
     "heap",
     "sampling",
     "folders",

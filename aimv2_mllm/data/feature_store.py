@@ -21,8 +21,8 @@ from torch import Tensor
 
 from aimv2_mllm.data.feature_shards import Damaged, Shard, read_shard, remove, serialised
 from aimv2_mllm.errors import UsageError
+from aimv2_mllm.formats import GIB
 
-GIB = 2**30
 SHARD_BYTES = 64 * 2**20  # of a shard at most; what is lost by a kill
 SHARD, PART, PASS = ".safetensors", ".part", ".pass.json"  # endings
 IN_USE = "in-use"  # a file that is locked by those who use the folder, and as old as its last use
