@@ -185,10 +185,10 @@ class Foreign(_Asked):
 
 
 def _talk(text: str, picture: "Image.Image | None") -> Talk:
-    from aimv2_mllm.data.conversations import turn
+    from aimv2_mllm.data.conversations import said
 
-    asked = turn(text, "", image=picture is not None)[:1]
-    return asked, [] if picture is None else [picture]
+    pictures = [] if picture is None else [picture]
+    return [said("user", text, pictures=len(pictures))], pictures
 
 
 def _shown(messages: "Sequence[Message]", pictures: "Sequence[Image.Image]") -> list[Any]:

@@ -17,18 +17,22 @@ IMAGE_TOKEN = "<image>"
 BACKWARDS = "Read it backwards."
 DESCRIBE = ("Describe the sheet.", "What is on the sheet?", "Say what you see.")
 
-Message = dict[
-    str, Any
-]  # role: "user" | "assistant"; content: list of {"type": "text" | "image", ...}
+# role: "system" | "user" | "assistant"
+# content: list of {"type": "text", "text": …} | {"type": "image"}
+Message = dict[str, Any]
+
+
+def said(role: str, text: str, *, pictures: int = 0) -> Message:
+    """What `role` says, behind so many pictures."""
+    return {
+        "role": role,
+        "content": [*[{"type": "image"}] * pictures, {"type": "text", "text": text}],
+    }
 
 
 def turn(question: str, answer: str, *, image: bool = False) -> list[Message]:
     """One question and its answer as two messages; the question is about a picture when `image`."""
-    picture = [{"type": "image"}] if image else []
-    return [
-        {"role": "user", "content": [*picture, {"type": "text", "text": question}]},
-        {"role": "assistant", "content": [{"type": "text", "text": answer}]},
-    ]
+    return [said("user", question, pictures=int(image)), said("assistant", answer)]
 
 
 def messages_of(said: Sequence[tuple[str, str]], num_pictures: int) -> list[Message]:
