@@ -9,9 +9,9 @@ import sys
 from collections.abc import Sequence
 
 from aimv2_mllm.errors import RunFailed, UsageError, nearest
+from aimv2_mllm.narration import note
 from aimv2_mllm.parser import PROGRAM, parse
 from aimv2_mllm.verbs import judging, looking, talking, training, writing
-from aimv2_mllm.verbs.telling import note
 
 # Modules that `pip install aimv2-mllm` alone does not bring.
 OPTIONAL = {

@@ -6,7 +6,7 @@ A pass that is killed keeps what it has; so do stages and runs of the same tower
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from aimv2_mllm.data.feature_shards import picture_key
-from aimv2_mllm.data.feature_store import SHARD_BYTES, FeatureStore, warn
+from aimv2_mllm.data.feature_store import SHARD_BYTES, FeatureStore
 from aimv2_mllm.data.files import Unusable
 from aimv2_mllm.data.talk_batches import BLANK, TalkBatches
 from aimv2_mllm.engine.distributed import Ranks
@@ -24,11 +24,11 @@ from aimv2_mllm.engine.precision import has_bf16
 from aimv2_mllm.engine.upcoming import upcoming_steps
 from aimv2_mllm.job import Ended, Job
 from aimv2_mllm.model.frozen_tower import FrozenTower, digest_of
+from aimv2_mllm.narration import Narrate, note
 from aimv2_mllm.recipe_data import ConversationData
 from aimv2_mllm.recipe_train import TrainConfig
 
 ROWS = 16  # whose pictures are decoded at once
-Narrate = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def keep_features(
     tower = FrozenTower(llava.model, torch.bfloat16 if half else torch.float32)
     about = tower.about(batches.preprocessing)
     store = FeatureStore(data.features.folder, digest_of(about), data.features.max_gib)
-    tell = narrate if ranks.is_first else warn  # what is damaged is told by who finds it first
+    tell = narrate if ranks.is_first else note  # what is damaged is told by who finds it first
     store.open(about, tell)
     work = Pass(batches, store, train.steps * train.batch_size)
     facts = store.noted(work.name)

@@ -9,7 +9,6 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,9 @@ from aimv2_mllm.errors import RunFailed
 from aimv2_mllm.evaluation.summary import Findings, evaluate
 from aimv2_mllm.folders import STAGE_FILE
 from aimv2_mllm.job import Place
+from aimv2_mllm.narration import Narrate
 from aimv2_mllm.page import describe, pictures
 
-Narrate = Callable[[str], None]
 TEMPLATES = Path(__file__).parent / "assets"
 SUMMARY, HTML, MARKDOWN = "summary.json", "report.html", "report.md"
 UNFINISHED = ".report.tmp"

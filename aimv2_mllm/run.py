@@ -9,7 +9,6 @@ import hashlib
 import json
 import platform
 import shutil
-from collections.abc import Callable
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +19,7 @@ from safetensors import SafetensorError
 
 from aimv2_mllm.data.batches import Share
 from aimv2_mllm.engine.disk import sync
-from aimv2_mllm.engine.distributed import Ranks, joined
+from aimv2_mllm.engine.distributed import ALONE, Ranks, joined
 from aimv2_mllm.engine.loop import train
 from aimv2_mllm.engine.trackers import require
 from aimv2_mllm.errors import RunFailed
@@ -28,13 +27,12 @@ from aimv2_mllm.files import sha256
 from aimv2_mllm.folders import STAGE_FILE
 from aimv2_mllm.formats import part_row
 from aimv2_mllm.job import Job, Place
+from aimv2_mllm.narration import Narrate
 from aimv2_mllm.recipe import Recipe
 from aimv2_mllm.recipe_stages import Stage
 from aimv2_mllm.run_folder import claim, earlier, lineage, locked, state
 from aimv2_mllm.stages import STAGES, check_inputs, check_shares, inputs
 
-Narrate = Callable[[str], None]
-ALONE = Ranks()
 
 
 def run(recipe: Recipe, narrate: Narrate) -> Path | None:

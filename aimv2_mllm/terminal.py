@@ -18,6 +18,7 @@ from aimv2_mllm.chatbot import Chatbot
 from aimv2_mllm.data.images import open_image
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.files import demand_place, write
+from aimv2_mllm.narration import note
 from aimv2_mllm.prompts import Message, said
 from aimv2_mllm.sampling import GREEDY, Sampling
 from aimv2_mllm.session import ChatSession, Counts, Reply
@@ -40,7 +41,7 @@ def talk(
     words = {"max_new_tokens": max_new_tokens, "sampling": sampling}
     here = Talk(bot, pictures, system, show=terminal, **words)
     if terminal:
-        _note("Ask about the picture; /help shows more.")
+        note("Ask about the picture; /help shows more.")
     for line in _lines(terminal):
         command, _, rest = line.partition(" ")
         try:
@@ -51,7 +52,7 @@ def talk(
         except _Quit:
             return
         except UsageError as error:
-            _note(f"aimv2-mllm: {error}")
+            note(f"aimv2-mllm: {error}")
 
 
 class _Quit(Exception):
@@ -115,7 +116,7 @@ class Talk:
         print("" if self._show else answer.replace("\n", " "), flush=True)
         if not stop.is_set():
             return answer
-        _note("(stopped)" if answer else "(stopped; the question is forgotten)")
+        note("(stopped)" if answer else "(stopped; the question is forgotten)")
         return answer or None
 
     def clear(self, _: str) -> None:
@@ -146,7 +147,7 @@ class Talk:
     def retry(self, _: str) -> None:
         """Answer the last question again; with a seed, by the next one."""
         if not self._words["sampling"].temperature:
-            _note("(the likeliest answer stays the same; --temperature lets it vary)")
+            note("(the likeliest answer stays the same; --temperature lets it vary)")
         self._again(None, self._tries + 1)
 
     def edit(self, text: str) -> None:
@@ -183,11 +184,11 @@ class Talk:
 
     def counts(self, _: str) -> None:
         """Say what the last answer took."""
-        _note(f"({self._counts})" if self._counts else "(nothing has been asked yet)")
+        note(f"({self._counts})" if self._counts else "(nothing has been asked yet)")
 
     def help(self, _: str) -> None:
         """Say what commands there are."""
-        _note("\n".join(f"{name:8}{what}" for name, (what, _) in COMMANDS.items()))
+        note("\n".join(f"{name:8}{what}" for name, (what, _) in COMMANDS.items()))
 
     def quit(self, _: str) -> None:
         """End the conversation."""
@@ -247,7 +248,3 @@ def _lines(terminal: bool) -> Iterable[str]:
             raise UsageError("what comes in is not UTF-8 text") from None
         if line:
             yield line
-
-
-def _note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

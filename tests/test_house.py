@@ -25,6 +25,7 @@ RECIPES = sorted((HOUSE.parent / "recipes").glob("*.yaml"))
 TABLE = (
     "errors",
     "formats",
+    "narration",
     "heap",
     "sampling",
     "folders",

@@ -22,12 +22,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from aimv2_mllm.engine.disk import remedy, replace_file, sync, why, write_synced
-from aimv2_mllm.engine.distributed import Ranks
+from aimv2_mllm.engine.distributed import ALONE, Ranks
 from aimv2_mllm.engine.pieces import Stored, to_write, write
 from aimv2_mllm.errors import RunFailed, UsageError
 
 TENSORS, STATE, LATEST = "tensors.safetensors", "state.json", "latest"
-ALONE = Ranks()
 
 
 class _DamagedError(Exception):

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from aimv2_mllm.parser import PROGRAM
-from aimv2_mllm.verbs.telling import note
+from aimv2_mllm.narration import note
 
 
 def evaluate(args: argparse.Namespace) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from aimv2_mllm.errors import UsageError
-from aimv2_mllm.verbs.telling import note, program
+from aimv2_mllm.narration import note
+from aimv2_mllm.verbs.telling import program
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 

@@ -5,7 +5,8 @@ import os
 from typing import Any
 
 from aimv2_mllm.errors import UsageError
-from aimv2_mllm.verbs.telling import end_with, note, program
+from aimv2_mllm.narration import note
+from aimv2_mllm.verbs.telling import end_with, program
 
 
 def run(args: argparse.Namespace) -> None:

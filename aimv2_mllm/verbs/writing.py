@@ -4,7 +4,7 @@ verify-export."""
 import argparse
 from pathlib import Path
 
-from aimv2_mllm.verbs.telling import note
+from aimv2_mllm.narration import note
 
 
 def convert(args: argparse.Namespace) -> None:
