@@ -84,8 +84,12 @@ def load_image_text(
         said = " ".join(str(error).split())[:300]
         raise UsageError(f"{source}: {refusal}: {said}") from None
     demand_whole(report, str(source))
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return model.to(device).eval(), processor
+    return model.to(device or best_device()).eval(), processor
+
+
+def best_device() -> torch.device:
+    """The GPU, or the CPU where there is none."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def demand_whole(report: dict[str, Any], where: str) -> None:
