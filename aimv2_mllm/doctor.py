@@ -24,6 +24,7 @@ from aimv2_mllm.formats import part_row
 from aimv2_mllm.job import Job, Place
 from aimv2_mllm.model.foreign import best_device
 from aimv2_mllm.model.hub import commit_of, locate
+from aimv2_mllm.model.mllm import connector_inputs
 from aimv2_mllm.model.shards import weight_files
 from aimv2_mllm.model.towers import load_tower
 from aimv2_mllm.model.weights import load_encoder
@@ -171,20 +172,16 @@ def _examine_connector(
     llava: Any = next((m for m in model.modules() if hasattr(m, "multi_modal_projector")), None)
     if llava is None or batches.preprocessing is None:
         return None
-    shapes: list[tuple[int, ...]] = []  # (1, N, D), what the connector is given
     connector = llava.multi_modal_projector
-    hook = connector.register_forward_pre_hook(lambda _, given: shapes.append(given[0].shape))
     side, config = batches.preprocessing.image_size, llava.config
     pixels = torch.empty(1, 3, side, side, device="meta")
     try:
-        with torch.no_grad():
+        with torch.no_grad(), connector_inputs(llava) as given:
             [embedded] = llava.get_image_features(pixels).pooler_output  # (M, E)
     except (ValueError, RuntimeError) as error:
         report.fault(f"stages.{name}", f"a picture of {side} pixels does not pass: {error}")
         return None
-    finally:
-        hook.remove()
-    [(_, num_patches, width)] = shapes
+    [(_, num_patches, width)] = [one.shape for one in given]  # (1, N, D)
     grid, (count, out) = side // config.vision_config.patch_size, embedded.shape
     report.tell("ok", f"image: {side} x {side} pixels, {grid} x {grid} patches, {width} wide, "
                 f"become {count} tokens, {out} wide")  # fmt: skip

@@ -22,6 +22,7 @@ from aimv2_mllm.evaluation.painter import Painter
 from aimv2_mllm.model.decoding import embedded
 from aimv2_mllm.model.families import grid_of
 from aimv2_mllm.model.grids import Grid
+from aimv2_mllm.model.mllm import connector_inputs
 from aimv2_mllm.prompts import Message, pixels_of
 
 SIDE = 448  # pixels that a picture shown has at least
@@ -49,16 +50,10 @@ class Look(NamedTuple):
 def view(bot: Chatbot, picture: Image.Image) -> View:
     """What the tower of `bot` gets to see of `picture`, and makes of it."""
     prepared = pixels_of(bot.processor, [picture], bot.data)
-    caught: list[Tensor] = []
-    projector = bot.model.model.multi_modal_projector
-    hook = projector.register_forward_pre_hook(lambda _, given: caught.append(given[0]))
-    try:
-        with torch.inference_mode():
-            words = {name: value.to(bot.model.device) for name, value in prepared.items()}
-            words["pixel_values"] = words["pixel_values"].to(bot.model.dtype)
-            bot.model.get_image_features(**words)
-    finally:
-        hook.remove()
+    with torch.inference_mode(), connector_inputs(bot.model.model) as caught:
+        words = {name: value.to(bot.model.device) for name, value in prepared.items()}
+        words["pixel_values"] = words["pixel_values"].to(bot.model.dtype)
+        bot.model.get_image_features(**words)
     values = prepared["pixel_values"]  # (1, 3, H, W)
     if "image_sizes" in prepared:
         height, width = prepared["image_sizes"][0].tolist()

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
@@ -38,8 +37,14 @@ def talk(
     What is no answer goes to stderr. Ctrl-C stops an answer; at a question it ends the whole.
     """
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
-    words = {"max_new_tokens": max_new_tokens, "sampling": sampling}
-    here = Talk(bot, pictures, system, show=terminal, **words)
+    here = Talk(
+        bot,
+        pictures,
+        system,
+        show=terminal,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+    )
     if terminal:
         note("Ask about the picture; /help shows more.")
     for line in _lines(terminal):
@@ -69,9 +74,11 @@ class Talk:
         system: str | None,
         *,
         show: bool,
-        **words: Any,
+        max_new_tokens: int,
+        sampling: Sampling,
     ) -> None:
-        self._session, self._show, self._words = ChatSession(bot), show, words
+        self._session, self._show = ChatSession(bot), show
+        self._max_new_tokens, self._sampling = max_new_tokens, sampling
         self._system = [] if system is None else [said("system", system)]
         self._first = list(pictures)  # with which the conversation begins
         self._counts: Counts | None = None
@@ -92,20 +99,23 @@ class Talk:
         """Print the answer, and remember it; `tries` is how often the question was asked before."""
         messages = [*self._messages, said("user", text, pictures=len(self._waiting))]
         images = [*self._images, *self._waiting]
-        words, sampling = self._words, self._words["sampling"]
+        sampling = self._sampling
         if tries and sampling.seed is not None:
-            words = {**words, "sampling": replace(sampling, seed=sampling.seed + tries)}
-        answer = self._shown(messages, images, words)
+            sampling = replace(sampling, seed=sampling.seed + tries)
+        answer = self._shown(messages, images, sampling)
         if answer is not None:
             self._messages = [*messages, said("assistant", answer)]
             self._images, self._waiting, self._tries = images, [], tries
 
     def _shown(
-        self, messages: list[Message], images: list[Image.Image], words: dict[str, Any]
+        self, messages: list[Message], images: list[Image.Image], sampling: Sampling
     ) -> str | None:
         """The answer, as far as it was let come; None where that is not at all."""
         stop = threading.Event()
-        reply = self._session.stream(messages, images, stop=stop, **words)
+        most = self._max_new_tokens
+        reply = self._session.stream(
+            messages, images, max_new_tokens=most, sampling=sampling, stop=stop
+        )
         self._counts, answer = reply.counts, ""
         with _ctrl_c_sets(stop) if self._show else nullcontext():
             for piece in _until_interrupted(reply, stop):
@@ -146,7 +156,7 @@ class Talk:
 
     def retry(self, _: str) -> None:
         """Answer the last question again; with a seed, by the next one."""
-        if not self._words["sampling"].temperature:
+        if not self._sampling.temperature:
             note("(the likeliest answer stays the same; --temperature lets it vary)")
         self._again(None, self._tries + 1)
 

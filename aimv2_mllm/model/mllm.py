@@ -5,11 +5,13 @@ Llava folder, which other tools load without us; any other pair is saved as our 
 and says so. A connector reads patches and nothing else, of AIMv2 after its final norm.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.model.connectors import build_connector
@@ -152,6 +154,19 @@ def llava_config(source: str | Path) -> Any:
             f"{source}: its model_type is {config.model_type}, and must be {' or '.join(known)}"
         )
     return config
+
+
+@contextmanager
+def connector_inputs(body: Any) -> Iterator[list[Tensor]]:
+    """While entered, collects what the connector of the Llava `body` is given: (1, N, D) each."""
+    given: list[Tensor] = []
+    hook = body.multi_modal_projector.register_forward_pre_hook(
+        lambda _, arguments: given.append(arguments[0])
+    )
+    try:
+        yield given
+    finally:
+        hook.remove()
 
 
 def pictures_of(processor: Any) -> tuple[Preprocessing, int]:

@@ -7,7 +7,6 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.narration import note
@@ -32,9 +31,13 @@ def chat(args: argparse.Namespace) -> None:
     if args.system is not None and not args.system.strip():
         raise UsageError("--system is empty: say something, or leave it out")
     pictures = [open_image(file) for file in args.image]
-    names = ("temperature", "top_p", "top_k", "seed")
-    words: dict[str, Any] = {name: getattr(args, name) for name in names}
-    sampling = Sampling(**words, stop=tuple(args.stop))
+    sampling = Sampling(
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        seed=args.seed,
+        stop=tuple(args.stop),
+    )
     talking_folder(Path(args.model))  # seconds before torch is there to load it
     from aimv2_mllm.chat import answer, load_model
     from aimv2_mllm.prompts import said
@@ -46,8 +49,7 @@ def chat(args: argparse.Namespace) -> None:
         return
     system = [] if args.system is None else [said("system", args.system)]
     asked = [*system, said("user", args.prompt, pictures=len(pictures))]
-    words = {"max_new_tokens": args.max_tokens, "sampling": sampling}
-    print(answer(bot, asked, pictures, **words))
+    print(answer(bot, asked, pictures, max_new_tokens=args.max_tokens, sampling=sampling))
 
 
 def demo(args: argparse.Namespace) -> None:
