@@ -111,8 +111,13 @@ class Ours(_Asked):
     ) -> list[str]:
         from aimv2_mllm.chat import answer_all
 
-        words: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling}
-        return answer_all(self.bot, talks, batch_size=max(1, len(talks)), **words)
+        return answer_all(
+            self.bot,
+            talks,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            batch_size=max(1, len(talks)),
+        )
 
 
 class Foreign(_Asked):
