@@ -22,7 +22,6 @@ from aimv2_mllm.errors import RunFailed, UsageError
 from aimv2_mllm.folders import pretrained_folder
 from aimv2_mllm.formats import part_row
 from aimv2_mllm.job import Job, Place
-from aimv2_mllm.model.foreign import best_device
 from aimv2_mllm.model.hub import commit_of, locate
 from aimv2_mllm.model.mllm import connector_inputs
 from aimv2_mllm.model.shards import weight_files
@@ -75,7 +74,7 @@ def _versions() -> str:
             found.append(f"{package} {version(package)}")
         except PackageNotFoundError:
             found.append(f"no {package}")
-    return ", ".join([*found, best_device().type])
+    return ", ".join([*found, "cuda" if torch.cuda.is_available() else "cpu"])
 
 
 def _examine_weights(name: str, stage: Stage, place: Place, report: Report) -> None:

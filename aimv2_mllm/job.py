@@ -1,7 +1,9 @@
 """What a stage is, ready to be trained, and where it stands among the others of its recipe."""
 
+import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +92,12 @@ class Job:
             key = (part, id(parameter) in trained)
             counts[key] = counts.get(key, 0) + num_weights(parameter)
         return [(part, count, trainable) for (part, trainable), count in counts.items()]
+
+
+def versions() -> dict[str, str]:
+    """The versions of what computes, as records have them."""
+    packages = {name: version(name) for name in ("torch", "transformers", "aimv2-mllm")}
+    return {**packages, "python": platform.python_version()}
 
 
 def named_parts(model: nn.Module, pieces: dict[str, tuple[str, ...]]) -> Parts:

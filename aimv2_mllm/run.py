@@ -7,10 +7,8 @@ by `run_folder`.
 
 import hashlib
 import json
-import platform
 import shutil
 from contextlib import ExitStack
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,7 @@ from aimv2_mllm.errors import RunFailed
 from aimv2_mllm.files import sha256
 from aimv2_mllm.folders import STAGE_FILE
 from aimv2_mllm.formats import part_row
-from aimv2_mllm.job import Job, Place
+from aimv2_mllm.job import Job, Place, versions
 from aimv2_mllm.narration import Narrate
 from aimv2_mllm.recipe import Recipe
 from aimv2_mllm.recipe_stages import Stage
@@ -70,8 +68,6 @@ def run_stage(
     if is_finished:
         narrate(f"stage {name}: finished, see {result}")
         return
-    packages = {name: version(name) for name in ("torch", "transformers", "aimv2-mllm")}
-    versions = {**packages, "python": platform.python_version()}
     narrate(f"stage {name}: training {STAGES[stage.kind].trains}")
     torch.manual_seed(_number(place.recipe.seed, name))
     job = STAGES[stage.kind].build(stage, place)
@@ -106,7 +102,7 @@ def run_stage(
         "rows": list(job.data.rows),
         "last": outcome["last"],
         **ended(),
-        "versions": versions,
+        "versions": versions(),
         **job.record,
         **lineage(name, place),
     }

@@ -3,11 +3,9 @@
 import hashlib
 import json
 import os
-import platform
 import shlex
 from argparse import Namespace
 from contextlib import ExitStack
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ from aimv2_mllm.data.asked import Asked, load_asked
 from aimv2_mllm.data.asked_sources import HANDWRITING
 from aimv2_mllm.errors import RunFailed, UsageError
 from aimv2_mllm.evaluate import columns_of, demand_fit
-from aimv2_mllm.recipe_stages import references
+from aimv2_mllm.job import versions
 from aimv2_mllm.report import HTML, MARKDOWN, SUMMARY, fill, write_files
 from aimv2_mllm.run_folder import locked
 
@@ -67,11 +65,7 @@ def compare(args: Namespace, narrate: Narrate) -> dict[str, Any]:
             "jobs": args.jobs,
             **numbers_of(grid, failed, speed, digest),
             "command": _command(args),
-            "versions": {
-                **{name: version(name) for name in ("torch", "transformers", "aimv2-mllm")},
-                "python": platform.python_version(),
-                "cores": str(os.cpu_count()),
-            },
+            "versions": {**versions(), "cores": str(os.cpu_count())},
         }
         write_files(out, _files(numbers))
     return numbers
@@ -84,8 +78,9 @@ def _demand_folders(grid: Grid, out: Path) -> None:
     recipes += [recipe for recipe in grid.shared.values() if recipe is not None]
     for recipe in recipes:
         for name, stage in recipe.stages.items():
-            for key, source in references(stage).items():
-                if not source.startswith(("/", "./", "../")):
+            for key in ("tower", "llm", "start"):
+                source = getattr(stage, key, None)
+                if not isinstance(source, str) or not source.startswith(("/", "./", "../")):
                     continue
                 is_made = Path(source).is_relative_to(out.absolute())
                 if not is_made and not Path(source).is_dir():
