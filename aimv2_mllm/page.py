@@ -117,7 +117,8 @@ def _about(place: Place) -> str:
 
 def _headline(numbers: dict[str, Any]) -> list[dict[str, str]]:
     rows = []
-    for key, name in (("vqa", "questions answered correctly"), ("text", "questions, sheet in words")):
+    asked = {"vqa": "questions answered correctly", "text": "questions, sheet in words"}
+    for key, name in asked.items():
         if f"{key}_accuracy" in numbers:
             low, high = numbers[f"{key}_accuracy_interval"]
             interval = f"95 % interval {percent(low)} to {percent(high)} %"

@@ -98,7 +98,9 @@ class Prompter:
             for token in self._marks:
                 # Read as a mark and not as text, it would end the turn or ask for a picture.
                 if token in text:
-                    raise UsageError(f"{token!r} is a special token of this model: rephrase the text")
+                    raise UsageError(
+                        f"{token!r} is a special token of this model: rephrase the text"
+                    )
         if roles[0] == "system":
             self.demand_system()
 

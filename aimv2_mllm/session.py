@@ -41,8 +41,8 @@ class Counts:
     def __str__(self) -> str:
         return (
             f"prompt {self.prompt_tokens:,} tokens ({self.image_tokens:,} image, "
-            f"{self.cached_tokens:,} cached); answer {self.answer_tokens:,} tokens, the first after "
-            f"{self.first_token_seconds:.2f} s, then {self.tokens_per_second:.1f} tokens/s"
+            f"{self.cached_tokens:,} cached); answer {self.answer_tokens:,} tokens, the first "
+            f"after {self.first_token_seconds:.2f} s, then {self.tokens_per_second:.1f} tokens/s"
         )
 
 

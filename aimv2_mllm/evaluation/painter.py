@@ -42,7 +42,7 @@ class Painter:
         self, pixels: Tensor, prefix: int, statistics: str = "true"
     ) -> tuple[np.ndarray, np.ndarray]:
         """The first `prefix` patches alone of one picture (1, 3, H, W), and painted on from there,
-        which who never learned it leaves grey: (H, W, 3) uint8 each. Errors are those of `check`."""
+        which who never learned it leaves grey: (H, W, 3) uint8 each; errors are `check`'s."""
         self.check(prefix, statistics)
         original = self.preprocessing.restore(pixels)
         [shown] = dreams.only_prefix(original, prefix, self.model.encoder.config.patch_size)
