@@ -69,9 +69,7 @@ def describe(place: Place, findings: Findings) -> dict[str, Any]:
         "compared": [
             {
                 "name": name,
-                "shares": [
-                    percent(told[f"digit_{probe}_accuracy"]) for probe in ("knn", "linear")
-                ],
+                "shares": [percent(told[f"digit_{probe}_accuracy"]) for probe in ("knn", "linear")],
                 "caption": f"{told['caption_loss']:.3f}",
             }
             for name, told in numbers.get("pretrain_stages", {}).items()

@@ -32,7 +32,6 @@ from aimv2_mllm.run_folder import claim, earlier, lineage, locked, state
 from aimv2_mllm.stages import STAGES, check_inputs, check_shares, inputs
 
 
-
 def run(recipe: Recipe, narrate: Narrate) -> Path | None:
     """Run what of `recipe` is not done yet, then judge and report it; the run folder.
 

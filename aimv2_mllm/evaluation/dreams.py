@@ -109,9 +109,7 @@ def only_prefix(pictures: np.ndarray, prefix_length: int, patch_size: int) -> np
 
 
 @torch.inference_mode()
-def write_caption(
-    model: AIMv2ForPreTraining, pixel_values: Tensor, tokenizer: Any
-) -> list[str]:
+def write_caption(model: AIMv2ForPreTraining, pixel_values: Tensor, tokenizer: Any) -> list[str]:
     """The decoder's greedy captions of whole pictures (B, C, H, W), which are all prefix: as many
     tokens as it has positions for, at most."""
     saying = WordByWord(model, pixel_values)

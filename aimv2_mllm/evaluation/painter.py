@@ -48,9 +48,7 @@ class Painter:
         [shown] = dreams.only_prefix(original, prefix, self.model.encoder.config.patch_size)
         if not self.paints:
             return shown, shown
-        [painted] = self.preprocessing.restore(
-            dreams.paint(self.model, pixels, prefix, statistics)
-        )
+        [painted] = self.preprocessing.restore(dreams.paint(self.model, pixels, prefix, statistics))
         return shown, painted
 
     def caption(self, pixels: Tensor) -> str:

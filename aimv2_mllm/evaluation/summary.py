@@ -29,7 +29,6 @@ from aimv2_mllm.recipe_data import HandwritingSource
 from aimv2_mllm.recipe_stages import LitStage, Stage
 
 
-
 @dataclass(frozen=True)
 class Painting:
     """A held-out sheet as it is, as far as the prefix shows it, and as the decoder went on.

@@ -19,7 +19,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from llava_shaped import LLMS, write_models, write_rows
 from measure import in_a_child, most_allocated, of_this_process
 
