@@ -33,7 +33,7 @@ WEIGHTS = "model.safetensors"
 
 
 def record(kind: str, source: str = "handwriting") -> str:
-    return json.dumps({"stage": kind, "kind": kind, "recipe": {"data": {"source": source}}})
+    return json.dumps({"stage": kind, "kind": kind, "recipe": {"data": {"sources": [{"kind": source}]}}})
 
 
 @pytest.fixture(scope="session")
