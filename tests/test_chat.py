@@ -33,7 +33,9 @@ WEIGHTS = "model.safetensors"
 
 
 def record(kind: str, source: str = "handwriting") -> str:
-    return json.dumps({"stage": kind, "kind": kind, "recipe": {"data": {"sources": [{"kind": source}]}}})
+    return json.dumps(
+        {"stage": kind, "kind": kind, "recipe": {"data": {"sources": [{"kind": source}]}}}
+    )
 
 
 @pytest.fixture(scope="session")
