@@ -9,9 +9,9 @@ import sys
 from collections.abc import Sequence
 
 from aimv2_mllm.errors import RunFailed, UsageError, nearest
+from aimv2_mllm.narration import note
 from aimv2_mllm.parser import PROGRAM, parse
 from aimv2_mllm.verbs import judging, looking, talking, training, writing
-from aimv2_mllm.verbs.telling import note
 
 # Modules that `pip install aimv2-mllm` alone does not bring.
 OPTIONAL = {
@@ -53,8 +53,8 @@ def _complain(text: str) -> None:
 def _call(argv: Sequence[str]) -> None:
     verb = next((word for word in argv if not word.startswith("-")), None)
     if verb is not None and verb not in VERBS:
-        known = f"there is {', '.join(VERBS)}{nearest(verb, VERBS)}"
-        raise UsageError(f"there is no verb {verb}; {known}")
+        known = f"the verbs are {', '.join(VERBS)}{nearest(verb, VERBS)}"
+        raise UsageError(f"unknown verb {verb}; {known}")
     args = parse(argv)
     if args.version:
         from importlib.metadata import version

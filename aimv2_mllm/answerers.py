@@ -111,8 +111,13 @@ class Ours(_Asked):
     ) -> list[str]:
         from aimv2_mllm.chat import answer_all
 
-        words: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling}
-        return answer_all(self.bot, talks, batch_size=max(1, len(talks)), **words)
+        return answer_all(
+            self.bot,
+            talks,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            batch_size=max(1, len(talks)),
+        )
 
 
 class Foreign(_Asked):
@@ -185,10 +190,10 @@ class Foreign(_Asked):
 
 
 def _talk(text: str, picture: "Image.Image | None") -> Talk:
-    from aimv2_mllm.data.conversations import turn
+    from aimv2_mllm.data.conversations import said
 
-    asked = turn(text, "", image=picture is not None)[:1]
-    return asked, [] if picture is None else [picture]
+    pictures = [] if picture is None else [picture]
+    return [said("user", text, pictures=len(pictures))], pictures
 
 
 def _shown(messages: "Sequence[Message]", pictures: "Sequence[Image.Image]") -> list[Any]:

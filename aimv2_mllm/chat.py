@@ -7,7 +7,7 @@ transformers only when a model is loaded.
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from aimv2_mllm.chatbot import Chatbot, look, prompt_of
 from aimv2_mllm.errors import UsageError
@@ -76,8 +76,9 @@ def answer(
     the model cannot hold the whole conversation, the oldest turns without a picture are left out,
     and stderr says so; raises UsageError when the last question alone does not fit.
     """
-    words: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling, "stop": stop}
-    return "".join(stream(bot, messages, images, **words))
+    most = max_new_tokens
+    reply = stream(bot, messages, images, max_new_tokens=most, sampling=sampling, stop=stop)
+    return "".join(reply)
 
 
 def stream(
@@ -95,8 +96,9 @@ def stream(
     Arguments and errors are `answer`'s; an error while the model talks comes out of the pieces.
     Who asks again in the same conversation keeps a `ChatSession`, which has the same `stream`.
     """
-    words: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling, "stop": stop}
-    return ChatSession(bot).stream(messages, images, **words)
+    return ChatSession(bot).stream(
+        messages, images, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop
+    )
 
 
 def answer_all(
@@ -110,7 +112,7 @@ def answer_all(
 ) -> list[str]:
     """What `bot` says next in each of `conversations`, messages with their images, in their order.
 
-    They are those of `answer`, of up to `batch_size` conversations computed together. `progress` is
+    Each equals what `answer` would return; up to `batch_size` are computed together. `progress` is
     called with how many of how many are done. Errors are `answer`'s, with the conversation's
     number, from 0, before them.
     """

@@ -12,8 +12,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.files import demand_free, new_folder, sha256
 from aimv2_mllm.folders import CONFIG_FILE, STAGE_FILE, origin_of, origins_of
@@ -21,11 +19,9 @@ from aimv2_mllm.model.encoder import EncoderConfig
 from aimv2_mllm.model.hub import commit_of, locate
 from aimv2_mllm.model.layouts import read_config
 from aimv2_mllm.model.preprocessing import PREPROCESSOR_FILE, Preprocessing
-from aimv2_mllm.model.shards import weight_files, write_json
+from aimv2_mllm.model.shards import DTYPES, weight_files, write_json
 from aimv2_mllm.model.timm_layout import CLIP_MEAN, CLIP_STD, timm_config
 from aimv2_mllm.model.weights import read_encoder, save_encoder
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def convert(

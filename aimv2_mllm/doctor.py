@@ -18,14 +18,16 @@ from aimv2_mllm.doctor_samples import Report, examine_captions, examine_talks
 from aimv2_mllm.errors import RunFailed, UsageError
 from aimv2_mllm.files import sha256
 from aimv2_mllm.folders import pretrained_folder
+from aimv2_mllm.formats import part_row
 from aimv2_mllm.job import Job, Place
 from aimv2_mllm.model.hub import commit_of, locate
+from aimv2_mllm.model.mllm import connector_inputs
 from aimv2_mllm.model.shards import weight_files
 from aimv2_mllm.model.towers import load_tower
 from aimv2_mllm.model.weights import load_encoder
 from aimv2_mllm.problems import Problem, find_problems
 from aimv2_mllm.recipe import Recipe
-from aimv2_mllm.recipe_stages import Stage
+from aimv2_mllm.recipe_stages import Stage, references
 from aimv2_mllm.stand_ins import sketched
 from aimv2_mllm.towers.examined import versions
 from aimv2_mllm.towers.tower import demand_finite
@@ -52,7 +54,7 @@ def examine(recipe: Recipe, say: Callable[[str], None]) -> list[Problem]:
                 continue
             say(f"\nstage {name} ({stage.kind})")
             _examine_weights(name, stage, place, report)
-            waits_for = unbuilt & _earlier(stage)
+            waits_for = unbuilt & {*references(stage).values()}
             job = None if waits_for else _built(name, stage, sketch, report)
             if job is not None:
                 _examine_job(name, stage, job, report)
@@ -63,27 +65,20 @@ def examine(recipe: Recipe, say: Callable[[str], None]) -> list[Problem]:
     return report.problems
 
 
-def _earlier(stage: Stage) -> set[str]:
-    """The names that may be those of earlier stages."""
-    given = {str(getattr(stage, key, None)) for key in ("tower", "llm", "start")}
-    return given | {str(getattr(getattr(stage, "start", None), "encoder", None))}
-
-
 def _examine_weights(name: str, stage: Stage, place: Place, report: Report) -> None:
     """That the stage's tower loads strictly, and that its weights are finite."""
-    for waiting in sorted(_earlier(stage) & place.recipe.stages.keys()):
+    named = references(stage)
+    for waiting in sorted({*named.values()} & place.recipe.stages.keys()):
         if not place.result(waiting).is_dir():
             report.tell(
                 "note", f"stage {waiting} has no result yet: its shapes stand in, and whether its "
                 "weights are finite is left out"
             )  # fmt: skip
-    start = getattr(stage, "start", None)
-    key, value = "tower", getattr(stage, "tower", None)
-    if stage.kind == "pretrain":
-        key, value = "start.encoder", getattr(start, "encoder", None)
-    here = f"stages.{name}.{key}"
-    is_waiting = value in place.recipe.stages and not place.result(str(value)).is_dir()
-    if value is None or is_waiting or report.knows(here):
+    key = "start.encoder" if stage.kind == "pretrain" else "tower"
+    value, here = named.get(key), f"stages.{name}.{key}"
+    if value is None or report.knows(here):
+        return
+    if value in place.recipe.stages and not place.result(value).is_dir():
         return
     source = place.source(value)
     try:
@@ -123,9 +118,8 @@ def _built(name: str, stage: Stage, sketch: Place, report: Report) -> Job | None
 
 def _examine_job(name: str, stage: Stage, job: Job, report: Report) -> None:
     """The parts, the way of a picture, LoRA in the tower, and the first samples."""
-    for part, count, is_trained in job.table():
-        trained = "trained" if is_trained else "frozen"
-        report.tell("ok", f"part: {part:12} {count:>14,} parameters, {trained}")
+    for row in job.table():
+        report.tell("ok", f"part: {part_row(*row)}")
     examine_lora(name, job.model, report)
     here, batches = f"stages.{name}.data", job.batches
     num_sources = len(stage.data.sources)
@@ -160,20 +154,16 @@ def _examine_connector(
     llava: Any = next((m for m in model.modules() if hasattr(m, "multi_modal_projector")), None)
     if llava is None or batches.preprocessing is None:
         return None
-    shapes: list[tuple[int, ...]] = []  # (1, N, D), what the connector is given
     connector = llava.multi_modal_projector
-    hook = connector.register_forward_pre_hook(lambda _, given: shapes.append(given[0].shape))
     side, config = batches.preprocessing.image_size, llava.config
     pixels = torch.empty(1, 3, side, side, device="meta")
     try:
-        with torch.no_grad():
+        with torch.no_grad(), connector_inputs(llava) as given:
             [embedded] = llava.get_image_features(pixels).pooler_output  # (M, E)
     except (ValueError, RuntimeError) as error:
         report.fault(f"stages.{name}", f"a picture of {side} pixels does not pass: {error}")
         return None
-    finally:
-        hook.remove()
-    [(_, num_patches, width)] = shapes
+    [(_, num_patches, width)] = [one.shape for one in given]  # (1, N, D)
     grid, (count, out) = side // config.vision_config.patch_size, embedded.shape
     report.tell("ok", f"image: {side} x {side} pixels, {grid} x {grid} patches, {width} wide, "
                 f"become {count} tokens, {out} wide")  # fmt: skip

@@ -17,6 +17,7 @@ from aimv2_mllm.errors import RunFailed, UsageError
 from aimv2_mllm.job import Job
 from aimv2_mllm.objective import ContrastiveObjective
 from aimv2_mllm.problems import Problem
+from aimv2_mllm.recipe_stages import PATCH
 from aimv2_mllm.towers.examined import shown
 
 NUM_SAMPLES = 64  # read of a stage
@@ -167,7 +168,7 @@ def _show_caption(
     """The first sample: how many patches are seen and how many continued, and its words."""
     first = batches(0)[0]
     height, width = first["pixel_values"][0].shape[-2:]
-    rows, columns = height // batches.patch_size, width // batches.patch_size
+    rows, columns = height // PATCH, width // PATCH
     seen = int(first["prefix_length"][0])
     most, decode = batches.max_text_tokens, batches.tokenizer.decode
     said = f"{width} x {height} pixels, {rows} x {columns} patches: the first {seen} seen"

@@ -53,13 +53,16 @@ def build_pretrain(stage: PretrainStage, place: Place) -> Job:
         preprocessing.save(folder)
         tokenizer.save_pretrained(folder)
 
-    batches = _batches(
-        stage,
-        place,
-        reader=(tokenizer, preprocessing),
+    batches = caption_batches(
+        stage.data,
+        stage.train,
+        seed=place.recipe.seed,
+        tokenizer=tokenizer,
+        preprocessing=preprocessing,
         max_text_tokens=sizes.max_text_tokens,
         full_prefix=stage.prefix == "full",
         areas=stage.encoder.areas if stage.encoder.native else None,
+        share=place.share,
     )
     objective = PreTrainingObjective(
         encoder.config.patch_size, tokenizer.eos_token_id, stage.alpha, stage.text_weight
@@ -132,12 +135,15 @@ def build_lit(stage: LitStage, place: Place) -> Job:
         preprocessing.save(folder)
         tokenizer.save_pretrained(folder)
 
-    batches = _batches(
-        stage,
-        place,
-        reader=(tokenizer, preprocessing),
+    batches = caption_batches(
+        stage.data,
+        stage.train,
+        seed=place.recipe.seed,
+        tokenizer=tokenizer,
+        preprocessing=preprocessing,
         max_text_tokens=text.max_position_embeddings - 1,  # and the end token
         full_prefix=True,  # it is not looked at
+        share=place.share,
     )
     parts = named_parts(
         model,
@@ -148,29 +154,6 @@ def build_lit(stage: LitStage, place: Place) -> Job:
     )
     objective: Any = ContrastiveObjective(tokenizer.eos_token_id)
     return Job(model, parts, objective, batches, save, _facts(stage, batches))
-
-
-def _batches(
-    stage: PretrainStage | LitStage,
-    place: Place,
-    *,
-    reader: tuple[Any, Preprocessing],  # and a tokenizer
-    max_text_tokens: int,
-    full_prefix: bool,
-    areas: tuple[int, int] | None = None,
-) -> CaptionBatches:
-    tokenizer, preprocessing = reader
-    return caption_batches(
-        stage.data,
-        stage.train,
-        seed=place.recipe.seed,
-        tokenizer=tokenizer,
-        preprocessing=preprocessing,
-        max_text_tokens=max_text_tokens,
-        full_prefix=full_prefix,
-        areas=areas,
-        share=place.share,
-    )
 
 
 def _facts(

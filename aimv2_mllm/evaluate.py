@@ -5,11 +5,9 @@ Owns its words on the terminal and what is put to the model; refuses to compute:
 
 import hashlib
 import json
-import platform
 import shlex
 from argparse import Namespace
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from aimv2_mllm.evaluation.controls import MAJORITY, SHOWN
 from aimv2_mllm.evaluation.judging import Judged, judge, summary
 from aimv2_mllm.evaluation.metrics import METRICS
 from aimv2_mllm.evaluation_page import MORE, describe, pictures
+from aimv2_mllm.job import versions
 from aimv2_mllm.report import HTML, MARKDOWN, SUMMARY, fill, write_files
 
 CHOICES = "{question}\n{choices}\nAnswer with the letter of the right choice."
@@ -56,13 +55,12 @@ def evaluate(args: Namespace) -> dict[str, Any]:
     judged = judge(asked, answers, metric, controls=args.controls)
     numbers = {"model": args.model, "source": args.data, "metric": args.metric}
     numbers |= summary(judged, metric)
-    packages = {name: version(name) for name in ("torch", "transformers", "aimv2-mllm")}
     numbers |= {
         "left_out": [*asked.left_out, *answers.left_out()],
         "prompt": args.prompt,
         "asked": identity,
         "command": _command(args),
-        "versions": packages | {"python": platform.python_version()},
+        "versions": versions(),
     }
     write_files(folder, _files(numbers, judged, asked))
     return numbers

@@ -17,6 +17,7 @@ from aimv2_mllm.evaluation.asking import SEEN
 from aimv2_mllm.evaluation.controls import MAJORITY
 from aimv2_mllm.evaluation.judging import Judged
 from aimv2_mllm.evaluation.metrics import METRICS
+from aimv2_mllm.formats import percent
 from aimv2_mllm.gallery import NOTE, RIGHT_AND_WRONG, Shown, gallery
 
 SIDE = 336  # pixels, the longer side of a picture shown
@@ -76,13 +77,13 @@ def _last(name: str) -> str:
 def _headline(numbers: Mapping[str, Any]) -> list[dict[str, str]]:
     metric = METRICS[numbers["metric"]]
     title = f"{metric.title}, {metric.unit}"
-    rows = [(title, _percent(numbers["score"]), f"of {numbers['num_questions']:,} questions")]
+    rows = [(title, percent(numbers["score"]), f"of {numbers['num_questions']:,} questions")]
     rows[0] = (*rows[0][:2], f"{rows[0][2]}; {_interval(numbers)}")
     for name, told in numbers.get("controls", {}).items():
-        rows.append((NAMES[name][0], _percent(told["score"]), NAMES[name][1]))
+        rows.append((NAMES[name][0], percent(told["score"]), NAMES[name][1]))
     if adds := numbers.get("seeing_adds"):
-        rows.append(("what the right picture adds", _percent(adds["score"]), _interval(adds)))
-    rows += [(text, _percent(numbers[key]), "") for key, text in MORE.items() if key in numbers]
+        rows.append(("what the right picture adds", percent(adds["score"]), _interval(adds)))
+    rows += [(text, percent(numbers[key]), "") for key, text in MORE.items() if key in numbers]
     return [{"name": name, "value": value, "more": more} for name, value, more in rows]
 
 
@@ -119,7 +120,7 @@ def _table(numbers: Mapping[str, Any]) -> dict[str, Any]:
                 "name": kind.replace("_", " "),
                 "count": f"{one['count']:,}",
                 "interval": _ends(one),
-                "shares": [_percent(score) for score in scores],
+                "shares": [percent(score) for score in scores],
                 "is_sum": kind == "all",
             }
             for kind, one, scores in rows
@@ -133,7 +134,7 @@ def _gallery(numbers: Mapping[str, Any], judged: Judged, asked: Asked) -> list[d
     answered = [
         Shown(
             question.picture,
-            question.kind if score in (0, 1) else f"{question.kind} {_percent(score)}".strip(),
+            question.kind if score in (0, 1) else f"{question.kind} {percent(score)}".strip(),
             question.text,
             text,
             _truth(question),
@@ -169,9 +170,5 @@ def _interval(told: Mapping[str, Any]) -> str:
 
 
 def _ends(told: Mapping[str, Any]) -> str:
-    low, high = (_percent(end) for end in told["interval"])
+    low, high = (percent(end) for end in told["interval"])
     return f"{low} to {high}"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}"

@@ -6,32 +6,29 @@ A pass that is killed keeps what it has; so do stages and runs of the same tower
 
 import hashlib
 import json
-import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from aimv2_mllm.data.feature_shards import picture_key
-from aimv2_mllm.data.feature_store import SHARD_BYTES, FeatureStore, warn
+from aimv2_mllm.data.feature_store import SHARD_BYTES, FeatureStore
 from aimv2_mllm.data.files import Unusable
 from aimv2_mllm.data.talk_batches import BLANK, TalkBatches
 from aimv2_mllm.engine.distributed import Ranks
+from aimv2_mllm.engine.metrics import ProgressBar
 from aimv2_mllm.engine.precision import has_bf16
 from aimv2_mllm.engine.upcoming import upcoming_steps
 from aimv2_mllm.job import Ended, Job
 from aimv2_mllm.model.frozen_tower import FrozenTower, digest_of
+from aimv2_mllm.narration import Narrate, note
 from aimv2_mllm.recipe_data import ConversationData
 from aimv2_mllm.recipe_train import TrainConfig
 
 ROWS = 16  # whose pictures are decoded at once
-SECONDS_BETWEEN_LINES = 10.0
-Narrate = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -104,7 +101,7 @@ def keep_features(
     tower = FrozenTower(llava.model, torch.bfloat16 if half else torch.float32)
     about = tower.about(batches.preprocessing)
     store = FeatureStore(data.features.folder, digest_of(about), data.features.max_gib)
-    tell = narrate if ranks.is_first else warn  # what is damaged is told by who finds it first
+    tell = narrate if ranks.is_first else note  # what is damaged is told by who finds it first
     store.open(about, tell)
     work = Pass(batches, store, train.steps * train.batch_size)
     facts = store.noted(work.name)
@@ -112,7 +109,7 @@ def keep_features(
         filler = _Filler(store, tower, device, tell)
         facts = _filled(work, filler, workers=data.workers, ranks=ranks, narrate=narrate)
     assert facts is not None
-    rest = "" if facts["whole"] else "; no more fit into max_gib, and the others are computed anew"
+    rest = "" if facts["whole"] else "; max_gib is full; the rest is computed at every use"
     kept = f"{facts['kept']:,} of {facts['pictures']:,} pictures"
     narrate(f"features: {kept} are kept in {store.own} ({store.gib:.3f} GiB){rest}")
     job.batches = replace(batches, features=store)
@@ -177,14 +174,15 @@ def _filled(
 ) -> dict[str, Any]:
     """What of the pictures is kept in the end, by all ranks together."""
     chunks, seen = work.num_chunks, set[bytes]()
-    bar = Progress(chunks, shown=ranks.is_first)
+    bar = ProgressBar(chunks * ROWS, unit="row", is_shown=ranks.is_first)
     made = upcoming_steps(work, 0, chunks, device=filler.device, workers=workers)
     with closing(made):
         for chunk, [batch] in made:
             seen.update(batch["all"])
             if not filler.take(batch["keys"], batch["pixel_values"]):
                 break
-            bar.show(chunk + 1, len(seen), filler.computed)
+            rate = f"{filler.computed:,} computed, {filler.computed / bar.seconds:.1f} a second"
+            bar.show((chunk + 1) * ROWS, f"{len(seen):,} pictures, {rate}")
     filler.finish()
     bar.close()
     ranks.gather(None)  # until all have written
@@ -198,36 +196,3 @@ def _filled(
     if ranks.is_first:
         work.store.note_pass(work.name, facts)
     return facts
-
-
-class Progress:
-    """How far a pass is: a bar on a terminal, elsewhere a line every ten seconds."""
-
-    def __init__(self, chunks: int, *, shown: bool) -> None:
-        self._chunks, self._is_shown = chunks, shown
-        self._started = self._told = time.monotonic()
-        on_terminal = shown and sys.stderr.isatty()
-        self._bar = tqdm(total=chunks * ROWS, unit="row", file=sys.stderr) if on_terminal else None
-
-    @property
-    def seconds(self) -> float:
-        """Since it began."""
-        return time.monotonic() - self._started
-
-    def show(self, chunk: int, seen: int, computed: int) -> None:
-        """Say that so many chunks are done, with so many pictures on this rank."""
-        now, rate = time.monotonic(), computed / max(self.seconds, 1e-9)
-        text = f"{seen:,} pictures, {computed:,} computed, {rate:.1f} a second"
-        if self._bar is not None:
-            self._bar.set_postfix_str(text, refresh=False)
-            self._bar.update(ROWS)
-        elif self._is_shown and now - self._told >= SECONDS_BETWEEN_LINES:
-            self._told = now
-            left = tqdm.format_interval(self.seconds / chunk * (self._chunks - chunk))
-            rows = f"{chunk * ROWS:,} of {self._chunks * ROWS:,} rows"
-            print(f"features: {rows}: {text}, {left} left", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        """Leave the terminal to others."""
-        if self._bar is not None:
-            self._bar.close()

@@ -13,8 +13,8 @@ from aimv2_mllm.evaluation import answers
 from aimv2_mllm.evaluation.summary import Findings
 
 SHOWN = 6  # right answers shown, and wrong ones
-RIGHT_AND_WRONG = ("Answered rightly", "Answered wrongly")
-NAMES = ("rightly", "wrongly")  # of the files of their pictures
+RIGHT_AND_WRONG = ("Answered correctly", "Answered incorrectly")
+NAMES = ("correctly", "incorrectly")  # of the files of their pictures
 NOTE = "Not chosen: the first in the order asked, from different {} and of different kinds."
 
 

@@ -8,7 +8,6 @@ Letters in shapes: N patches, M tokens of a picture, D and E widths, L layers, A
 
 import copy
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,17 +17,16 @@ from torch import Tensor
 
 from aimv2_mllm.chatbot import Chatbot, look, prompt_of
 from aimv2_mllm.errors import UsageError
-from aimv2_mllm.evaluation import dreams
 from aimv2_mllm.evaluation.features import as_colours, enlarged
-from aimv2_mllm.folders import stage_record
+from aimv2_mllm.evaluation.painter import Painter
 from aimv2_mllm.model.decoding import embedded
 from aimv2_mllm.model.families import grid_of
 from aimv2_mllm.model.grids import Grid
+from aimv2_mllm.model.mllm import connector_inputs
 from aimv2_mllm.prompts import Message, pixels_of
 
 SIDE = 448  # pixels that a picture shown has at least
 LINE = (128, 128, 128)  # of the grid
-UNWRITTEN = "(none: this decoder never learned captions)"
 HEAT = np.array([255, 64, 32])  # where the answer looked most
 
 
@@ -52,16 +50,10 @@ class Look(NamedTuple):
 def view(bot: Chatbot, picture: Image.Image) -> View:
     """What the tower of `bot` gets to see of `picture`, and makes of it."""
     prepared = pixels_of(bot.processor, [picture], bot.data)
-    caught: list[Tensor] = []
-    projector = bot.model.model.multi_modal_projector
-    hook = projector.register_forward_pre_hook(lambda _, given: caught.append(given[0]))
-    try:
-        with torch.inference_mode():
-            words = {name: value.to(bot.model.device) for name, value in prepared.items()}
-            words["pixel_values"] = words["pixel_values"].to(bot.model.dtype)
-            bot.model.get_image_features(**words)
-    finally:
-        hook.remove()
+    with torch.inference_mode(), connector_inputs(bot.model.model) as caught:
+        words = {name: value.to(bot.model.device) for name, value in prepared.items()}
+        words["pixel_values"] = words["pixel_values"].to(bot.model.dtype)
+        bot.model.get_image_features(**words)
     values = prepared["pixel_values"]  # (1, 3, H, W)
     if "image_sizes" in prepared:
         height, width = prepared["image_sizes"][0].tolist()
@@ -156,45 +148,16 @@ def _telling(model: Any) -> Any:
     return plain
 
 
-class Painter:
-    """A pre-training model that goes on with pictures, and what its training lets it do.
-
-    `num_patches` are those of a picture; `paints` and `writes` say whether it learned to.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        """The one in `folder`; UsageError where there is no decoder."""
-        self._model, self._tokenizer, self._preprocessing = dreams.load_pretrainer(folder)
-        trained = stage_record(folder).get("recipe", {})
-        self.paints, self.writes = trained.get("alpha") != 0, trained.get("text_weight") != 0
-        self.num_patches = int(self._model.encoder.config.num_patches)
-
-    def paint(
-        self, picture: Image.Image, prefix: int, statistics: str = "true"
-    ) -> tuple[Image.Image, Image.Image, str]:
-        """The picture with its first `prefix` patches alone, painted on from there, and the caption
-        that is written of the whole. What it never learned is left grey, or said.
-
-        `statistics` is a key of `dreams.STATISTICS`; UsageError for another, and for a prefix that
-        the picture does not have.
-        """
-        if not 1 <= prefix < self.num_patches:
-            raise UsageError(f"the prefix is {prefix}, must be 1 to {self.num_patches - 1} patches")
-        if statistics not in dreams.STATISTICS:
-            raise UsageError(f"statistics is {statistics}, must be {', '.join(dreams.STATISTICS)}")
-        pixels = self._preprocessing.prepare([picture])
-        [original] = self._preprocessing.restore(pixels)
-        patch = self._model.encoder.config.patch_size
-        [shown] = dreams.only_prefix(original[None], prefix, patch)
-        painted, text = shown, UNWRITTEN
-        if self.paints:
-            new = dreams.paint(self._model, pixels, prefix, statistics)
-            [painted] = self._preprocessing.restore(new)
-        if self.writes:
-            [text] = dreams.write_caption(self._model, pixels, self._tokenizer)
-        times = _times(original.shape[0])
-        large = [Image.fromarray(enlarged(one[None], times)[0]) for one in (shown, painted)]
-        return large[0], large[1], text
+def painted(
+    painter: Painter, picture: Image.Image, prefix: int, statistics: str = "true"
+) -> tuple[Image.Image, Image.Image, str]:
+    """The picture with its first `prefix` patches alone, painted on from there, and the caption
+    that is written of the whole; errors are those of `Painter.check`."""
+    pixels = painter.preprocessing.prepare([picture])
+    shown, made = painter.paint(pixels, prefix, statistics)
+    times = _times(shown.shape[0])
+    large = [Image.fromarray(enlarged(one[None], times)[0]) for one in (shown, made)]
+    return large[0], large[1], painter.caption(pixels)
 
 
 def _cells(seen: View) -> tuple[np.ndarray, tuple[int, int]]:

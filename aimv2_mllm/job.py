@@ -1,7 +1,9 @@
 """What a stage is, ready to be trained, and where it stands among the others of its recipe."""
 
+import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +74,8 @@ class Job:
     `save` writes the result into a folder; it may change the model, for nothing comes after it.
     `record` is what its stage.json says besides.
     `prepare` is called right before the training, on every rank, with a function that narrates; it
-    may change the job, and gives what ends that after the training, with facts to be recorded.
+    may change the job, and returns a function that undoes it after training and returns facts to be
+    recorded.
     """
 
     model: nn.Module
@@ -94,6 +97,12 @@ class Job:
             key = (part, id(parameter) in trained)
             counts[key] = counts.get(key, 0) + num_weights(parameter)
         return [(part, count, trainable) for (part, trainable), count in counts.items()]
+
+
+def versions() -> dict[str, str]:
+    """The versions of what computes, as records have them."""
+    packages = {name: version(name) for name in ("torch", "transformers", "aimv2-mllm")}
+    return {**packages, "python": platform.python_version()}
 
 
 def named_parts(model: nn.Module, pieces: dict[str, tuple[str, ...]]) -> Parts:

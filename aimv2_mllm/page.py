@@ -14,6 +14,7 @@ from aimv2_mllm.data import scenes
 from aimv2_mllm.engine.metrics import METRICS
 from aimv2_mllm.evaluation import answers
 from aimv2_mllm.evaluation.summary import Findings, Painting, last_stage
+from aimv2_mllm.formats import percent
 from aimv2_mllm.gallery import sheet_gallery
 from aimv2_mllm.job import Place
 
@@ -59,7 +60,7 @@ def describe(place: Place, findings: Findings) -> dict[str, Any]:
         "probe": [
             {
                 "name": text,
-                "shares": [_percent(numbers[key]) if key else "–" for key in keys],
+                "shares": [percent(numbers[key]) if key else "–" for key in keys],
             }
             for text, keys in PROBES.items()
             if keys[0] in numbers
@@ -67,9 +68,7 @@ def describe(place: Place, findings: Findings) -> dict[str, Any]:
         "compared": [
             {
                 "name": name,
-                "shares": [
-                    _percent(told[f"digit_{probe}_accuracy"]) for probe in ("knn", "linear")
-                ],
+                "shares": [percent(told[f"digit_{probe}_accuracy"]) for probe in ("knn", "linear")],
                 "caption": f"{told['caption_loss']:.3f}",
             }
             for name, told in numbers.get("pretrain_stages", {}).items()
@@ -115,12 +114,13 @@ def _about(place: Place) -> str:
 
 def _headline(numbers: dict[str, Any]) -> list[dict[str, str]]:
     rows = []
-    for key, name in (("vqa", "questions answered rightly"), ("text", "questions, sheet in words")):
+    asked = {"vqa": "questions answered correctly", "text": "questions, sheet in words"}
+    for key, name in asked.items():
         if f"{key}_accuracy" in numbers:
             low, high = numbers[f"{key}_accuracy_interval"]
-            interval = f"95 % interval {_percent(low)} to {_percent(high)} %"
+            interval = f"95 % interval {percent(low)} to {percent(high)} %"
             more = f"of {numbers['num_questions']:,}; {interval}"
-            rows.append((name, f"{_percent(numbers[f'{key}_accuracy'])} %", more))
+            rows.append((name, f"{percent(numbers[f'{key}_accuracy'])} %", more))
     for key, name, more in (
         ("vqa_accuracy_blind", "the same with another picture", "what needs no eyes"),
         ("vqa_accuracy_text_only", "the same without a picture", "what the words alone tell"),
@@ -128,15 +128,15 @@ def _headline(numbers: dict[str, Any]) -> list[dict[str, str]]:
         ("digit_linear_accuracy", "single digits told", "a linear classifier on frozen features"),
     ):
         if key in numbers:
-            rows.append((name, f"{_percent(numbers[key])} %", more))
+            rows.append((name, f"{percent(numbers[key])} %", more))
     if "digit_zeroshot_accuracy" in numbers:
         low, high = numbers["digit_zeroshot_accuracy_interval"]
         others = [numbers[f"digit_zeroshot_accuracy_{end}"] for end in ("shuffled", "majority")]
         more = (
-            f"95 % interval {_percent(low)} to {_percent(high)} %; by the words for the next digit"
-            f" {_percent(others[0])} %, always the commonest {_percent(others[1])} %"
+            f"95 % interval {percent(low)} to {percent(high)} %; by the words for the next digit"
+            f" {percent(others[0])} %, always the commonest {percent(others[1])} %"
         )
-        value = f"{_percent(numbers['digit_zeroshot_accuracy'])} %"
+        value = f"{percent(numbers['digit_zeroshot_accuracy'])} %"
         rows.append(("single digits told by their words alone", value, more))
     if "caption_loss" in numbers and "vqa_accuracy" not in numbers:
         flat = f"one tone per patch: {numbers['pixel_loss_flat']:.3f}"
@@ -204,7 +204,7 @@ def _questions(numbers: dict[str, Any]) -> dict[str, Any]:
         "kinds": [
             {
                 "name": kind.replace("_", " "),
-                "shares": [_percent(share) for share in shares],
+                "shares": [percent(share) for share in shares],
                 "is_sum": kind == "all",
             }
             for kind, shares in rows
@@ -231,10 +231,6 @@ def _next(place: Place) -> list[dict[str, str]]:
             "line": f"aimv2-mllm chat {folder} --image sheet.png",
         },
     ]
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}"
 
 
 def _time(seconds: float) -> str:

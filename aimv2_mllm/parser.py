@@ -92,7 +92,7 @@ def _add_run(verbs: Any) -> None:
         "--devices",
         metavar="N",
         type=whole(1, MOST_DEVICES),
-        help="for --dry-run: how many processes train together, one a device (1)",
+        help="for --dry-run: how many processes train together, one per device (1)",
     )
     words.add_argument(
         "--utilisation",
@@ -169,7 +169,7 @@ def _add_demo(verbs: Any) -> None:
     )
     doors = words.add_mutually_exclusive_group()
     doors.add_argument(
-        "--login", metavar="FILE", help="only those may visit who know a line NAME:PASSWORD of it"
+        "--login", metavar="FILE", help="file with one NAME:PASSWORD a line; only these may log in"
     )
     doors.add_argument(
         "--no-login", action="store_true", help="with --share, or another --host: let everybody in"

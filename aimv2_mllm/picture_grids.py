@@ -7,15 +7,15 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from aimv2_mllm.charts import LIGHT, Palette, as_png, new_figure
+from aimv2_mllm.charts import LIGHT, as_png, new_figure
 from aimv2_mllm.evaluation.answers import is_exact_caption
 from aimv2_mllm.evaluation.summary import Painting
 
 
-def sheet_grid(paintings: Sequence[Painting], palette: Palette = LIGHT) -> bytes:
+def sheet_grid(paintings: Sequence[Painting]) -> bytes:
     """The paintings side by side as PNG: original, features, prefix, painted, caption below."""
     rows = ("original", "features", "prefix", "painted")
-    figure = new_figure(1.5 * len(paintings) + 0.7, 7.5, palette)
+    figure = new_figure(1.5 * len(paintings) + 0.7, 7.5, LIGHT)
     grid = figure.add_gridspec(
         4, len(paintings), left=0.7 / (1.5 * len(paintings) + 0.7), right=0.995, top=0.99,
         bottom=0.19, wspace=0.07, hspace=0.05,
@@ -26,14 +26,14 @@ def sheet_grid(paintings: Sequence[Painting], palette: Palette = LIGHT) -> bytes
             axes = figure.add_subplot(grid[row, column])
             axes.imshow(picture, interpolation="nearest")
             axes.set(xticks=[], yticks=[])
-            axes.spines[:].set_color(palette.grid)
+            axes.spines[:].set_color(LIGHT.grid)
             if column == 0:
-                axes.set_ylabel(rows[row], fontsize=10, color=palette.faint, labelpad=6)
+                axes.set_ylabel(rows[row], fontsize=10, color=LIGHT.faint, labelpad=6)
         right = is_exact_caption(painting.caption, painting.sheet)
         words = "\n".join(textwrap.wrap(_printable(painting.caption), 24)[:7])
         axes.text(
             0, -0.07, f"{'✓' if right else '✗'} {words}", transform=axes.transAxes, va="top",
-            fontsize=7.8, linespacing=1.35, color=palette.ink if right else "#b3362b",
+            fontsize=7.8, linespacing=1.35, color=LIGHT.ink if right else "#b3362b",
             parse_math=False,
         )  # fmt: skip
     return as_png(figure, as_laid_out=True)

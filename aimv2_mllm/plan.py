@@ -26,7 +26,7 @@ from aimv2_mllm.plan_talks import talks_of
 from aimv2_mllm.planned import Memory, Plan, SourceUse, StagePlan
 from aimv2_mllm.problems import Problem, find_problems
 from aimv2_mllm.recipe import Recipe
-from aimv2_mllm.recipe_stages import LitStage, PretrainStage, Stage
+from aimv2_mllm.recipe_stages import LitStage, PretrainStage, Stage, references
 from aimv2_mllm.stages import opened
 from aimv2_mllm.stand_ins import WORDS, grown, longest_caption, sketched
 
@@ -53,7 +53,10 @@ def plan(recipe: Recipe, device: Accelerator, num_devices: int) -> Plan:
 def _follows_on(stage: Stage, planned: Sequence[StagePlan]) -> bool:
     """Whether `stage` starts from another that could not be planned."""
     unknown = {other.name for other in planned if other.memory is None}
-    return bool(unknown & {str(getattr(stage, key, "")) for key in ("tower", "llm", "start")})
+    # What a pretrain stage starts from lends it weights, and no sizes.
+    return any(
+        name in unknown for key, name in references(stage).items() if not key.startswith("start.")
+    )
 
 
 def _outlined(name: str, stage: Stage, wrong: set[str], num_devices: int) -> tuple[StagePlan, bool]:

@@ -11,6 +11,7 @@ from aimv2_mllm.data.talk_batches import TalkBatches
 from aimv2_mllm.engine.precision import held_dtype
 from aimv2_mllm.job import Job
 from aimv2_mllm.model.frozen_tower import FrozenTower
+from aimv2_mllm.model.mllm import connector_inputs
 from aimv2_mllm.recipe_stages import AlignStage, LanguageStage
 from aimv2_mllm.recipe_tune import TuneStage
 
@@ -121,19 +122,14 @@ def with_features(job: Job, batches: list[Batch], dtype: torch.dtype) -> list[Ba
     """`batches` with features of the `dtype` for pictures, and the tower out of the model of `job`,
     as in training with `data.features` when all of them fit."""
     body: Any = next(m for m in job.model.modules() if hasattr(m, "multi_modal_projector"))
-    shapes: list[torch.Size] = []  # (1, N, D)
-    hook = body.multi_modal_projector.register_forward_pre_hook(
-        lambda _, given: shapes.append(given[0].shape)
-    )
     pictures = [batch.pop("pixel_values") for batch in batches]
-    with torch.no_grad():
+    with torch.no_grad(), connector_inputs(body) as given:
         body.get_image_features(torch.empty(1, *pictures[0].shape[1:], device="meta"))
-    hook.remove()
     FrozenTower(body, dtype)
     return [
         {
             **batch,
-            "features": torch.empty(len(some), *shapes[0][1:], dtype=dtype, device="meta"),
+            "features": torch.empty(len(some), *given[0].shape[1:], dtype=dtype, device="meta"),
             "is_cached": torch.ones(len(some), dtype=torch.bool),
         }
         for batch, some in zip(batches, pictures, strict=True)

@@ -3,11 +3,10 @@
 import shutil
 
 from aimv2_mllm.engine.accelerators import Accelerator
+from aimv2_mllm.formats import GIB, part_row
 from aimv2_mllm.planned import Plan, StagePlan
 from aimv2_mllm.problems import Problem
 from aimv2_mllm.recipe import Recipe
-
-GIB = 2**30
 
 
 def written(plan: Plan, device: Accelerator, num_devices: int, utilisation: float) -> str:
@@ -74,10 +73,7 @@ def _stage(
 ) -> list[str]:
     train = stage.train
     lines = [f"stage {stage.name} ({stage.kind})"]
-    lines += [
-        f"  {part:<12}{count:>15,}  {'trained' if trained else 'frozen'}"
-        for part, count, trained in stage.table
-    ]
+    lines += [f"  {part_row(*row)}" for row in stage.table]
     number, tokens = stage.num_micro_batches, train.micro_batch_tokens
     at_once = f"{number} x {stage.micro_batch}"
     if tokens:
@@ -105,8 +101,7 @@ def _stage(
     )
     if device.is_shared:
         # glibc keeps much of what was freed (tests/benchmarks/stage_memory.py).
-        said = "tensors alone; a process on a CPU has taken up to 1.7 times that"
-        lines.append(f"              {said}")
+        lines.append("              tensors only; CPU processes took up to 1.7 times this")
     strategy = "ddp" if train.strategy == "auto" else train.strategy
     how = [train.precision, strategy if num_devices > 1 else "one process"]
     how += ["activation checkpointing"] * train.activation_checkpointing

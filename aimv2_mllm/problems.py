@@ -17,7 +17,7 @@ from aimv2_mllm.model.shards import weight_files
 from aimv2_mllm.recipe_data import ConversationData
 from aimv2_mllm.recipe_stages import Stage
 from aimv2_mllm.run_folder import check_begun, check_folder
-from aimv2_mllm.stages import check_shares, check_stage, opened
+from aimv2_mllm.stages import check_shares, check_stage, inputs, opened
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,7 @@ def _data(here: str, stage: Stage) -> Iterator[Problem]:
 
 def _models(here: str, stage: Stage, place: Place) -> Iterator[Problem]:
     """The models from outside that are not there, each at its key."""
-    for key in ("tokenizer", "llm", "tower", "start", "start.encoder", "start.decoder"):
-        value: Any = stage
-        for part in key.split("."):
-            value = getattr(value, part, None)
-        if not isinstance(value, str) or value in place.recipe.stages:
-            continue
+    for key, value in inputs(stage, place).items():
         if key == "llm" and isinstance(stage.data, ConversationData):
             yield from _tried(f"{here}.{key}", partial(load_talker, value, stage.data))
         elif key == "tokenizer":

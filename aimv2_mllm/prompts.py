@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 
+from aimv2_mllm.data.conversations import Message as Message
+from aimv2_mllm.data.conversations import said as said
 from aimv2_mllm.data.decode import cropped, padded, rim_of
 from aimv2_mllm.data.images import square
 from aimv2_mllm.data.templates import Asker
@@ -19,18 +21,7 @@ from aimv2_mllm.errors import UsageError
 if TYPE_CHECKING:
     from PIL import Image
 
-# role: "system" | "user" | "assistant"
-# content: list of {"type": "text", "text": …} | {"type": "image"}
-Message = dict[str, Any]
 Turn = list[Message]  # a question and what follows it
-
-
-def said(role: str, text: str, *, pictures: int = 0) -> Message:
-    """What `role` says, behind so many pictures."""
-    return {
-        "role": role,
-        "content": [*[{"type": "image"}] * pictures, {"type": "text", "text": text}],
-    }
 
 
 class Prompter:
@@ -108,7 +99,7 @@ class Prompter:
                 # Read as a mark and not as text, it would end the turn or ask for a picture.
                 if token in text:
                     raise UsageError(
-                        f"the text {token!r} is a mark of this model: write it otherwise"
+                        f"{token!r} is a special token of this model: rephrase the text"
                     )
         if roles[0] == "system":
             self.demand_system()

@@ -1,5 +1,6 @@
 """The part of a recipe that says what its stages build and train, a section for each kind."""
 
+from operator import attrgetter
 from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
@@ -27,12 +28,12 @@ class EncoderChoice(Section):
     native: Switch = Field(
         default=False,
         description="positions for any grid, and pictures in their own aspect ratio; batch sizes "
-        "count pictures of image_size, and others are as many as have as many patches",
+        "count pictures of image_size; other sizes fill the same number of patches",
     )
     areas: tuple[_Area, _Area] = Field(
         default=RELEASED_AREAS,
         strict=False,
-        description="native: patches of a picture at most, drawn per micro-batch: least and most",
+        description="native: smallest and largest patch budget per picture; drawn per micro-batch",
     )
 
     @field_validator("areas")
@@ -237,14 +238,21 @@ STAGES: dict[str, type[Stage]] = {
     "tune": TuneStage,
     "language": LanguageStage,
 }
-# kind of a stage -> its keys that name an earlier stage -> the kinds which that stage may have
+# kind of a stage -> its keys that name a model -> the kinds of the earlier stages that may make it.
+# The order counts: run folders are told apart by digests of these models one after the other.
 REFERENCES: dict[str, dict[str, tuple[str, ...]]] = {
     "pretrain": {
-        "tokenizer": ("language",),
         "start.encoder": ("pretrain",),
         "start.decoder": ("pretrain",),
+        "tokenizer": ("language",),
     },
     "lit": {"tower": ("pretrain",), "tokenizer": ("language",)},
     "align": {"tower": ("pretrain",), "llm": ("language",)},
-    "tune": {"start": ("align", "tune"), "tower": ("pretrain",), "llm": ("language",)},
+    "tune": {"tower": ("pretrain",), "llm": ("language",), "start": ("align", "tune")},
 }
+
+
+def references(stage: Stage) -> dict[str, str]:
+    """The models that `stage` names, by key: earlier stages, folders or hub ids."""
+    named = {key: attrgetter(key)(stage) for key in REFERENCES.get(stage.kind, {})}
+    return {key: name for key, name in named.items() if name is not None}

@@ -23,9 +23,9 @@ class TrainConfig(Section):
     )
     micro_batch_tokens: Count | None = Field(
         default=None,
-        description="align, tune and language: in its place tokens per forward pass, those of "
-        "pictures included: as many conversations as fit, and all devices alike; a longer one "
-        "is alone",
+        description="align, tune and language: token budget per forward pass (image tokens count), "
+        "instead of micro_batch_size; equally full on every device; a longer conversation goes "
+        "alone",
     )
     lr: Number = Field(gt=0, description="peak learning rate")
     final_lr: Number = Field(default=0.0, ge=0, description="learning rate after the last step")

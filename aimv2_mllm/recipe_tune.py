@@ -85,7 +85,8 @@ class TuneStage(StageSection):
     )
     trains: Literal["lora", "llm", "connector"] = Field(
         default="lora",
-        description="adapters on the LLM, or all of it, or nothing of it; the connector always",
+        description="lora: adapters on the LLM; llm: all of it; connector: the LLM stays frozen. "
+        "The connector is always trained",
     )
     lora: LoraChoice = Field(default=LoraChoice(), description="the adapters")
     quantise: Literal["nf4", "int8"] | None = Field(

@@ -5,11 +5,8 @@ Owns when a run is judged again and that its report is whole or not there.
 
 import hashlib
 import json
-import platform
 import re
 import shutil
-from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +15,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from aimv2_mllm.disk import write_synced
 from aimv2_mllm.errors import RunFailed
 from aimv2_mllm.evaluation.summary import Findings, evaluate
-from aimv2_mllm.job import Place
+from aimv2_mllm.job import Place, versions
+from aimv2_mllm.narration import Narrate
 from aimv2_mllm.page import describe, pictures
 
-Narrate = Callable[[str], None]
 TEMPLATES = Path(__file__).parent / "assets"
 SUMMARY, HTML, MARKDOWN = "summary.json", "report.html", "report.md"
 UNFINISHED = ".report.tmp"
@@ -72,8 +69,7 @@ def _complete(findings: Findings, place: Place, made_from: dict[str, Any]) -> No
     findings.numbers["stage_parameters"] = {
         name: {part: count for part, count, _ in record["parts"]} for name, record in stages.items()
     }
-    packages = {name: version(name) for name in ("torch", "transformers", "aimv2-mllm")}
-    findings.numbers["versions"] = packages | {"python": platform.python_version()}
+    findings.numbers["versions"] = versions()
     findings.numbers["made_from"] = made_from
 
 

@@ -7,10 +7,7 @@ by `run_folder`.
 
 import hashlib
 import json
-import platform
-from collections.abc import Callable
 from contextlib import ExitStack
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +16,19 @@ from safetensors import SafetensorError
 
 from aimv2_mllm.data.batches import Share
 from aimv2_mllm.disk import new_folder
-from aimv2_mllm.engine.distributed import Ranks, joined
+from aimv2_mllm.engine.distributed import ALONE, Ranks, joined
 from aimv2_mllm.engine.loop import train
 from aimv2_mllm.engine.trackers import require
 from aimv2_mllm.errors import RunFailed
 from aimv2_mllm.files import sha256
 from aimv2_mllm.folders import STAGE_FILE
-from aimv2_mllm.job import Job, Place
+from aimv2_mllm.formats import part_row
+from aimv2_mllm.job import Job, Place, versions
+from aimv2_mllm.narration import Narrate
 from aimv2_mllm.recipe import Recipe
 from aimv2_mllm.recipe_stages import Stage
 from aimv2_mllm.run_folder import claim, earlier, lineage, locked, state
 from aimv2_mllm.stages import STAGES, check_inputs, check_shares, inputs
-
-Narrate = Callable[[str], None]
-ALONE = Ranks()
 
 
 def run(recipe: Recipe, narrate: Narrate) -> Path | None:
@@ -70,14 +66,12 @@ def run_stage(
     if is_finished:
         narrate(f"stage {name}: finished, see {result}")
         return
-    packages = {name: version(name) for name in ("torch", "transformers", "aimv2-mllm")}
-    versions = {**packages, "python": platform.python_version()}
     narrate(f"stage {name}: training {STAGES[stage.kind].trains}")
     # By kind: encoders that are compared begin with equal weights, and each kind with its own.
     torch.manual_seed(_number(place.recipe.seed, stage.kind))
     job = STAGES[stage.kind].build(stage, place)
     table = job.table()
-    narrate(_as_text(table))
+    narrate("\n".join(f"  {part_row(*row)}" for row in table))
     for note in job.data.notes:
         narrate(f"  {note}")
     ended = job.prepare(job, ranks, narrate) if job.prepare else dict
@@ -101,13 +95,13 @@ def run_stage(
         "seed": place.recipe.seed,
         "recipe": stage.model_dump(mode="json"),
         "fingerprint": fingerprint,
-        "parents": inputs(stage, place) + earlier(name, place),
+        "parents": [*inputs(stage, place).values(), *earlier(name, place)],
         "parts": [list(row) for row in table],
         "seconds": round(outcome["seconds"], 1),
         "rows": list(job.data.rows),
         "last": outcome["last"],
         **ended(),
-        "versions": versions,
+        "versions": versions(),
         **job.record,
         **lineage(name, place),
     }
@@ -153,11 +147,3 @@ def _say_nothing(text: str) -> None:
 
 def _number(seed: int, kind: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{kind}".encode()).digest()[:7])
-
-
-def _as_text(table: list[tuple[str, int, bool]]) -> str:
-    rows = [
-        f"  {part:<12}{count:>13,}  {'trained' if trained else 'frozen'}"
-        for part, count, trained in table
-    ]
-    return "\n".join(rows)

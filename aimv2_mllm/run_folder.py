@@ -31,8 +31,7 @@ from aimv2_mllm.job import Place
 from aimv2_mllm.model.hub import commit_of, locate
 from aimv2_mllm.model.llms import llm_source
 from aimv2_mllm.recipe import changed_keys, deciding, dump_recipe
-from aimv2_mllm.recipe_stages import Stage
-from aimv2_mllm.stages import inputs, towers
+from aimv2_mllm.stages import inputs
 
 LICENCE = "Apache-2.0"
 
@@ -147,7 +146,7 @@ def _fingerprint(name: str, place: Place) -> str:
     stage = place.recipe.stages[name]
     # Their files and not their records, which hold the seconds they took.
     parents = [place.record(other)["files"] for other in earlier(name, place)]
-    outside = [_digest(_folder(source, stage, place)) for source in inputs(stage, place)]
+    outside = [_digest(_folder(key, source)) for key, source in inputs(stage, place).items()]
     own = deciding(stage.model_dump(mode="json"))
     text = json.dumps([name, place.recipe.seed, own, parents, outside], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -159,13 +158,12 @@ def earlier(name: str, place: Place) -> list[str]:
     return stages[: stages.index(name)]
 
 
-def _folder(source: str, stage: Stage, place: Place) -> Path:
-    """Where a model from outside lies; an LLM or Llava of the hub has no folder, only its id."""
-    if source in towers(stage, place):
-        return locate(source)
-    return Path(
-        talking_source(source) if source == getattr(stage, "start", None) else llm_source(source)
-    )
+def _folder(key: str, source: str) -> Path:
+    """Where the model from outside lies that a stage's `key` names; an LLM or Llava of the hub has
+    no folder, only its id."""
+    if key == "start":
+        return Path(talking_source(source))
+    return Path(llm_source(source)) if key in ("llm", "tokenizer") else locate(source)
 
 
 def _digest(folder: Path) -> str | dict[str, str]:
@@ -181,8 +179,8 @@ def lineage(name: str, place: Place) -> dict[str, Any]:
     stage = place.recipe.stages[name]
     records = [place.record(other) for other in earlier(name, place)]
     origins = [one for record in records for one in record.get("origins", [])]
-    for source in inputs(stage, place):
-        folder = _folder(source, stage, place)
+    for key, source in inputs(stage, place).items():
+        folder = _folder(key, source)
         origins += origins_of(folder, source, commit_of(source, folder))
     origins = list({json.dumps(one): one for one in origins}.values())
     found = [record["licence"] for record in records]

@@ -3,18 +3,31 @@
 Owns the settings and what they may be. Refuses the others before any model is loaded.
 """
 
-import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from aimv2_mllm.errors import UsageError, show
 
-# setting -> from, to, and both in words; 0 is allowed where the words say what it means
-RANGES: dict[str, tuple[float, float, str]] = {
-    "temperature": (0.01, 2.0, "0 (always the likeliest), or 0.01 to 2"),  # OpenAI's largest
-    "top_p": (1e-6, 1.0, "above 0, up to 1 (all)"),
-    "top_k": (1, 2**31 - 1, "0 (all), or a whole number from 1 on"),
-    "repetition_penalty": (0.1, 10.0, "0.1 to 10, 1 for none"),
-    "seed": (0, 2**63 - 1, "a whole number from 0 on"),
+
+class Range(NamedTuple):
+    """What a setting may be: `low` to `high`, and 0 where `zero_is_off`; `words` say so."""
+
+    low: float
+    high: float
+    words: str
+    zero_is_off: bool = False
+
+    def allows(self, value: float) -> bool:
+        """Whether it is in the range, which NaN is not."""
+        return (self.zero_is_off and value == 0) or self.low <= value <= self.high
+
+
+RANGES = {
+    "temperature": Range(0.01, 2.0, "0 (always the likeliest), or 0.01 to 2", zero_is_off=True),
+    "top_p": Range(1e-6, 1.0, "above 0, up to 1 (all)"),
+    "top_k": Range(1, 2**31 - 1, "0 (all), or a whole number from 1 on", zero_is_off=True),
+    "repetition_penalty": Range(0.1, 10.0, "0.1 to 10, 1 for none"),
+    "seed": Range(0, 2**63 - 1, "a whole number from 0 on"),
 }
 WHOLE = {"top_k", "seed"}
 
@@ -37,15 +50,14 @@ class Sampling:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, (low, high, words) in RANGES.items():
+        for name, allowed in RANGES.items():
             value = getattr(self, name)
             if value is None and name == "seed":
                 continue
             kinds = int if name in WHOLE else int | float
             is_number = isinstance(value, kinds) and not isinstance(value, bool)
-            is_off = value == 0 and words.startswith("0 (")
-            if not is_number or math.isnan(value) or not (is_off or low <= value <= high):
-                raise UsageError(f"{name} is {show(value)}, must be {words}")
+            if not is_number or not allowed.allows(value):
+                raise UsageError(f"{name} is {show(value)}, must be {allowed.words}")
         for text in self.stop:
             if not text:
                 raise UsageError("stop has an empty text: give what an answer is to end before")

@@ -1,27 +1,22 @@
-"""What the verbs `probe` and `dream` do: an encoder's features judged, its decoder's dreams shown.
+"""What the verbs `probe` and `dream` show: an encoder's features judged, its decoder's dreams.
 
 Owns their words on the terminal and in the pictures; refuses to compute: see `evaluation`.
 """
 
 import io
-import json
-from argparse import Namespace
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from PIL import Image
 
 from aimv2_mllm import picture_grids
-from aimv2_mllm.data import scenes
-from aimv2_mllm.data.labelled import Labelled, load_labelled
+from aimv2_mllm.data.labelled import Labelled
 from aimv2_mllm.errors import UsageError
-from aimv2_mllm.evaluation import dreams, zeroshot
+from aimv2_mllm.evaluation import dreams
 from aimv2_mllm.evaluation.features import see
-from aimv2_mllm.evaluation.probes import KINDS, probe
-from aimv2_mllm.files import write, write_picture
-from aimv2_mllm.folders import pretrained_folder, stage_record
-from aimv2_mllm.model.towers import Tower, load_tower
+from aimv2_mllm.evaluation.painter import Painter
+from aimv2_mllm.model.towers import Tower
 
 SHOWN = 8  # pictures in a picture of features
 NOTE = (
@@ -29,37 +24,7 @@ NOTE = (
     "as mean and variance: {}. The caption is of the whole picture."
 )
 COLOURS = "Features: their first three principal components as red, green and blue."
-UNWRITTEN = "(none: this decoder never learned captions, it was trained with text_weight 0)"
 UNPAINTED = "(nothing: this decoder never learned to paint, it was trained with alpha 0)"
-
-
-def probe_tower(args: Namespace) -> None:
-    """Print what the probe `args.kind` (or `all`) tells of the tower `args.encoder` by the labelled
-    pictures `args.data`; write what was asked for."""
-    data = load_labelled(args.data, seed=args.seed, limit=args.limit)
-    tower = load_tower(args.encoder, image_size=args.image_size).float()
-    kinds = list(KINDS) if args.kind == "all" else [args.kind]
-    results = probe(tower, data, kinds, seed=args.seed, k=args.k, epochs=args.epochs)
-    if args.pca:
-        write_picture(Path(args.pca), _features(tower, data, args.seed))
-    _tell(results, args)
-
-
-def probe_zero_shot(args: Namespace) -> None:
-    """Print what the LiT model `args.encoder` tells of the pictures `args.data` by the names of
-    their classes in the prompts `args.templates`; write what was asked for."""
-    templates = zeroshot.read_templates(Path(args.templates))
-    data = load_labelled(args.data, seed=args.seed, limit=args.limit)
-    tower, encode = zeroshot.load_lit_tower(args.encoder)
-    _tell(zeroshot.zero_shot(tower, encode, data, templates), args)
-
-
-def _tell(results: dict[str, Any], args: Namespace) -> None:
-    results = {"encoder": args.encoder, "source": args.data} | results
-    print(as_table(results))
-    if args.out:
-        text = json.dumps(results, indent=2, allow_nan=False) + "\n"
-        write(Path(args.out), lambda file: file.write_text(text, encoding="utf-8"))
 
 
 def as_table(results: dict[str, Any]) -> str:
@@ -100,7 +65,7 @@ def _named(kind: str, found: dict[str, Any]) -> str:
     return {"linear": "linear", "zeroshot": "zero-shot"}[kind]
 
 
-def _features(tower: Tower, data: Labelled, seed: int) -> Image.Image:
+def features_picture(tower: Tower, data: Labelled, seed: int) -> Image.Image:
     """The first test pictures, in an order that `seed` draws, above their features."""
     random = torch.Generator().manual_seed(seed)
     decoded: list[tuple[str, Image.Image]] = []
@@ -124,48 +89,27 @@ def _opened(png: bytes) -> Image.Image:
     return Image.open(io.BytesIO(png)).convert("RGB")
 
 
-def dream(args: Namespace, picture: Image.Image | None) -> None:
-    """Print the caption of `picture`, or without one of the held-out sheet `args.seed`; write what
-    the decoder makes of it after each of `args.prefix` patches, by default after half of them.
+def dream(
+    painter: Painter, picture: Image.Image, *, prefixes: Sequence[int] = (), statistics: str
+) -> tuple[str, Image.Image]:
+    """The caption of `picture`, and a picture of what the decoder makes of it after each of
+    `prefixes` patches, by default after half of them.
 
     A decoder that was trained without captions, or without pictures to predict, is not asked for
-    them: that is said instead. Raises UsageError on a prefix out of range.
+    them: that is said instead. Errors are those of `Painter.check`.
     """
-    folder = pretrained_folder(Path(args.model))
-    model, tokenizer, preprocessing = dreams.load_pretrainer(folder)
-    trained = stage_record(folder).get("recipe", {})
-    paints, writes = trained.get("alpha") != 0, trained.get("text_weight") != 0
-    num_patches = model.encoder.config.num_patches
-    prefixes = args.prefix or [num_patches // 2]
-    wrong = [prefix for prefix in prefixes if prefix >= num_patches]
-    if wrong:
-        raise UsageError(
-            f"--prefix {wrong[0]}: the model sees {num_patches} patches, so 1 to "
-            f"{num_patches - 1} of them can be shown"
-        )
-    if picture is None:
-        scene = scenes.scene(args.seed, "heldout", 0)
-        picture = Image.fromarray(scenes.render(scene, preprocessing.image_size))
-    pixels = preprocessing.prepare([picture])
-    [original] = preprocessing.restore(pixels)
-    columns = []
-    for prefix in prefixes if paints else ():
-        [shown] = dreams.only_prefix(original[None], prefix, model.encoder.config.patch_size)
-        [painted] = preprocessing.restore(dreams.paint(model, pixels, prefix, args.statistics))
-        columns.append((f"prefix: {prefix} of {num_patches} patches", shown, painted))
-    [features] = see(model.encoder, pixels)
-    if writes:
-        [caption] = dreams.write_caption(model, pixels, tokenizer)
-        caption = caption or "(nothing)"
-    else:
-        caption = UNWRITTEN
-    note = NOTE.format(dreams.STATISTICS[args.statistics]) if paints else UNPAINTED
+    num_patches = painter.num_patches
+    prefixes = prefixes or [num_patches // 2]
+    for prefix in prefixes:
+        painter.check(prefix, statistics)
+    pixels = painter.preprocessing.prepare([picture])
+    [original] = painter.preprocessing.restore(pixels)
+    columns = [
+        (f"prefix: {prefix} of {num_patches} patches", *painter.paint(pixels, prefix, statistics))
+        for prefix in (prefixes if painter.paints else ())
+    ]
+    [features] = see(painter.model.encoder, pixels)
+    caption = painter.caption(pixels) or "(nothing)"
+    note = NOTE.format(dreams.STATISTICS[statistics]) if painter.paints else UNPAINTED
     words = (f"Caption: {caption}", f"{note} {COLOURS}")
-    png = picture_grids.dream_grid(original, features, columns, words=words)
-    write_picture(Path(args.out), _opened(png))
-    if args.sheet:
-        print(f"sheet:   {scenes.caption(scene)} (--seed {args.seed})")
-    print(f"caption: {caption}")
-    if not paints:
-        print(f"painted: {UNPAINTED}")
-    print(f"picture: {args.out}")
+    return caption, _opened(picture_grids.dream_grid(original, features, columns, words=words))

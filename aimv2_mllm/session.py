@@ -40,9 +40,9 @@ class Counts:
 
     def __str__(self) -> str:
         return (
-            f"{self.prompt_tokens:,} tokens asked, {self.image_tokens:,} of them pictures and "
-            f"{self.cached_tokens:,} remembered; {self.answer_tokens:,} answered, the first after "
-            f"{self.first_token_seconds:.2f} s, then {self.tokens_per_second:.1f} a second"
+            f"prompt {self.prompt_tokens:,} tokens ({self.image_tokens:,} image, "
+            f"{self.cached_tokens:,} cached); answer {self.answer_tokens:,} tokens, the first "
+            f"after {self.first_token_seconds:.2f} s, then {self.tokens_per_second:.1f} tokens/s"
         )
 
 

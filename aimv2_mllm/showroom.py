@@ -23,7 +23,7 @@ from aimv2_mllm.visit import Shown, asked
 if TYPE_CHECKING:
     from PIL import Image
 
-    from aimv2_mllm.insight import Painter
+    from aimv2_mllm.evaluation.painter import Painter
 
 MOST_SESSIONS = 8  # of which keys and values are held; the longest silent one is forgotten first
 QUICKSTART = Path("runs/quickstart")
@@ -111,7 +111,7 @@ class Showroom:
         return found
 
     def _painter(self, name: str) -> "Painter | None":
-        from aimv2_mllm.insight import Painter
+        from aimv2_mllm.evaluation.painter import Painter
 
         run = self._folder(name).parents[1]
         with self._loading:

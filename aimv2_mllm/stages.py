@@ -27,6 +27,7 @@ from aimv2_mllm.recipe_stages import (
     LitStage,
     PretrainStage,
     Stage,
+    references,
 )
 from aimv2_mllm.recipe_tune import TuneStage
 from aimv2_mllm.tune_stage import build_tune, check_tune
@@ -49,21 +50,10 @@ STAGES: dict[str, StageKind] = {
 }
 
 
-def towers(stage: Stage, place: Place) -> list[str]:
-    """The names of the encoders and decoders that the stage takes from outside of its recipe."""
-    given = [stage.start.encoder, stage.start.decoder] if isinstance(stage, PretrainStage) else []
-    return _outside([*given, getattr(stage, "tower", None)], place)
-
-
-def inputs(stage: Stage, place: Place) -> list[str]:
-    """The names of all models that the stage takes from outside of its recipe."""
-    given = [getattr(stage, key, None) for key in ("tokenizer", "llm")]
-    given += [stage.start] if isinstance(stage, TuneStage) else []
-    return towers(stage, place) + _outside(given, place)
-
-
-def _outside(given: list[str | None], place: Place) -> list[str]:
-    return [name for name in given if name is not None and name not in place.recipe.stages]
+def inputs(stage: Stage, place: Place) -> dict[str, str]:
+    """The names of the models that the stage takes from outside of its recipe, by key."""
+    named = references(stage).items()
+    return {key: name for key, name in named if name not in place.recipe.stages}
 
 
 def check_inputs(place: Place) -> None:
@@ -94,20 +84,19 @@ def check_stage(name: str, place: Place) -> None:
         open_sources(stage.data)
     if isinstance(stage, AlignStage | TuneStage | LanguageStage) and not done:
         open_talk_sources(stage.data)
-    encoder = stage.start.encoder if isinstance(stage, PretrainStage) else None
-    lit = stage.tower if isinstance(stage, LitStage) else None
-    for source in _outside([encoder, lit], place):
-        load_encoder(source)
     if isinstance(stage, TuneStage):
         check_tune(stage, place)
         return
     if isinstance(stage, AlignStage):
         check_connector(stage, place)
-    for source in set(inputs(stage, place)) - set(towers(stage, place)):
+    for key, source in inputs(stage, place).items():
         if isinstance(stage, AlignStage):
-            Writer(load_talker(source, stage.data), stage.data.template)
-        else:
+            if key == "llm":
+                Writer(load_talker(source, stage.data), stage.data.template)
+        elif key == "tokenizer":
             llms.load_tokenizer(source, talks=False)
+        elif key in ("tower", "start.encoder"):
+            load_encoder(source)
 
 
 def check_shares(name: str, stage: Stage, num_ranks: int) -> None:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
@@ -18,6 +17,7 @@ from aimv2_mllm.chatbot import Chatbot
 from aimv2_mllm.data.images import open_image
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.files import demand_place, write
+from aimv2_mllm.narration import note
 from aimv2_mllm.prompts import Message, said
 from aimv2_mllm.sampling import GREEDY, Sampling
 from aimv2_mllm.session import ChatSession, Counts, Reply
@@ -37,21 +37,31 @@ def talk(
     What is no answer goes to stderr. Ctrl-C stops an answer; at a question it ends the whole.
     """
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
-    words = {"max_new_tokens": max_new_tokens, "sampling": sampling}
-    here = Talk(bot, pictures, system, show=terminal, **words)
+    here = Talk(
+        bot,
+        pictures,
+        system,
+        show=terminal,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+    )
     if terminal:
-        _note("Ask about the picture; /help shows more.")
+        note("Ask about the picture; /help shows more.")
     for line in _lines(terminal):
         command, _, rest = line.partition(" ")
         try:
-            if command == "/quit":
-                return
             if command.startswith("/"):
                 here.obey(command, rest.strip())
             else:
                 here.ask(line)
+        except _Quit:
+            return
         except UsageError as error:
-            _note(f"aimv2-mllm: {error}")
+            note(f"aimv2-mllm: {error}")
+
+
+class _Quit(Exception):
+    """The conversation is to end."""
 
 
 class Talk:
@@ -64,9 +74,11 @@ class Talk:
         system: str | None,
         *,
         show: bool,
-        **words: Any,
+        max_new_tokens: int,
+        sampling: Sampling,
     ) -> None:
-        self._session, self._show, self._words = ChatSession(bot), show, words
+        self._session, self._show = ChatSession(bot), show
+        self._max_new_tokens, self._sampling = max_new_tokens, sampling
         self._system = [] if system is None else [said("system", system)]
         self._first = list(pictures)  # with which the conversation begins
         self._counts: Counts | None = None
@@ -87,20 +99,23 @@ class Talk:
         """Print the answer, and remember it; `tries` is how often the question was asked before."""
         messages = [*self._messages, said("user", text, pictures=len(self._waiting))]
         images = [*self._images, *self._waiting]
-        words, sampling = self._words, self._words["sampling"]
+        sampling = self._sampling
         if tries and sampling.seed is not None:
-            words = {**words, "sampling": replace(sampling, seed=sampling.seed + tries)}
-        answer = self._shown(messages, images, words)
+            sampling = replace(sampling, seed=sampling.seed + tries)
+        answer = self._shown(messages, images, sampling)
         if answer is not None:
             self._messages = [*messages, said("assistant", answer)]
             self._images, self._waiting, self._tries = images, [], tries
 
     def _shown(
-        self, messages: list[Message], images: list[Image.Image], words: dict[str, Any]
+        self, messages: list[Message], images: list[Image.Image], sampling: Sampling
     ) -> str | None:
         """The answer, as far as it was let come; None where that is not at all."""
         stop = threading.Event()
-        reply = self._session.stream(messages, images, stop=stop, **words)
+        most = self._max_new_tokens
+        reply = self._session.stream(
+            messages, images, max_new_tokens=most, sampling=sampling, stop=stop
+        )
         self._counts, answer = reply.counts, ""
         with _ctrl_c_sets(stop) if self._show else nullcontext():
             for piece in _until_interrupted(reply, stop):
@@ -111,7 +126,7 @@ class Talk:
         print("" if self._show else answer.replace("\n", " "), flush=True)
         if not stop.is_set():
             return answer
-        _note("(stopped)" if answer else "(stopped; the question is forgotten)")
+        note("(stopped)" if answer else "(stopped; the question is forgotten)")
         return answer or None
 
     def clear(self, _: str) -> None:
@@ -141,8 +156,8 @@ class Talk:
 
     def retry(self, _: str) -> None:
         """Answer the last question again; with a seed, by the next one."""
-        if not self._words["sampling"].temperature:
-            _note("(the likeliest answer stays the same; --temperature lets it vary)")
+        if not self._sampling.temperature:
+            note("(the likeliest answer stays the same; --temperature lets it vary)")
         self._again(None, self._tries + 1)
 
     def edit(self, text: str) -> None:
@@ -179,11 +194,15 @@ class Talk:
 
     def counts(self, _: str) -> None:
         """Say what the last answer took."""
-        _note(f"({self._counts})" if self._counts else "(nothing has been asked yet)")
+        note(f"({self._counts})" if self._counts else "(nothing has been asked yet)")
 
     def help(self, _: str) -> None:
         """Say what commands there are."""
-        _note("\n".join(f"{name:8}{what}" for name, (what, _) in COMMANDS.items()))
+        note("\n".join(f"{name:8}{what}" for name, (what, _) in COMMANDS.items()))
+
+    def quit(self, _: str) -> None:
+        """End the conversation."""
+        raise _Quit
 
 
 COMMANDS: dict[str, tuple[str, Callable[[Talk, str], object]]] = {
@@ -197,7 +216,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Talk, str], object]]] = {
     "/load": ("FILE  go on with a saved conversation", Talk.load),
     "/counts": ("      tokens and seconds of the last answer", Talk.counts),
     "/help": ("      show these commands", Talk.help),
-    "/quit": ("      end, as Ctrl-D does; Ctrl-C stops an answer", Talk.help),
+    "/quit": ("      end, as Ctrl-D does; Ctrl-C stops an answer", Talk.quit),
 }
 
 
@@ -239,7 +258,3 @@ def _lines(terminal: bool) -> Iterable[str]:
             raise UsageError("what comes in is not UTF-8 text") from None
         if line:
             yield line
-
-
-def _note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -20,6 +20,7 @@ from aimv2_mllm.llm_stages import (
 )
 from aimv2_mllm.model import adapting, llms, mllm
 from aimv2_mllm.model.quantising import quantise, require_bitsandbytes
+from aimv2_mllm.model.shards import DTYPES
 from aimv2_mllm.recipe_tune import LoraChoice, TuneStage
 
 
@@ -74,7 +75,7 @@ def _prepared(model: Any, stage: TuneStage, place: Place, *, form: str | None) -
         # peft has frozen all but its own.
         adapting.free(model, trained)
     base = str(stage.start or stage.llm)
-    return adapting.Result(model, adapting.SAVED[stage.train.precision], adapters, base)
+    return adapting.Result(model, DTYPES[stage.train.precision], adapters, base)
 
 
 def _lora_words(lora: LoraChoice) -> dict[str, Any]:

@@ -100,7 +100,8 @@ def _paint(room: Showroom, model: gr.Dropdown, picture: gr.Image) -> None:
 
     def paint(model: str, file: str | None, prefix: float, statistics: str) -> tuple[Any, ...]:
         with told():
-            return room.painter(model).paint(visit.picture_of(file), int(prefix), statistics)
+            painter = room.painter(model)
+            return insight.painted(painter, visit.picture_of(file), int(prefix), statistics)
 
     def fitted(name: str) -> tuple[Any, ...]:
         most = room.longest_prefix(name)  # a smaller grid has fewer, a model alone none

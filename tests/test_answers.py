@@ -11,7 +11,7 @@ from aimv2_mllm.data import held_out, scenes
 from aimv2_mllm.data.batches import picture_batch
 from aimv2_mllm.data.conversations import turn
 from aimv2_mllm.data.held_out import Asked
-from aimv2_mllm.data.templates import encode
+from aimv2_mllm.data.templates import Writer
 from aimv2_mllm.data.tokenizer import train_tokenizer
 from aimv2_mllm.evaluation import answers
 from aimv2_mllm.evaluation.answers import Speaker
@@ -76,7 +76,7 @@ def test_questions_are_the_seeds_and_about_held_out_ink() -> None:
 
 def test_a_prompt_is_what_training_puts_before_the_answer(speaker: Speaker) -> None:
     talk = turn(TEXTS[0], "7", image=True)
-    [encoded] = encode(speaker.tokenizer, [talk], num_image_tokens=NUM_IMAGE_TOKENS)
+    encoded = Writer(speaker.tokenizer, num_image_tokens=NUM_IMAGE_TOKENS)(talk)
     first_answer_token = int((encoded.labels >= 0).argmax())
     prompt = answers._prompts(speaker, [TEXTS[0]], pictures=True)[0]
     assert prompt.tolist() == encoded.ids[:first_answer_token].tolist()

@@ -57,7 +57,7 @@ def test_the_padded_side_has_the_loss_and_the_gradient_of_ours(
 ) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import tuning
-    from llava_shaped import assembled, write_models, write_rows
+    from llava_shaped import LLMS, assembled, write_models, write_rows
     from padded_trainer import Rows, collated
 
     from aimv2_mllm.job import Place
@@ -66,7 +66,7 @@ def test_the_padded_side_has_the_loss_and_the_gradient_of_ours(
     sizes = ["--tower", "nano", "--llm", "nano", "--image-size", "28", "--rows", "6"]
     args = tuning.parse([*sizes, "--batch", "6", "--micro-batch", "6", "--mode", tuning.MODES[1]])
     write_rows(tmp_path, 6)
-    write_models(tmp_path, "nano", 28, "nano")
+    write_models(tmp_path, "nano", 28, LLMS["nano"])
     recipe = tuning.recipe_of(args, tmp_path, 1)
     torch.manual_seed(0)
     job = STAGES["align"].build(recipe.stages["align"], Place(recipe, tmp_path / "run"))

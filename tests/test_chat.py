@@ -33,7 +33,9 @@ WEIGHTS = "model.safetensors"
 
 
 def record(kind: str, source: str = "handwriting") -> str:
-    return json.dumps({"stage": kind, "kind": kind, "recipe": {"data": {"source": source}}})
+    return json.dumps(
+        {"stage": kind, "kind": kind, "recipe": {"data": {"sources": [{"kind": source}]}}}
+    )
 
 
 @pytest.fixture(scope="session")
@@ -227,7 +229,7 @@ def test_a_question_that_is_too_long_alone_is_refused_with_both_numbers(bot: Cha
 
 @pytest.mark.parametrize("mark", ["<image>", "<|end|>", "<|assistant|>"])
 def test_the_model_s_own_marks_are_refused_as_text(bot: Chatbot, mark: str) -> None:
-    with pytest.raises(UsageError, match="is a mark of this model"):
+    with pytest.raises(UsageError, match="is a special token of this model"):
         answer(bot, turn(f"what is {mark} it", "", image=True)[:1], [PICTURE])
 
 

@@ -70,7 +70,7 @@ def refused(here: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
 
 def model_folder(folder: Path, kind: str, source: str = "handwriting") -> str:
     folder.mkdir()
-    record = {"stage": "s", "kind": kind, "recipe": {"data": {"source": source}}}
+    record = {"stage": "s", "kind": kind, "recipe": {"data": {"sources": [{"kind": source}]}}}
     (folder / "stage.json").write_text(json.dumps(record))
     return str(folder)
 
@@ -112,7 +112,7 @@ def test_a_verb_is_needed(refused: Refused) -> None:
 
 def test_an_unknown_verb_gets_the_nearest(refused: Refused) -> None:
     known = ", ".join(cli.VERBS)
-    expected = f"aimv2-mllm: there is no verb rum; there is {known}; did you mean run?\n"
+    expected = f"aimv2-mllm: unknown verb rum; the verbs are {known}; did you mean run?\n"
     assert refused("rum", "tiny.yaml") == expected
     assert "did you mean" not in refused("xyzzy")
 
@@ -260,9 +260,8 @@ def test_sample_writes_the_held_out_sheet_of_its_seed(
 def test_sample_without_a_seed_is_another_each_time_and_names_it(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (here / "recipe.yaml").write_text(
-        json.dumps({"stages": {"a": {"kind": "tune", "data": {"source": "handwriting"}}}})
-    )
+    data = {"sources": [{"kind": "handwriting"}]}
+    (here / "recipe.yaml").write_text(json.dumps({"stages": {"a": {"kind": "tune", "data": data}}}))
     said = []
     for _ in range(2):
         assert cli.main(["sample", str(here), "sheet.png"]) == 0  # replaces the old one

@@ -380,6 +380,21 @@ def test_a_task_is_another_where_the_tower_behind_its_path_is(tmp_path: Path) ->
     assert tasks_of(made, ["python"], ["handwriting"], "other")[1].digest != after[1]
 
 
+@pytest.mark.parametrize("key", ["encoder", "decoder"])
+def test_a_task_is_another_where_the_weights_that_it_starts_from_are(
+    tmp_path: Path, key: str
+) -> None:
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    (begun / "config.json").write_text("{}")
+    start = f"stages.both.start.{key}={begun}"
+    made = grid(tmp_path / "out", "connector=linear,mlp", overrides=(start,))
+    tasks = tasks_of(made, ["python"], ["handwriting"], ASKED)
+    before = [task.digest for task in tasks]
+    (begun / "config.json").write_text('{"other": 1}')
+    assert sum(one != task.digest for one, task in zip(before, tasks, strict=True)) == 1
+
+
 def test_the_report_says_what_was_fair_and_what_was_not(tmp_path: Path) -> None:
     numbers = compared(tmp_path, SCORES)
     facts = "\n".join(numbers["facts"])

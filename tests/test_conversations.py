@@ -19,7 +19,7 @@ from aimv2_mllm.data.batches import (
 )
 from aimv2_mllm.data.conversations import IGNORED, conversation, turn
 from aimv2_mllm.data.talk_batches import conversation_batches, pack
-from aimv2_mllm.data.templates import Encoded, encode
+from aimv2_mllm.data.templates import Encoded, Writer
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.model.llms import load_tokenizer
 from aimv2_mllm.model.preprocessing import Preprocessing
@@ -34,7 +34,8 @@ def tokenizer() -> Any:
 
 
 def tokenize(tokenizer: Any, talks: list[Any], num_image_tokens: int = 0) -> Any:
-    return pack(encode(tokenizer, talks, num_image_tokens=num_image_tokens))
+    writer = Writer(tokenizer, num_image_tokens=num_image_tokens)
+    return pack([writer(talk) for talk in talks])
 
 
 def each(batch: Any, key: str) -> list[torch.Tensor]:

@@ -207,7 +207,7 @@ def test_a_visitor_uploads_a_sheet_asks_and_sees_the_answer_come(
 @pytest.mark.usefixtures("paced")
 def test_answers_are_retried_questions_edited_and_undone(visit: Visit, drawn: Path) -> None:
     visit.ask("Describe the sheet.", drawn)
-    assert "16 of them pictures" in visit.took()
+    assert "(16 image," in visit.took()
     first = visit.answers.last.inner_text()
     visit.button("Retry").click()
     visit.took(again=True)
@@ -216,7 +216,7 @@ def test_answers_are_retried_questions_edited_and_undone(visit: Visit, drawn: Pa
     visit.page.locator("#conversation textarea").fill("How many digits are there?")
     visit.page.locator("#conversation").get_by_role("button", name="Submit").click()
     visit.page.get_by_text("How many digits are there?").wait_for()
-    assert "16 of them pictures" in visit.took(again=True), "the picture stays with the question"
+    assert "(16 image," in visit.took(again=True), "the picture stays with the question"
     visit.photograph("demo_chat.png")
     visit.button("Undo").click()
     visit.page.locator("#conversation .message").first.wait_for(state="detached")
@@ -244,7 +244,7 @@ def test_a_conversation_is_downloaded_cleared_and_opened_again(
     assert visit.answers.last.inner_text() == said
     assert page.locator("#conversation .message.user img").count() == 1
     visit.ask("And where?")
-    assert "16 of them pictures" in visit.took()
+    assert "(16 image," in visit.took()
 
 
 @needs_browser
@@ -396,7 +396,7 @@ def test_pictures_come_by_paste_by_drop_and_from_the_camera(visit: Visit, drawn:
     visit.button("capture photo").click()
     thumbnails.nth(2).wait_for()
     visit.ask("Describe the sheets.")
-    assert "48 of them pictures" in visit.took()
+    assert "(48 image," in visit.took()
     assert page.locator("#conversation .message.user img").count() == 3
 
 
@@ -431,7 +431,7 @@ def test_what_is_shared_works_under_another_address(
         assert page.share_url.rpartition(":")[0] == "https://localhost"
         visit = Visit(browser, page.share_url.replace("https", "http"), inside="http://localhost:")
         visit.ask("Describe the sheet.", drawn)
-        assert "16 of them pictures" in visit.took()
+        assert "(16 image," in visit.took()
         assert not visit.wrong
         visit.page.close()
 

@@ -49,7 +49,11 @@ def built(where: Place) -> Job:
 def test_a_stage_goes_on_from_an_encoder_and_its_decoder(tiny_run: Path, tmp_path: Path) -> None:
     folder = str(tiny_run / "pretrain" / "model")
     again = pretrain(tmp_path, start={"encoder": folder, "decoder": folder})
-    assert inputs(again.recipe.stages["next"], again) == [folder, folder, "tiny_llm"]
+    assert inputs(again.recipe.stages["next"], again) == {
+        "start.encoder": folder,
+        "start.decoder": folder,
+        "tokenizer": "tiny_llm",
+    }
     model: Any = built(again).model
     recipe = tiny_recipe(tiny_run)
     first: Any = STAGES["pretrain"].build(recipe.stages["pretrain"], Place(recipe, tiny_run)).model

@@ -124,7 +124,7 @@ def test_a_model_is_judged_with_its_controls(
     page = (Path("out") / "report.html").read_text()
     assert page.count("<article") == 6  # wrong ones, no more than are shown
     assert "What the features know" not in page
-    for picture in ("types.png", "wrongly-1.png"):
+    for picture in ("types.png", "incorrectly-1.png"):
         assert picture in (Path("out") / "report.md").read_text()
         Image.open(Path("out") / picture).verify()
 

@@ -197,7 +197,7 @@ def test_what_does_not_fit_is_computed_and_makes_no_difference(
     monkeypatch.setattr(feature_pass, "ROWS", 1)
     words = [f"stages.{stage}.data.features.max_gib={2000 / GIB}" for stage in STAGES]
     said = run(world, "small", *words, cache="small-cache")
-    assert any("no more fit into max_gib" in line for line in said)
+    assert any("max_gib is full" in line for line in said)
     taken = sum(f.stat().st_size for f in (world / "small-cache").glob("*/*.safetensors"))
     assert 0 < taken <= 2000
     told = record(world / "small", "align")["features"]

@@ -25,6 +25,8 @@ RECIPES = sorted((HOUSE.parent / "recipes").glob("*.yaml"))
 TABLE = (
     "errors",
     "disk",
+    "formats",
+    "narration",
     "heap",
     "sampling",
     "folders",
@@ -295,17 +297,17 @@ def test_the_hub_is_reached_only_where_it_is_asked_for() -> None:
 
 
 def test_the_command_line_offers_the_layouts_and_precisions_that_there_are() -> None:
-    from aimv2_mllm import convert, parser
+    from aimv2_mllm import parser
     from aimv2_mllm.engine.accelerators import ACCELERATORS
-    from aimv2_mllm.export import options
     from aimv2_mllm.export.formats import FORMATS
     from aimv2_mllm.export.verify import CHECKS
     from aimv2_mllm.flags.values import DTYPES
+    from aimv2_mllm.model import shards
     from aimv2_mllm.model.layouts import LAYOUTS
 
     assert tuple(LAYOUTS) == parser.LAYOUTS
     assert tuple(ACCELERATORS) == parser.ACCELERATORS
-    assert tuple(convert.DTYPES) == tuple(options.DTYPES) == DTYPES
+    assert tuple(shards.DTYPES) == DTYPES
     assert tuple(FORMATS) == parser.FORMATS
     assert tuple(CHECKS) == parser.FORMATS
 

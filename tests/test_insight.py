@@ -13,7 +13,8 @@ from aimv2_mllm import insight
 from aimv2_mllm.chat import load_model
 from aimv2_mllm.chatbot import Chatbot
 from aimv2_mllm.errors import UsageError
-from aimv2_mllm.evaluation import dreams
+from aimv2_mllm.evaluation import dreams, painter
+from aimv2_mllm.evaluation.painter import Painter
 from aimv2_mllm.folders import talking_folder
 from aimv2_mllm.prompts import pixels_of, said
 from aimv2_mllm.showroom import sheet
@@ -101,8 +102,8 @@ def test_heat_is_reddest_where_the_share_is_largest(bot: Chatbot) -> None:
 
 
 def test_a_painter_paints_what_dream_does(tiny_run: Path) -> None:
-    painter = insight.Painter(tiny_run / "pretrain" / "model")
-    shown, painted, caption = painter.paint(PICTURE, 6)
+    here = Painter(tiny_run / "pretrain" / "model")
+    shown, painted, caption = insight.painted(here, PICTURE, 6)
     model, tokenizer, preprocessing = dreams.load_pretrainer(tiny_run / "pretrain" / "model")
     pixels = preprocessing.prepare([PICTURE])
     [expected] = preprocessing.restore(dreams.paint(model, pixels, 6))
@@ -120,18 +121,17 @@ def test_a_painter_paints_what_dream_does(tiny_run: Path) -> None:
 def test_a_painter_says_what_it_takes(
     tiny_run: Path, prefix: int, statistics: str, words: str
 ) -> None:
-    painter = insight.Painter(tiny_run / "pretrain" / "model")
     with pytest.raises(UsageError, match=words):
-        painter.paint(PICTURE, prefix, statistics)
+        Painter(tiny_run / "pretrain" / "model").check(prefix, statistics)
 
 
 def test_what_a_decoder_never_learned_is_not_asked_of_it(
     tiny_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        insight, "stage_record", lambda _: {"recipe": {"alpha": 0, "text_weight": 0}}
+        painter, "stage_record", lambda _: {"recipe": {"alpha": 0, "text_weight": 0}}
     )
-    painter = insight.Painter(tiny_run / "pretrain" / "model")
-    shown, painted, caption = painter.paint(PICTURE, 6)
+    here = Painter(tiny_run / "pretrain" / "model")
+    shown, painted, caption = insight.painted(here, PICTURE, 6)
     assert shown.tobytes() == painted.tobytes()
-    assert caption == insight.UNWRITTEN
+    assert caption == painter.UNWRITTEN

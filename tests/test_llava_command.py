@@ -191,7 +191,7 @@ def test_the_command_ends_in_one_line(
 ) -> None:
     monkeypatch.setitem(sys.modules, "fastapi", None)  # it is not there
     for words, said in (
-        (["tarin"], "there is no verb 'tarin'.*did you mean train"),
+        (["tarin"], "unknown verb 'tarin'.*did you mean train"),
         (["eval"], "eval needs the name of a script"),
         (["eval", "model_vqaa"], "there is no script model_vqaa in llava.eval"),
         (["chat", "--model-path", "/gone"], "/gone is not a folder"),

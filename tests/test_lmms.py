@@ -211,7 +211,8 @@ def test_a_question_that_cannot_be_asked_counts_as_not_answered(
     assert given[5] == ""
     assert len(set(given)) == 2
     err = capsys.readouterr().err
-    assert "t, question 5 counts as not answered: conversation 0: the text '<image>' is a" in err
+    said = "t, question 5 counts as not answered: conversation 0: '<image>' is a special token"
+    assert said in err
     assert "settings that change nothing here: image_aspect_ratio" in err
     docs[7] = docs[5]
     with pytest.raises(UsageError, match=r"question 7: .* \(2 questions cannot be asked\)"):

@@ -281,4 +281,4 @@ def test_what_does_not_fit_is_a_problem(tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_flags_of_a_dry_run_need_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["run", str(RECIPES / "quickstart.yaml"), "--devices", "2"]) == 2
-    assert "--devices belongs to --dry-run" in capsys.readouterr().err
+    assert "--devices only works with --dry-run" in capsys.readouterr().err

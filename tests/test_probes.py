@@ -61,13 +61,16 @@ def naive_neighbours(bank, labels, queries, k, temperature) -> list[int]:
 
 
 @pytest.mark.parametrize(("k", "temperature"), [(1, 0.07), (5, 0.07), (20, 0.07), (20, 10.0)])
-def test_neighbours_are_those_of_a_naive_loop(k: int, temperature: float) -> None:
+def test_neighbours_are_those_of_a_naive_loop(
+    k: int, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probes, "TEMPERATURE", temperature)
     random = np.random.default_rng(0)
     labels = random.integers(0, 4, 60)
     bank = random.normal(size=(60, 5)) + np.eye(5)[labels] * 1.2
     queries = random.normal(size=(40, 5)) + np.eye(5)[random.integers(0, 4, 40)] * 1.2
     parts = (torch.from_numpy(part) for part in (bank, labels, queries))
-    told = probes.nearest_neighbours(*parts, k=k, temperature=temperature)
+    told = probes.nearest_neighbours(*parts, k=k)
     assert told.tolist() == naive_neighbours(bank, labels, queries, k, temperature)
 
 

@@ -27,7 +27,8 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     decoder = DecoderConfig(16, 32, 1, 2, vocab_size=len(tokenizer), max_text_tokens=5)
     model = AIMv2ForPreTraining(encoder, decoder)
     folder = result_folder(model, tokenizer, tmp_path_factory.mktemp("run") / "see" / "model")
-    record = {"stage": "see", "kind": "pretrain", "recipe": {"data": {"source": "handwriting"}}}
+    data = {"sources": [{"kind": "handwriting"}]}
+    record = {"stage": "see", "kind": "pretrain", "recipe": {"data": data}}
     (folder / "stage.json").write_text(json.dumps(record))
     return folder
 

@@ -258,7 +258,7 @@ def test_answers_are_counted(bot: Chatbot) -> None:
     assert counts.answer_tokens == ROOM
     assert 0 < counts.first_token_seconds < 60
     assert counts.tokens_per_second == pytest.approx((ROOM - 1) / counts.later_seconds)
-    said = f"{counts.prompt_tokens} tokens asked, 32 of them pictures and {counts.cached_tokens} "
+    said = f"prompt {counts.prompt_tokens} tokens (32 image, {counts.cached_tokens} cached); "
     assert str(counts).startswith(said)
     reply = ChatSession(bot).stream([said_alone()], [], max_new_tokens=1)
     assert list(reply)

@@ -10,7 +10,7 @@ import pytest
 
 from aimv2_mllm.data.conversations import IGNORED, messages_of, turn
 from aimv2_mllm.data.files import Unusable
-from aimv2_mllm.data.templates import V1_CHAT_TEMPLATE, Writer, encode
+from aimv2_mllm.data.templates import V1_CHAT_TEMPLATE, Writer
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.model.llms import load_tokenizer
 
@@ -127,8 +127,8 @@ def test_marks_in_a_template_and_their_absence_give_the_same_labels() -> None:
     mute = copy.deepcopy(marked)
     for word in ("{% generation %}", "{% endgeneration %}"):
         mute.chat_template = mute.chat_template.replace(word, "")
-    talks = [messages_of(TALK, 1), turn("Where?", "here")]
-    for one, other in zip(encode(marked, talks), encode(mute, talks), strict=True):
+    for talk in (messages_of(TALK, 1), turn("Where?", "here")):
+        one, other = Writer(marked)(talk), Writer(mute)(talk)
         assert one.ids.tolist() == other.ids.tolist()
         assert one.labels.tolist() == other.labels.tolist()
 

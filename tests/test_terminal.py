@@ -60,7 +60,7 @@ def test_a_pipe_gets_a_line_per_question(piped: Any, bot: Chatbot, sheet: str) -
     assert all(command in err for command in COMMANDS)
     assert "aimv2-mllm: there is no command /nonsense" in err
     assert "aimv2-mllm: nowhere.png: there is no such picture" in err
-    assert "aimv2-mllm: the text '<image>' is a mark" in err
+    assert "aimv2-mllm: '<image>' is a special token" in err
 
 
 def test_a_question_can_be_taken_back_and_asked_otherwise(piped: Any, bot: Chatbot) -> None:  # noqa: F811
@@ -124,8 +124,8 @@ def test_a_conversation_is_saved_and_gone_on_with(piped: Any, bot: Chatbot, tmp_
 def test_what_an_answer_took_is_told_when_asked(piped: Any) -> None:
     err = piped(["/counts", "what is it", "where is it", "/counts"])[1].splitlines()
     assert err[0] == "(nothing has been asked yet)"
-    assert "4 of them pictures and" in err[1]
-    assert "remembered; 8 answered, the first after" in err[1]
+    assert "(4 image, " in err[1]
+    assert "cached); answer 8 tokens, the first after" in err[1]
 
 
 def test_an_answer_ends_before_what_it_is_to_stop_at(piped: Any, bot: Chatbot) -> None:  # noqa: F811

@@ -3,11 +3,9 @@
 import hashlib
 import json
 import os
-import platform
 import shlex
 from argparse import Namespace
 from contextlib import ExitStack
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from aimv2_mllm.data.asked import Asked, load_asked
 from aimv2_mllm.data.asked_sources import HANDWRITING
 from aimv2_mllm.errors import RunFailed, UsageError
 from aimv2_mllm.evaluate import columns_of, demand_fit
+from aimv2_mllm.job import versions
 from aimv2_mllm.report import HTML, MARKDOWN, SUMMARY, fill, write_files
 from aimv2_mllm.run_folder import locked
 
@@ -66,11 +65,7 @@ def compare(args: Namespace, narrate: Narrate) -> dict[str, Any]:
             "jobs": args.jobs,
             **numbers_of(grid, failed, speed, digest),
             "command": _command(args),
-            "versions": {
-                **{name: version(name) for name in ("torch", "transformers", "aimv2-mllm")},
-                "python": platform.python_version(),
-                "cores": str(os.cpu_count()),
-            },
+            "versions": {**versions(), "cores": str(os.cpu_count())},
         }
         write_files(out, _files(numbers))
     return numbers

@@ -10,6 +10,7 @@ from aimv2_mllm import charts
 from aimv2_mllm.charts import Picture
 from aimv2_mllm.comparison import plots
 from aimv2_mllm.evaluation.metrics import METRICS
+from aimv2_mllm.formats import percent
 
 # A key of a group -> the head of its column, and how it is written.
 COLUMNS = {
@@ -43,7 +44,7 @@ def describe(numbers: Mapping[str, Any]) -> dict[str, Any]:
         "effects": [
             {
                 **effect,
-                "score": _percent(effect["score"]),
+                "score": percent(effect["score"]),
                 "behind": _behind(effect),
             }
             for effect in numbers["effects"]
@@ -90,22 +91,22 @@ def _table(numbers: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for group in groups:
         values = {**group, "trained": sum(group["trained_parameters"].values())}
-        row = [*group["values"], _percent(group["score"]), _range(*group["interval"])]
+        row = [*group["values"], percent(group["score"]), _range(*group["interval"])]
         row += [_range(group["least"], group["most"])] if has_seeds else []
-        row += [_percent(group["controls"][name]) for name in controls]
+        row += [percent(group["controls"][name]) for name in controls]
         rows.append(row + [COLUMNS[key][1].format(values[key]) for key in columns])
     return heads, rows
 
 
 def _range(low: float, high: float) -> str:
-    return f"{_percent(low)} to {_percent(high)}"
+    return f"{percent(low)} to {percent(high)}"
 
 
 def _behind(effect: Mapping[str, Any]) -> str:
     if effect["behind"] == 0:
         return "best"
     ends = _range(*effect["behind_interval"])
-    return f"{_percent(effect['behind'])} ({ends}) behind the best"
+    return f"{percent(effect['behind'])} ({ends}) behind the best"
 
 
 def _pictures(numbers: Mapping[str, Any], label: str) -> list[Picture]:
@@ -117,7 +118,3 @@ def _pictures(numbers: Mapping[str, Any], label: str) -> list[Picture]:
         Picture("scores.png", f"{label}, of each combination", *rows),
         Picture("costs.png", f"{label}, against what it costs", *panels),
     ]
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}"

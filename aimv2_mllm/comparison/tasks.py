@@ -14,6 +14,7 @@ from pathlib import Path
 from aimv2_mllm.answerers import digest
 from aimv2_mllm.comparison.grid import Cell, Grid, Resized
 from aimv2_mllm.recipe import Recipe, dump_recipe
+from aimv2_mllm.recipe_stages import references
 
 DONE, ANSWERS = "done.json", "evaluation"
 PROGRAM = (sys.executable, "-m", "aimv2_mllm")
@@ -53,9 +54,8 @@ class Task:
 def _models(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """The folders from outside that a recipe starts from, and what tells their contents."""
     for stage in recipe.stages.values():
-        for key in ("tower", "llm", "start", "tokenizer"):
-            source = getattr(stage, key, None)
-            if isinstance(source, str) and "/" in source and Path(source).is_dir():
+        for source in references(stage).values():
+            if "/" in source and Path(source).is_dir():
                 yield source, digest(Path(source))
 
 

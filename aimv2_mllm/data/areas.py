@@ -34,7 +34,7 @@ class MiniBatch(NamedTuple):
 class Areas:
     """The mini-batches of a run by number, with areas of `least` to `most` patches.
 
-    Each has `num_patches`, at least `most`, or a rest smaller than its area less.
+    Each holds `num_patches` (>= `most`) patches, less a remainder smaller than one picture.
     """
 
     def __init__(self, least: int, most: int, num_patches: int, key: int) -> None:

@@ -25,6 +25,7 @@ from aimv2_mllm.data.drawing import Skipped
 from aimv2_mllm.data.order import mixed
 from aimv2_mllm.model.preprocessing import Preprocessing
 from aimv2_mllm.recipe_data import CaptionData, ConversationData
+from aimv2_mllm.recipe_stages import PATCH
 from aimv2_mllm.recipe_train import TrainConfig
 
 Row = TypeVar("Row")
@@ -98,7 +99,6 @@ class CaptionBatches:
     seed: int
     tokenizer: Any
     preprocessing: Preprocessing
-    patch_size: int
     max_text_tokens: int
     full_prefix: bool = False
     areas: Areas | None = None
@@ -109,7 +109,7 @@ class CaptionBatches:
         if self.areas is not None:
             first, count = self.share.of(step, self.train.num_mini_batches)
             return [
-                self._batch(range(begin, begin + size), partial(_in_patches, area, self.patch_size))
+                self._batch(range(begin, begin + size), partial(_in_patches, area))
                 for area, begin, size in map(self.areas.mini_batch, range(first, first + count))
             ]
         first, count = self.share.of(step, self.train.batch_size)
@@ -119,12 +119,12 @@ class CaptionBatches:
         ]
 
     def _batch(self, numbers: Sequence[int], fit: Fit | None = None) -> CaptionBatch:
-        skipped, area = Skipped(), self.patch_size**2
+        skipped = Skipped()
         samples = [self.corpus.sample(number, skipped, fit) for number in numbers]
         # Pictures (H, W, 3): of one size, or with `fit` of many.
         pictures = [sample.pixels for sample in samples]
         prefixes = [
-            self._prefix(number, picture.shape[0] * picture.shape[1] // area)
+            self._prefix(number, picture.shape[0] * picture.shape[1] // PATCH**2)
             for number, picture in zip(numbers, pictures, strict=True)
         ]
         captions = [sample.caption for sample in samples]
@@ -150,10 +150,10 @@ class CaptionBatches:
         return int(scenes.generator(self.seed, "prefix", number).integers(1, num_patches))
 
 
-def _in_patches(area: int, patch_size: int, width: int, height: int) -> tuple[int, int]:
+def _in_patches(area: int, width: int, height: int) -> tuple[int, int]:
     """Width and height in pixels of a picture that is to have at most `area` whole patches."""
     rows, columns = grid(height, width, area)
-    return columns * patch_size, rows * patch_size
+    return columns * PATCH, rows * PATCH
 
 
 def caption_batches(
@@ -164,7 +164,6 @@ def caption_batches(
     tokenizer: Any,
     preprocessing: Preprocessing,
     max_text_tokens: int,
-    patch_size: int = 14,
     full_prefix: bool = False,
     areas: tuple[int, int] | None = None,
     share: Share = EVERYTHING,
@@ -178,14 +177,13 @@ def caption_batches(
     `share` of every step.
     """
     world, size = world_seed(seed, data), preprocessing.image_size
-    num_patches = (train.micro_batch_size or train.batch_size) * (size // patch_size) ** 2
+    num_patches = (train.micro_batch_size or train.batch_size) * (size // PATCH) ** 2
     return CaptionBatches(
         Corpus(data, world, image_size=size, max_text_tokens=max_text_tokens),
         train,
         world,
         tokenizer,
         preprocessing,
-        patch_size,
         max_text_tokens,
         full_prefix,
         None if areas is None else Areas(*areas, num_patches, mixed(world, 2)),

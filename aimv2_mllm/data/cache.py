@@ -16,8 +16,8 @@ from typing import Any
 
 from aimv2_mllm.data.files import expanded
 from aimv2_mllm.errors import RunFailed, UsageError
+from aimv2_mllm.formats import GIB
 
-GIB = 2**30
 PIECE = 8 * 2**20  # bytes moved at a time
 COPY, PART = ".shard", ".part"  # endings of a whole copy, and of one that is being fetched
 

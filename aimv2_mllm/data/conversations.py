@@ -17,45 +17,49 @@ IMAGE_TOKEN = "<image>"
 BACKWARDS = "Read it backwards."
 DESCRIBE = ("Describe the sheet.", "What is on the sheet?", "Say what you see.")
 
-Message = dict[
-    str, Any
-]  # role: "user" | "assistant"; content: list of {"type": "text" | "image", ...}
+# role: "system" | "user" | "assistant"
+# content: list of {"type": "text", "text": …} | {"type": "image"}
+Message = dict[str, Any]
+
+
+def said(role: str, text: str, *, pictures: int = 0) -> Message:
+    """What `role` says, behind so many pictures."""
+    return {
+        "role": role,
+        "content": [*[{"type": "image"}] * pictures, {"type": "text", "text": text}],
+    }
 
 
 def turn(question: str, answer: str, *, image: bool = False) -> list[Message]:
     """One question and its answer as two messages; the question is about a picture when `image`."""
-    picture = [{"type": "image"}] if image else []
-    return [
-        {"role": "user", "content": [*picture, {"type": "text", "text": question}]},
-        {"role": "assistant", "content": [{"type": "text", "text": answer}]},
-    ]
+    return [said("user", question, pictures=int(image)), said("assistant", answer)]
 
 
-def messages_of(said: Sequence[tuple[str, str]], num_pictures: int) -> list[Message]:
+def messages_of(spoken: Sequence[tuple[str, str]], num_pictures: int) -> list[Message]:
     """The messages of a conversation given as (role, text), `<image>` marking each picture.
 
     Without such marks all pictures stand before the first question. `Unusable` unless, after an
     optional system message, user and assistant speak in turn, no answer is empty, and there are as
     many marks as pictures.
     """
-    roles = [role for role, _ in said]
+    roles = [role for role, _ in spoken]
     talk = roles[1:] if roles[:1] == ["system"] else roles
     if talk[:1] == ["assistant"]:
         raise Unusable("assistant_first", "it begins with the assistant")
     if not talk or talk != ["user", "assistant"] * (len(talk) // 2):
         shown = ", ".join(roles[:6]) + (" ..." if len(roles) > 6 else "")
         raise Unusable("roles", f"user and assistant do not speak in turn: {shown or 'nobody'}")
-    if not all(text.strip() for role, text in said if role == "assistant"):
+    if not all(text.strip() for role, text in spoken if role == "assistant"):
         raise Unusable("empty_answer", "an answer is empty")
-    if any(IMAGE_TOKEN in text for role, text in said if role != "user"):
+    if any(IMAGE_TOKEN in text for role, text in spoken if role != "user"):
         raise Unusable("marks", f"{IMAGE_TOKEN} stands where the user does not speak")
-    marks = sum(text.count(IMAGE_TOKEN) for _, text in said)
+    marks = sum(text.count(IMAGE_TOKEN) for _, text in spoken)
     if marks not in (0, num_pictures):
         raise Unusable("marks", f"it has {marks} marks {IMAGE_TOKEN} and {num_pictures} pictures")
     first = roles.index("user")
     return [
         {"role": role, "content": _parts(text, 0 if marks or number != first else num_pictures)}
-        for number, (role, text) in enumerate(said)
+        for number, (role, text) in enumerate(spoken)
     ]
 
 

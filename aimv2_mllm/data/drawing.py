@@ -58,9 +58,8 @@ class Drawing:
         return self._mixture.turn(number)
 
     def rows(self, samples: int) -> list[tuple[int, range]]:
-        """Each source with the places of its first epoch of which every row that so many samples
-        are made of is at one; but for rows that stand in, at the end, for those that are unusable.
-        """
+        """Per source, the positions of its first epoch that `samples` samples draw from. Rows that
+        stand in for unusable ones may lie behind them."""
         counts = self._mixture.counts(samples)
         orders = [(turn, order) for turn, order in enumerate(self._orders) if order is not None]
         return [(turn, range(min(counts[turn], order.rows))) for turn, order in orders]

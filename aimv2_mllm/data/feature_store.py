@@ -10,8 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -22,16 +21,12 @@ from torch import Tensor
 from aimv2_mllm.data.feature_shards import Damaged, Shard, read_shard, remove, serialised
 from aimv2_mllm.disk import replace_file
 from aimv2_mllm.errors import UsageError
+from aimv2_mllm.formats import GIB
+from aimv2_mllm.narration import Narrate, note
 
-GIB = 2**30
 SHARD_BYTES = 64 * 2**20  # of a shard at most; what is lost by a kill
 SHARD, PART, PASS = ".safetensors", ".part", ".pass.json"  # endings
 IN_USE = "in-use"  # a file that is locked by those who use the folder, and as old as its last use
-
-
-def warn(text: str) -> None:
-    """A line on standard error, also from a process that prepares samples."""
-    print(text, file=sys.stderr, flush=True)
 
 
 class FeatureStore:
@@ -59,7 +54,7 @@ class FeatureStore:
         """What this tower's shards take up."""
         return sum(shard.size for shard in self._shards.values()) / GIB
 
-    def open(self, about: Mapping[str, Any], tell: Callable[[str], None] = warn) -> None:
+    def open(self, about: Mapping[str, Any], tell: Narrate = note) -> None:
         """Make the folder, keep it from being dropped, and read the headers of its shards.
 
         `about` tells people what it holds. UsageError for a folder that cannot be used.
@@ -83,7 +78,7 @@ class FeatureStore:
         if self._held is not None:
             self._held.close()
 
-    def refresh(self, tell: Callable[[str], None] = warn) -> None:
+    def refresh(self, tell: Narrate = note) -> None:
         """Look again which shards there are; one that is damaged is removed, and told of."""
         there = {path.name: path for path in sorted(self.own.glob(f"*{SHARD}"))}
         for name in self._shards.keys() - there.keys():
@@ -115,10 +110,10 @@ class FeatureStore:
             self._forget(name)
         except Damaged as error:
             self._forget(name)
-            remove(shard.path, error, warn)
+            remove(shard.path, error, note)
         return None
 
-    def add(self, rows: Mapping[bytes, Tensor], tell: Callable[[str], None] = warn) -> bool:
+    def add(self, rows: Mapping[bytes, Tensor], tell: Narrate = note) -> bool:
         """Write `rows` as a shard, but for those that are there; False where they do not fit.
 
         Other towers' folders that nobody uses make room, the one used longest ago first.
@@ -171,7 +166,7 @@ class FeatureStore:
         self.own.mkdir(exist_ok=True)
         replace_file(path, content)
 
-    def _has_room(self, size: int, tell: Callable[[str], None]) -> bool:
+    def _has_room(self, size: int, tell: Narrate) -> bool:
         for part in self.folder.glob(f"*/*{PART}"):  # of who was killed while it had the lock
             part.unlink(missing_ok=True)
         taken: dict[Path, int] = {}

@@ -105,15 +105,12 @@ class TalkCorpus:
         """How a picture is made square."""
         return self._data.image_aspect
 
-    def sample(
-        self, number: int, writer: Writer, skipped: Skipped, see: See | None = None
-    ) -> TalkSample:
+    def sample(self, number: int, writer: Writer, skipped: Skipped) -> TalkSample:
         """Sample `number`; what had to be left out for it is added to `skipped`.
 
-        An encoded picture becomes what `see` makes of it, by default `pixels`.
         RunFailed when too many rows one after the other are unusable.
         """
-        return self.draft(number, writer).sample(see or self.pixels, skipped)
+        return self.draft(number, writer).sample(self.pixels, skipped)
 
     def draft(self, number: int, writer: Writer) -> Draft:
         """The same of which no picture was read yet."""

@@ -218,12 +218,3 @@ def _tokens(tokenizer: Any, text: str, *, in_pieces: bool) -> tuple[np.ndarray, 
         places += [(begin + offset, end + offset) for begin, end in where]
         offset += len(piece)
     return np.array(ids), np.array(places).reshape(-1, 2)
-
-
-def encode(
-    tokenizer: Any, conversations: Sequence[Sequence[Message]], *, num_image_tokens: int = 0
-) -> list[Encoded]:
-    """Each conversation in tokens by the tokenizer's chat template; each picture becomes
-    `num_image_tokens` tokens."""
-    writer = Writer(tokenizer, num_image_tokens=num_image_tokens)
-    return [writer(messages) for messages in conversations]

@@ -22,12 +22,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from aimv2_mllm.disk import put, remedy, replace_file, why, write_synced
-from aimv2_mllm.engine.distributed import Ranks
+from aimv2_mllm.engine.distributed import ALONE, Ranks
 from aimv2_mllm.engine.pieces import Stored, to_write, write
 from aimv2_mllm.errors import RunFailed, UsageError
 
 TENSORS, STATE, LATEST = "tensors.safetensors", "state.json", "latest"
-ALONE = Ranks()
 
 
 class _DamagedError(Exception):
@@ -134,7 +133,7 @@ def load_newest(
         return step, Stored([path / name for name in state["files"]]), state
     except OSError as error:
         raise UsageError(
-            f"{path} cannot be read here ({error.strerror or error}), but by rank 0 it can: the run"
+            f"{path}: rank 0 can read it, this rank cannot ({error.strerror or error}): the run"
             " folder must lie on a disk that all machines share"
         ) from error
 

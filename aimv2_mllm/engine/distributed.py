@@ -104,6 +104,9 @@ class Ranks:
         return torch.device("cuda", self.local_rank)
 
 
+ALONE = Ranks()
+
+
 @contextmanager
 def joined() -> Iterator[Ranks]:
     """This process among the others that a launcher started, until all of them are done.
@@ -132,7 +135,7 @@ def joined() -> Iterator[Ranks]:
 def _from_environment() -> tuple[Ranks, float]:
     present = [name for name in LAUNCHER if name in os.environ]
     if int_of("WORLD_SIZE", 1) == 1:
-        return Ranks(), DEFAULT_TIMEOUT
+        return ALONE, DEFAULT_TIMEOUT
     if len(present) < len(LAUNCHER):
         missing = ", ".join(name for name in LAUNCHER if name not in present)
         raise UsageError(

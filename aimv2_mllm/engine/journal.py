@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 
 import torch
 
@@ -24,7 +24,9 @@ class Journal:
         if self._run.ranks.is_first:
             config, folder = self._run.config, self._run.folder
             settings = config.model_dump(mode="json")
-            self._bar = self._open.enter_context(ProgressBar(self._progress, config.steps))
+            bar = ProgressBar(config.steps, self._progress.step, unit="step")
+            self._bar = self._open.enter_context(closing(bar))
+            self._samples_before = self._progress.samples
             self._trackers = self._open.enter_context(tracked(config.trackers, folder, settings))
         self._mark = time.perf_counter()
         return self
@@ -39,7 +41,10 @@ class Journal:
         step.seconds, self._mark = now - self._mark, now
         progress.add(step)
         if ranks.is_first:
-            self._bar.show(loss=step.values["total"], lr=max(rates.values()))
+            rate = (progress.samples - self._samples_before) / self._bar.seconds
+            loss, lr = step.values["total"], max(rates.values())
+            text = f"loss {loss:.4f}, lr {lr:.2e}, {rate:.1f} samples/s"
+            self._bar.show(progress.step, text)
         if is_due(progress.step, config.log_every, config.steps):
             line = progress.close_line(rates, peak(self._device, config.precision) * ranks.size)
             if ranks.is_first:

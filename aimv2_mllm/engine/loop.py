@@ -18,7 +18,7 @@ from torch import nn
 
 from aimv2_mllm import heap
 from aimv2_mllm.engine.checkpoint import what_is_kept
-from aimv2_mllm.engine.distributed import Ranks
+from aimv2_mllm.engine.distributed import ALONE, Ranks
 from aimv2_mllm.engine.journal import Journal, is_due
 from aimv2_mllm.engine.optimizer import Parts, set_learning_rates
 from aimv2_mllm.engine.precision import has_bf16
@@ -31,7 +31,6 @@ from aimv2_mllm.errors import RunFailed
 if TYPE_CHECKING:
     from aimv2_mllm.recipe_train import TrainConfig
 
-ALONE = Ranks()
 GO_ON = "the same command goes on from there"
 
 

@@ -12,7 +12,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -176,38 +176,38 @@ def _is_whole(line: bytes) -> bool:
 
 
 class ProgressBar:
-    """A bar on a terminal; elsewhere a line at the first and last step and every ten seconds."""
+    """A bar on a terminal; elsewhere a line at the first and last `unit` and every ten seconds."""
 
-    def __init__(self, progress: Progress, steps: int, stream: TextIO | None = None) -> None:
-        self._progress, self._steps = progress, steps
-        self._stream = stream or sys.stderr
-        self._first_step, self._first_samples = progress.step, progress.samples
-        self._started = self._shown = time.monotonic()
+    def __init__(self, total: int, done: int = 0, *, unit: str, is_shown: bool = True) -> None:
+        self._total, self._first, self._unit, self._is_shown = total, done, unit, is_shown
+        self._started = self._told = time.monotonic()
+        on_terminal = is_shown and sys.stderr.isatty()
         self._bar = (
-            tqdm(total=steps, initial=progress.step, unit="step", file=self._stream)
-            if self._stream.isatty()
-            else None
+            tqdm(total=total, initial=done, unit=unit, file=sys.stderr) if on_terminal else None
         )
 
-    def __enter__(self) -> ProgressBar:
-        return self
+    @property
+    def seconds(self) -> float:
+        """Since it began; never 0."""
+        return max(time.monotonic() - self._started, 1e-9)
 
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def show(self, *, loss: float, lr: float) -> None:
-        """Say that a step is done, this session's samples per second and the time left."""
-        now, step = time.monotonic(), self._progress.step
-        elapsed = max(now - self._started, 1e-9)
-        samples_per_s = (self._progress.samples - self._first_samples) / elapsed
-        text = f"loss {loss:.4f}, lr {lr:.2e}, {samples_per_s:.1f} samples/s"
-        at_an_end = step in (self._first_step + 1, self._steps)
+    def show(self, done: int, text: str) -> None:
+        """Say that so many are done, what `text` tells of that, and the time left."""
+        now, at_an_end = time.monotonic(), done in (self._first + 1, self._total)
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
-            self._bar.update()
-        elif at_an_end or now - self._shown >= SECONDS_BETWEEN_PLAIN_LINES:
-            self._shown = now
-            seconds_left = (self._steps - step) * elapsed / (step - self._first_step)
+            self._bar.update(done - self._bar.n)
+        elif self._is_shown and (at_an_end or now - self._told >= SECONDS_BETWEEN_PLAIN_LINES):
+            self._told = now
+            seconds_left = (self._total - done) * self.seconds / (done - self._first)
             left = tqdm.format_interval(seconds_left)
-            print(f"step {step}/{self._steps}: {text}, {left} left", file=self._stream, flush=True)
+            print(
+                f"{self._unit} {done}/{self._total}: {text}, {left} left",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def close(self) -> None:
+        """Leave the terminal to others."""
+        if self._bar is not None:
+            self._bar.close()

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from aimv2_mllm.data import scenes
 from aimv2_mllm.data.batches import picture_batch
-from aimv2_mllm.data.conversations import turn
+from aimv2_mllm.data.conversations import said
 from aimv2_mllm.data.held_out import Asked
 from aimv2_mllm.data.templates import Asker
 from aimv2_mllm.model import llms, mllm
@@ -92,7 +92,7 @@ def answer(
 def _prompts(speaker: Speaker, questions: Sequence[str], *, pictures: bool) -> list[np.ndarray]:
     """The tokens of each question up to where the answer begins, each image mark M times."""
     asker = Asker(speaker.tokenizer)
-    talks = [turn(question, "", image=pictures)[:1] for question in questions]
+    talks = [[said("user", question, pictures=int(pictures))] for question in questions]
     return [asker(talk, speaker.num_image_tokens) for talk in talks]
 
 

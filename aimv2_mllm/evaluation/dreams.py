@@ -109,21 +109,13 @@ def only_prefix(pictures: np.ndarray, prefix_length: int, patch_size: int) -> np
 
 
 @torch.inference_mode()
-def write_caption(
-    model: AIMv2ForPreTraining,
-    pixel_values: Tensor,
-    tokenizer: Any,
-    max_tokens: int | None = None,
-) -> list[str]:
-    """The decoder's greedy captions of whole pictures (B, C, H, W), which are all prefix.
-
-    At most `max_tokens` tokens each, by default as many as the decoder has positions for.
-    """
+def write_caption(model: AIMv2ForPreTraining, pixel_values: Tensor, tokenizer: Any) -> list[str]:
+    """The decoder's greedy captions of whole pictures (B, C, H, W), which are all prefix: as many
+    tokens as it has positions for, at most."""
     saying = WordByWord(model, pixel_values)
     ended = torch.zeros(len(pixel_values), dtype=torch.bool, device=pixel_values.device)
     written: list[Tensor] = []  # of (B,)
-    most = model.decoder_config.max_text_tokens
-    for length in range(min(max_tokens or most, most)):
+    for length in range(model.decoder_config.max_text_tokens):
         if length:
             saying.append(written[-1])
         chosen = saying.logits.argmax(-1).masked_fill(ended, tokenizer.eos_token_id)

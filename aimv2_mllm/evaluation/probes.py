@@ -90,23 +90,18 @@ def _neighbours(
 
 
 def nearest_neighbours(
-    bank: Tensor,
-    labels: Tensor,
-    queries: Tensor,
-    *,
-    k: int = NEIGHBOURS,
-    temperature: float = TEMPERATURE,
+    bank: Tensor, labels: Tensor, queries: Tensor, *, k: int = NEIGHBOURS
 ) -> Tensor:
     """The label that the `k` nearest of `bank` (K, C) vote for, for each of `queries`: (Q,).
 
-    `labels` (K,) count from 0. Nearness is the cosine, a vote weighs exp(cosine / temperature); of
+    `labels` (K,) count from 0. Nearness is the cosine, a vote weighs exp(cosine / TEMPERATURE); of
     labels with equal votes the smallest wins.
     """
     bank, told = F.normalize(bank, dim=1), []
     for part in torch.split(F.normalize(queries, dim=1), BATCH_SIZE):
         nearest = (part @ bank.T).topk(k, dim=1)  # (Q, k)
         votes = torch.zeros(len(part), int(labels.max()) + 1, dtype=torch.float64)
-        weights = (nearest.values.double() / temperature).exp()
+        weights = (nearest.values.double() / TEMPERATURE).exp()
         told.append(votes.scatter_add_(1, labels[nearest.indices], weights).argmax(1))
     return torch.cat(told)
 

@@ -4,7 +4,6 @@ Owns which results are judged and by what; refuses to know how a report looks.
 """
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,10 +24,9 @@ from aimv2_mllm.evaluation.losses import held_out_losses
 from aimv2_mllm.evaluation.probes import fresh_encoder, probe
 from aimv2_mllm.job import Place
 from aimv2_mllm.model.towers import Tower
+from aimv2_mllm.narration import Narrate
 from aimv2_mllm.recipe_data import HandwritingSource
 from aimv2_mllm.recipe_stages import LitStage, Stage
-
-Narrate = Callable[[str], None]
 
 
 @dataclass(frozen=True)

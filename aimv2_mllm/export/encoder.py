@@ -19,7 +19,7 @@ from aimv2_mllm.export.source import ANY_LLAVA, LLAVA, Source, seeing
 from aimv2_mllm.folders import CONFIG_FILE, STAGE_FILE
 from aimv2_mllm.model.layouts import MODEL_TYPES
 from aimv2_mllm.model.preprocessing import Preprocessing
-from aimv2_mllm.model.shards import read_tensors, write_json, write_tensors
+from aimv2_mllm.model.shards import DTYPES, read_tensors, write_json, write_tensors
 from aimv2_mllm.model.weights import read_encoder
 
 PROCESSOR_FILE = "processor_config.json"
@@ -36,7 +36,7 @@ def write_encoder(name: str, folder: Path, options: Options) -> tuple[Source, di
         within = apart
     layout = options.layout or "original"
     made = folder / "made"
-    dtype = {"float32": "fp32", "bfloat16": "bf16", None: None}[options.dtype_name]
+    dtype = next((name for name, one in DTYPES.items() if one == options.dtype), None)
     convert(str(within), made, layout=layout, dtype=dtype, narrate=options.narrate)
     told = {"layout": layout, "reference": reference(made)}
     for file in made.iterdir():

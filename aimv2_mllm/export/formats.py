@@ -11,11 +11,12 @@ from aimv2_mllm.export.adapter import write_adapter
 from aimv2_mllm.export.card import write_card
 from aimv2_mllm.export.encoder import write_encoder
 from aimv2_mllm.export.llava import write_llava
-from aimv2_mllm.export.options import DTYPES, Options, size_in_bytes
+from aimv2_mllm.export.options import Options, size_in_bytes
 from aimv2_mllm.export.original import write_original
 from aimv2_mllm.export.source import Source
 from aimv2_mllm.export.writing import write_sidecar
 from aimv2_mllm.files import new_folder
+from aimv2_mllm.model.shards import DTYPES
 
 MINIMUM = "5.18"  # the first transformers that reads tie_last_hidden_states
 
@@ -59,7 +60,7 @@ def export(
     options = Options(
         destination,
         narrate,
-        dtype_name=None if dtype is None else DTYPES[dtype],
+        dtype_name=None if dtype is None else str(DTYPES[dtype]).removeprefix("torch."),
         most_bytes=None if size is None else size_in_bytes(size),
         layout=chosen["layout"],
     )

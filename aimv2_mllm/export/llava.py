@@ -89,9 +89,8 @@ def as_trained(bot: Any) -> Any:
     import torch
 
     from aimv2_mllm.chatbot import prompt_of
-    from aimv2_mllm.data.conversations import turn
+    from aimv2_mllm.data.conversations import said
     from aimv2_mllm.export.answers import QUESTION, asked
 
-    messages = turn(QUESTION, "", image=True)[:1]
-    prompt = prompt_of(bot, messages, [asked(bot.processor)[1]], 1, {})
+    prompt = prompt_of(bot, [said("user", QUESTION, pictures=1)], [asked(bot.processor)[1]], 1, {})
     return torch.tensor([prompt.ids])

@@ -9,7 +9,6 @@ import torch
 
 from aimv2_mllm.errors import UsageError
 
-DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 UNITS = {"MB": 10**6, "GB": 10**9}
 _SIZE = re.compile(r"(\d{1,6})(MB|GB)", re.IGNORECASE | re.ASCII)
 

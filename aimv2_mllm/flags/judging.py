@@ -93,7 +93,7 @@ def add_lmms_eval(verbs: Any) -> None:
     counts = (
         ("--limit", MOST_PICTURES, None, "first so many questions of each task (all)"),
         ("--batch-size", 10_000, 8, "questions at once (8)"),
-        ("--processes", MOST_DEVICES, 1, "how many ask together, one a device (1)"),
+        ("--processes", MOST_DEVICES, 1, "how many ask together, one per device (1)"),
     )
     for name, high, default, text in counts:
         words.add_argument(name, metavar="N", type=whole(1, high), default=default, help=text)

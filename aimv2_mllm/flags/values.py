@@ -31,16 +31,15 @@ def whole(low: int, high: int) -> Callable[[str], int]:
 def setting(flag: str, kind: type[int] | type[float]) -> Callable[[str], Any]:
     """What reads the flag of one of the `RANGES` of sampling."""
     name = flag.removeprefix("--").replace("-", "_")
-    low, high, allowed = RANGES[name]
+    allowed = RANGES[name]
 
     def parse(text: str) -> Any:
         value: float | None = None
         if text.isascii() and "_" not in text:  # which Python's own numbers may have
             with suppress(ValueError):
                 value = kind(text)
-        is_off = value == 0 and allowed.startswith("0 (")
-        if value is None or not (is_off or low <= value <= high):
-            raise argparse.ArgumentTypeError(f"is {text}, must be {allowed}")
+        if value is None or not allowed.allows(value):
+            raise argparse.ArgumentTypeError(f"is {text}, must be {allowed.words}")
         return value
 
     return parse

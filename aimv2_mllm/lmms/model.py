@@ -19,6 +19,7 @@ from aimv2_mllm.answerers import Ours, Talk, load_answerer
 from aimv2_mllm.data.asked import MOST_LEFT_OUT
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.lmms.reading import KNOWN, Settings, settings_of, talk_of_messages, talk_of_text
+from aimv2_mllm.model.foreign import best_device
 from aimv2_mllm.scoring import likelihood
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -144,7 +145,7 @@ def _device(name: str | None) -> torch.device:
     """The device of this process, its own GPU where a launcher started several of them; models are
     loaded to it."""
     if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = best_device().type
     device = torch.device(name)
     if device.type == "cuda":
         number = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index

@@ -25,7 +25,6 @@ LLM = ("model.language_model.", "lm_head.")
 ADDED = ".lora_"  # in the name of every parameter of an adapter
 ADAPTER = "adapter"  # the folder beside the merged weights
 # In what type a result is saved, by the precision of its training.
-SAVED = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Options of peft that would train or change what is no adapter, or need more than a recipe has.
 REFUSED = {
     "bias": "biases of the LLM are not trained: give trains: llm",

@@ -47,10 +47,17 @@ def load_foreign(kind: str, folder: Path) -> nn.Module:
     return network
 
 
-def load_image_text(source: str | Path, refusal: str, **words: Any) -> tuple[Any, Any]:
-    """The image-text model of transformers in a folder or of a hub id (org/name[@revision]), in the
-    precision that it is stored in, on the GPU where there is one, and its processor; `words` go to
-    both loaders.
+def load_image_text(
+    source: str | Path,
+    refusal: str,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | None = None,
+    **words: Any,
+) -> tuple[Any, Any]:
+    """The image-text model of transformers in a folder or of a hub id (org/name[@revision]), in
+    `dtype` ("auto": as it is stored), on `device` (None: the GPU where there is one), and its
+    processor; `words` go to both loaders.
 
     UsageError for weights that are damaged or not all there, and with `refusal` where none is.
     """
@@ -65,7 +72,7 @@ def load_image_text(source: str | Path, refusal: str, **words: Any) -> tuple[Any
             processor = AutoProcessor.from_pretrained(name, **words)
             model, report = AutoModelForImageTextToText.from_pretrained(
                 name,
-                dtype="auto",
+                dtype=dtype,
                 use_safetensors=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are in the report
@@ -77,7 +84,12 @@ def load_image_text(source: str | Path, refusal: str, **words: Any) -> tuple[Any
         said = " ".join(str(error).split())[:300]
         raise UsageError(f"{source}: {refusal}: {said}") from None
     demand_whole(report, str(source))
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), processor
+    return model.to(device or best_device()).eval(), processor
+
+
+def best_device() -> torch.device:
+    """The GPU, or the CPU where there is none."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def demand_whole(report: dict[str, Any], where: str) -> None:

@@ -53,7 +53,7 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
     return _download(repository, revision or named or None)
 
 
-def stay_offline_unless_reached(seconds: float = 3.0) -> None:
+def stay_offline_unless_reached() -> None:
     """Tell the libraries that are not imported yet to look only at what was downloaded before, if
     the hub does not answer: each would try six times for every file."""
     proxies = ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")
@@ -62,7 +62,7 @@ def stay_offline_unless_reached(seconds: float = 3.0) -> None:
     end = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
     port = end.port or (80 if end.scheme == "http" else 443)
     try:
-        socket.create_connection((end.hostname or "", port), timeout=seconds).close()
+        socket.create_connection((end.hostname or "", port), timeout=3.0).close()
     except OSError:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

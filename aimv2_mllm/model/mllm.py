@@ -5,16 +5,18 @@ Llava folder, which other tools load without us; any other pair is saved as our 
 and says so. A connector reads patches and nothing else, of AIMv2 after its final norm.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from aimv2_mllm.errors import UsageError, first_line
 from aimv2_mllm.model.connectors import build_connector
 from aimv2_mllm.model.families import side_of
-from aimv2_mllm.model.foreign import demand_whole
+from aimv2_mllm.model.foreign import load_image_text
 from aimv2_mllm.model.joining import draw_connector, take_weights
 from aimv2_mllm.model.llms import IMAGE_TOKEN, forget_how_it_was_loaded
 from aimv2_mllm.model.preprocessing import Preprocessing
@@ -127,26 +129,9 @@ def build_processor(model: Any, tokenizer: Any, preprocessing: Preprocessing) ->
 def load_llava(source: str | Path, dtype: Any = torch.float32) -> tuple[Any, Any]:
     """The Llava in a folder or of a hub id, transformers' own or ours, in `dtype` ("auto": as it is
     stored), and its processor; UsageError if there is none, or not all of it."""
-    from safetensors import SafetensorError
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    import aimv2_mllm.model.llava  # noqa: F401  (transformers then knows ours)
-
     llava_config(source)
-    try:
-        model, report = AutoModelForImageTextToText.from_pretrained(
-            source,
-            dtype=dtype,
-            trust_remote_code=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are in the report
-        )
-        processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UsageError(
-            f"{source}: no Llava can be loaded from there ({first_line(error)})"
-        ) from None
-    demand_whole(report, str(source))
+    refusal, here = "no Llava can be loaded from there", torch.get_default_device()
+    model, processor = load_image_text(source, refusal, dtype=dtype, device=here)
     forget_how_it_was_loaded(processor.tokenizer)
     return model, processor
 
@@ -169,6 +154,19 @@ def llava_config(source: str | Path) -> Any:
             f"{source}: its model_type is {config.model_type}, and must be {' or '.join(known)}"
         )
     return config
+
+
+@contextmanager
+def connector_inputs(body: Any) -> Iterator[list[Tensor]]:
+    """While entered, collects what the connector of the Llava `body` is given: (1, N, D) each."""
+    given: list[Tensor] = []
+    hook = body.multi_modal_projector.register_forward_pre_hook(
+        lambda _, arguments: given.append(arguments[0])
+    )
+    try:
+        yield given
+    finally:
+        hook.remove()
 
 
 def pictures_of(processor: Any) -> tuple[Preprocessing, int]:

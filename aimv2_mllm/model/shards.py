@@ -21,6 +21,8 @@ from ..errors import UsageError
 from .namings import State
 
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+# Precisions by the names of recipes and of the command line.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MAX_SHARD_BYTES = 5 * 10**9  # as transformers and the hub cut
 
 

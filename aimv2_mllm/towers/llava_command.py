@@ -114,7 +114,7 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         if verb not in VERBS:
             raise UsageError(
-                f"there is no verb {verb!r}; there are {', '.join(VERBS)}{nearest(verb, VERBS)}"
+                f"unknown verb {verb!r}; the verbs are {', '.join(VERBS)}{nearest(verb, VERBS)}"
             )
         install()
         VERBS[verb](rest)

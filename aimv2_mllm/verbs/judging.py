@@ -4,8 +4,8 @@ import argparse
 import os
 from pathlib import Path
 
+from aimv2_mllm.narration import note
 from aimv2_mllm.parser import PROGRAM
-from aimv2_mllm.verbs.telling import note
 
 
 def evaluate(args: argparse.Namespace) -> None:

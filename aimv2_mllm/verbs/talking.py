@@ -7,10 +7,10 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 from aimv2_mllm.errors import UsageError
-from aimv2_mllm.verbs.telling import note, program
+from aimv2_mllm.narration import note
+from aimv2_mllm.verbs.telling import program
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -31,9 +31,13 @@ def chat(args: argparse.Namespace) -> None:
     if args.system is not None and not args.system.strip():
         raise UsageError("--system is empty: say something, or leave it out")
     pictures = [open_image(file) for file in args.image]
-    names = ("temperature", "top_p", "top_k", "seed")
-    words: dict[str, Any] = {name: getattr(args, name) for name in names}
-    sampling = Sampling(**words, stop=tuple(args.stop))
+    sampling = Sampling(
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        seed=args.seed,
+        stop=tuple(args.stop),
+    )
     talking_folder(Path(args.model))  # seconds before torch is there to load it
     from aimv2_mllm.chat import answer, load_model
     from aimv2_mllm.prompts import said
@@ -45,8 +49,7 @@ def chat(args: argparse.Namespace) -> None:
         return
     system = [] if args.system is None else [said("system", args.system)]
     asked = [*system, said("user", args.prompt, pictures=len(pictures))]
-    words = {"max_new_tokens": args.max_tokens, "sampling": sampling}
-    print(answer(bot, asked, pictures, **words))
+    print(answer(bot, asked, pictures, max_new_tokens=args.max_tokens, sampling=sampling))
 
 
 def demo(args: argparse.Namespace) -> None:
@@ -105,9 +108,9 @@ def demand_handwriting(model: Path) -> None:
     from aimv2_mllm.folders import stages_of
 
     sources = [
-        kind
+        source.get("kind")
         for stage in stages_of(model).values()
-        for kind in _kinds_of_sources(stage.get("data", {}))
+        for source in stage.get("data", {}).get("sources", [])
     ]
     if not sources or set(sources) != {"handwriting"}:
         known = f"were trained on {', '.join(map(str, sources))}" if sources else "are not known"
@@ -115,8 +118,3 @@ def demand_handwriting(model: Path) -> None:
             f"{model}: its stages {known}; sheets are for models trained on handwriting: "
             "show this one a picture of your own"
         )
-
-
-def _kinds_of_sources(data: dict[str, Any]) -> list[str | None]:
-    """Where a stage's samples came from; records hold one source, or a list of them."""
-    return [source.get("kind") for source in data.get("sources", [])] or [data.get("source")]

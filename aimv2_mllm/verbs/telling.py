@@ -1,4 +1,4 @@
-"""The program's own words: what it is called, and what it says beside its output."""
+"""The program's own words: what it is called, and how it ends."""
 
 import sys
 from collections.abc import Sequence
@@ -6,11 +6,6 @@ from pathlib import Path
 
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.parser import PROGRAM
-
-
-def note(text: str) -> None:
-    """Say `text` on stderr."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def program() -> str:

@@ -5,7 +5,8 @@ import os
 from typing import Any
 
 from aimv2_mllm.errors import UsageError
-from aimv2_mllm.verbs.telling import end_with, note, program
+from aimv2_mllm.narration import note
+from aimv2_mllm.verbs.telling import end_with, program
 
 
 def run(args: argparse.Namespace) -> None:
@@ -25,8 +26,8 @@ def run(args: argparse.Namespace) -> None:
     if args.dry_run:
         _dry_run(recipe, **asked)
         return
-    if given := [f"--{key}" for key, value in asked.items() if value is not None]:
-        raise UsageError(f"{', '.join(given)} belongs to --dry-run, which is not there")
+    if given := [key for key, value in asked.items() if value is not None]:
+        raise UsageError("\n".join(f"--{key} only works with --dry-run" for key in given))
     # After the recipe is known to be right: it takes seconds.
     from aimv2_mllm.folders import TALKING
     from aimv2_mllm.run import run as run_stages

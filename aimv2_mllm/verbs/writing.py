@@ -4,15 +4,22 @@ verify-export."""
 import argparse
 from pathlib import Path
 
-from aimv2_mllm.verbs.telling import note
+from aimv2_mllm.narration import note
 
 
 def convert(args: argparse.Namespace) -> None:
     """Write an encoder from a folder or the hub in another layout, size or precision."""
     from aimv2_mllm.convert import convert as write
 
-    words = {"layout": args.layout, "image_size": args.image_size, "dtype": args.dtype}
-    print(write(args.source, Path(args.destination), **words, narrate=note))
+    said = write(
+        args.source,
+        Path(args.destination),
+        layout=args.layout,
+        image_size=args.image_size,
+        dtype=args.dtype,
+        narrate=note,
+    )
+    print(said)
 
 
 def export(args: argparse.Namespace) -> None:
@@ -20,8 +27,8 @@ def export(args: argparse.Namespace) -> None:
     from aimv2_mllm.export.formats import export as write
 
     chosen = {"dtype": args.dtype, "max-shard-size": args.max_shard_size, "layout": args.layout}
-    words = {"format_": args.format, "narrate": note, "chosen": chosen}
-    print(write(args.run, Path(args.destination), **words))
+    destination = Path(args.destination)
+    print(write(args.run, destination, format_=args.format, narrate=note, chosen=chosen))
 
 
 def verify_export(args: argparse.Namespace) -> None:

@@ -14,12 +14,12 @@ medians, and the median of the rounds' ratios: above 1 ours is ahead.
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import transformers
+from measure import work_clock
 from PIL import Image
 
 from aimv2_mllm.chatbot import Chatbot
@@ -80,22 +80,16 @@ class Timer:
         self._device, self.times, self.tokens = device, list[float](), list[int]()
         bot.model.lm_head.register_forward_hook(self._note)
 
-    def now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize()
-            return time.perf_counter()
-        return time.process_time()
-
     def _note(self, _: Any, __: Any, logits: torch.Tensor) -> None:
         self.tokens.append(int(logits.flatten(0, -2)[-1].argmax()))
-        self.times.append(self.now())
+        self.times.append(work_clock(self._device))
 
     def __call__(self, answer: Callable[[], object]) -> dict[str, Any]:
         """Milliseconds to the first token, and tokens a second after it."""
         self.times, self.tokens = [], []
-        start = self.now()
+        start = work_clock(self._device)
         answer()
-        end = self.now()
+        end = work_clock(self._device)
         first = self.times[0]
         speed = (len(self.times) - 1) / (end - first)
         return {"first": 1000 * (first - start), "speed": speed, "tokens": self.tokens}

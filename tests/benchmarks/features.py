@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python tests/benchmarks/features.py [--samples 4] [--rounds 3]
 
-By default an AIMv2-L of 224 px and a Llama of the sizes of Qwen2.5-0.5B, both random, and JPEGs of
+By default an AIMv2-L of 224 px and an LLM of the sizes of Qwen2.5-0.5B, both random, and JPEGs of
 640 x 480 with a caption each. The stage is built as a recipe builds it; both ways take turns on one
 model, a round being a step of each, forward to optimiser, with its samples made. On a CPU the
 seconds are those of the processor, which nobody else's work changes; on CUDA, the clock's.
@@ -13,14 +13,14 @@ import io
 import json
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from llava_shaped import write_models
+from measure import seconds
 from PIL import Image
 
 from aimv2_mllm.data.feature_store import FeatureStore
@@ -28,12 +28,8 @@ from aimv2_mllm.engine.distributed import Ranks
 from aimv2_mllm.engine.training import Run, Training
 from aimv2_mllm.job import Place
 from aimv2_mllm.llm_stages import build_align
-from aimv2_mllm.model import encoder, llms
-from aimv2_mllm.model.preprocessing import Preprocessing
-from aimv2_mllm.model.weights import save_encoder
 from aimv2_mllm.recipe import Recipe
 
-TOWERS = {"nano": (64, 176, 2, 2), "base": (768, 2048, 12, 6), "large": (1024, 2816, 24, 8)}
 WORDS = ("a", "photo", "of", "something", "that", "nobody", "has", "seen", "where", "there", "is")
 
 
@@ -41,7 +37,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tower", choices=TOWERS, default="large")
+    parser.add_argument("--tower", choices=("nano", "base", "large"), default="large")
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--llm-width", type=int, default=896)
     parser.add_argument("--llm-depth", type=int, default=24)
@@ -56,27 +52,9 @@ def parse() -> argparse.Namespace:
 
 def written(folder: Path, args: argparse.Namespace) -> Recipe:
     """A tower, an LLM, pictures and captions in `folder`, and the recipe of them."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = encoder.EncoderConfig(*TOWERS[args.tower], image_size=args.image_size)
-    save_encoder(encoder.AIMv2Encoder(config), folder / "tower")
-    Preprocessing(args.image_size).save(folder / "tower")
     width = args.llm_width
-    tokenizer = llms.load_tokenizer("tiny_llm")
-    llm = LlamaConfig(
-        hidden_size=width,
-        intermediate_size=width * 38 // 7,  # 4864 of 896
-        num_hidden_layers=args.llm_depth,
-        num_attention_heads=width // 64,
-        num_key_value_heads=2,
-        vocab_size=args.vocab,
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    LlamaForCausalLM(llm).save_pretrained(folder / "llm")
-    tokenizer.save_pretrained(folder / "llm")
+    sizes = (width, width * 38 // 7, args.llm_depth, width // 64, 2, args.vocab)  # 4864 of 896
+    write_models(folder, args.tower, args.image_size, sizes)
     random, rows = np.random.default_rng(0), []
     for number in range(args.samples):
         small = random.integers(0, 256, (30, 40, 3), dtype=np.uint8)
@@ -109,21 +87,10 @@ def written(folder: Path, args: argparse.Namespace) -> Recipe:
     return Recipe.model_validate({"name": "f", "output": folder / "run", "stages": stages})
 
 
-def seconds(task: Callable[[], Any], device: str) -> float:
-    """How long `task` takes."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    clock = time.process_time if device == "cpu" else time.perf_counter
-    start = clock()
-    task()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return clock() - start
-
-
 def main() -> None:
     """Print what a step takes in both ways, and what a picture's features do."""
     args = parse()
+    device = torch.device(args.device)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         recipe = written(folder, args)
@@ -131,7 +98,7 @@ def main() -> None:
         job = build_align(stage, Place(recipe, recipe.output))
         assert job.prepare is not None
         prepare = job.prepare
-        made = seconds(lambda: prepare(job, Ranks(), print), args.device)
+        made = seconds(lambda: prepare(job, Ranks(), print), device)
         print(
             f"the pass, its pictures and those of a blank: {made / (args.samples + 1):.3f} s each"
         )
@@ -149,7 +116,7 @@ def main() -> None:
         taken: dict[str, list[float]] = {way: [] for way in ways}
         for _ in range(args.rounds):
             for way, of in ways.items():
-                taken[way].append(seconds(lambda of=of: step(of), args.device) / args.samples)
+                taken[way].append(seconds(lambda of=of: step(of), device) / args.samples)
         for way, times in taken.items():
             print(f"{way:9} {statistics.median(times):8.4f} s a sample, the median of {len(times)}")
         pairs = zip(taken["computed"], taken["kept"], strict=True)
@@ -163,7 +130,7 @@ def per_picture(batches: Any, nothing: Any, args: argparse.Namespace) -> None:
     """Print what a sample takes to be made, with its features read or its pixels decoded."""
     counts = {"read": batches, "decoded": nothing}
     for word, of in counts.items():
-        taken = [seconds(lambda of=of: of(1), "cpu") / args.samples for _ in range(5)]
+        taken = [seconds(lambda of=of: of(1), torch.device("cpu")) / args.samples for _ in range(5)]
         print(f"{word:9} {1000 * statistics.median(taken):8.2f} ms a sample to make it")
 
 

@@ -84,15 +84,16 @@ def _talk(
     return talk
 
 
-def write_models(folder: Path, tower: str, image_size: int, llm: str) -> None:
-    """Folders `tower` and `llm` with random weights; the LLM has the shipped tokenizer."""
+def write_models(folder: Path, tower: str, image_size: int, sizes: tuple[int, ...]) -> None:
+    """Folders `tower` and `llm` with random weights; the LLM has `sizes` as in LLMS, and the
+    shipped tokenizer."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
     config = EncoderConfig(**SIZES[f"aimv2_{tower}"], image_size=image_size)
     save_encoder(AIMv2Encoder(config), folder / "tower")
     Preprocessing(image_size).save(folder / "tower")
-    width, inner, blocks, heads, kv_heads, words = LLMS[llm]
+    width, inner, blocks, heads, kv_heads, words = sizes
     tokenizer = llms.load_tokenizer("tiny_llm")
     tokenizer.save_pretrained(folder / "llm")
     shape = Qwen2Config(

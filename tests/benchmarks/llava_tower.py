@@ -13,12 +13,13 @@ import importlib
 import json
 import statistics
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from measure import seconds
 from safetensors.torch import save_file
 
 from aimv2_mllm import aimv2_base, save_encoder
@@ -57,19 +58,6 @@ def towers(folder: Path) -> dict[str, Any]:
     }
 
 
-def seconds(tower: Any, images: torch.Tensor) -> float:
-    """What one call costs."""
-    if images.is_cuda:
-        torch.cuda.synchronize()
-        begun = time.perf_counter()
-        tower(images)
-        torch.cuda.synchronize()
-        return time.perf_counter() - begun
-    begun = time.process_time()
-    tower(images)
-    return time.process_time() - begun
-
-
 def main() -> None:
     """Print GFLOPs and the median of seconds of both, and the median ratio of the rounds."""
     parser = argparse.ArgumentParser()
@@ -87,7 +75,7 @@ def main() -> None:
         times: dict[str, list[float]] = {key: [] for key in both}
         for number in range(args.rounds):
             for key in sorted(both, reverse=number % 2 == 0):
-                times[key].append(seconds(both[key], images))
+                times[key].append(seconds(partial(both[key], images), images.device))
     ratios = [ours / clip for ours, clip in zip(times["ours"], times["clip"], strict=True)]
     for key in both:
         print(f"{key:4} {flops[key]:.1f} GFLOP, {statistics.median(times[key]):.4f} s")

@@ -59,6 +59,38 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
+def work_clock(device: torch.device) -> float:
+    """Seconds of the processor, which nobody else's work changes; on an accelerator the clock's."""
+    return clock(device) if device.type == "cuda" else time.process_time()
+
+
+def seconds(task: Callable[[], object], device: torch.device) -> float:
+    """How long `task` takes, by the `work_clock`."""
+    start = work_clock(device)
+    task()
+    return work_clock(device) - start
+
+
+def most_allocated(task: Callable[[], object]) -> int:
+    """Bytes that torch holds at most beyond what it held before `task`, on a CPU."""
+    cpu = torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[cpu], profile_memory=True) as profiled:
+        task()
+    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+def of_this_process(what: str) -> float:
+    """GiB that Linux says of this process: VmRSS, what it holds, or VmHWM, what it held at most."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    [kib] = [line.split()[1] for line in lines if line.startswith(f"{what}:")]
+    return int(kib) / 2**20
+
+
 def peak_gib(device: torch.device) -> float:
     """The most memory that this process has held: the accelerator's, or its own (GiB)."""
     if device.type == "cuda":

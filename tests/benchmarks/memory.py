@@ -13,7 +13,7 @@ import sys
 from typing import Any
 
 import torch
-from measure import build, caption_batch, in_a_child, peak_gib
+from measure import build, caption_batch, in_a_child, most_allocated, peak_gib
 from pretrain_step import END, TRAIN
 
 from aimv2_mllm import heap
@@ -59,7 +59,7 @@ def estimated(args: argparse.Namespace, batch: int, checkpointing: bool) -> floa
 
 def measured(args: argparse.Namespace) -> dict[str, float]:
     """GiB that torch allocates at most, and that the process grew by, in steps after the first."""
-    device, objective = torch.device(args.device), PreTrainingObjective(14, END)
+    device = torch.device(args.device)
     heap.keep_freed()
     steps(args, "nano", 1, 1)  # what is loaded once is no part of it
     before = peak_gib(device) if device.type == "cpu" else 0.0
@@ -69,23 +69,21 @@ def measured(args: argparse.Namespace) -> dict[str, float]:
     grown = peak_gib(device) - before
     kept = 3 * sum(p.nbytes for p in model.parameters()) + sum(t.nbytes for t in batch.values())
     optimizer.zero_grad()
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profiled:
-        with autocast(device, args.precision):
-            total = objective(model, batch, objective.targets(batch)).total
-        total.backward()
-    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
+    most = most_allocated(lambda: backward(args, model, batch))
     return {"torch": (kept + most) / GIB, "process": grown}
+
+
+def backward(args: argparse.Namespace, model: Any, batch: Any) -> None:
+    """One forward and backward pass."""
+    objective = PreTrainingObjective(14, END)
+    with autocast(torch.device(args.device), args.precision):
+        total = objective(model, batch, objective.targets(batch)).total
+    total.backward()
 
 
 def steps(args: argparse.Namespace, size: str, batch_size: int, count: int) -> Any:
     """Take `count` steps; the model, its batch and its optimiser."""
-    device, objective = torch.device(args.device), PreTrainingObjective(14, END)
+    device = torch.device(args.device)
     model = build(size, args.image_size, WORDS).to(device)
     if args.checkpointing:
         keep_inputs(model)
@@ -94,9 +92,7 @@ def steps(args: argparse.Namespace, size: str, batch_size: int, count: int) -> A
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
     for _ in range(count):
         optimizer.zero_grad()
-        with autocast(device, args.precision):
-            total = objective(model, batch, objective.targets(batch)).total
-        total.backward()
+        backward(args, model, batch)
         optimizer.step()
     return model, batch, optimizer
 

@@ -19,9 +19,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from llava_shaped import LLMS, write_models, write_rows
-from measure import in_a_child
+from measure import in_a_child, most_allocated, of_this_process
 
 from aimv2_mllm import heap
 from aimv2_mllm.engine.accelerators import accelerator
@@ -104,15 +103,7 @@ def measured(args: argparse.Namespace, case: str, checkpointing: bool, folder: P
     totals = job.objective.targets(batch)
     job.objective(model, batch, totals).total.backward()
     optimizer.step()
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profiled:
-        job.objective(model, batch, totals).total.backward()
-    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
+    most = most_allocated(lambda: job.objective(model, batch, totals).total.backward())
     trained = sum(p.nbytes for named in job.parts.values() for _, p in named)
     kept = sum(map(num_bytes, model.parameters())) + 3 * trained
     kept += sum(t.nbytes for t in batch.values())
@@ -132,13 +123,6 @@ def process(args: argparse.Namespace, case: str, checkpointing: bool, folder: Pa
     return {"libraries": before, "process": of_this_process("VmHWM") - before}
 
 
-def of_this_process(what: str) -> float:
-    """GiB that Linux says of this process: VmRSS, what it holds, or VmHWM, what it held at most."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    [kib] = [line.split()[1] for line in lines if line.startswith(f"{what}:")]
-    return int(kib) / 2**20
-
-
 def main() -> None:
     words = sys.argv[1:]
     args = parse(words)
@@ -153,7 +137,7 @@ def main() -> None:
     with TemporaryDirectory() as name:
         folder = Path(name)
         write_rows(folder, 16)
-        write_models(folder, args.tower, args.image_size, args.llm)
+        write_models(folder, args.tower, args.image_size, LLMS[args.llm])
         for case in args.cases.split(","):
             for word in ("no", "yes"):
                 found = {}

@@ -35,7 +35,7 @@ from typing import Any
 
 import torch
 from llava_shaped import LLMS, assembled, write_models, write_rows
-from measure import in_a_child
+from measure import clock, in_a_child, of_this_process
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from aimv2_mllm.data.batches import world_seed
@@ -43,6 +43,7 @@ from aimv2_mllm.data.order import EpochOrder, mixed
 from aimv2_mllm.engine.distributed import Ranks
 from aimv2_mllm.engine.loop import train
 from aimv2_mllm.job import Place
+from aimv2_mllm.model.foreign import best_device
 from aimv2_mllm.recipe import Recipe
 from aimv2_mllm.recipe_data import ConversationData
 from aimv2_mllm.stages import STAGES
@@ -97,9 +98,7 @@ class Meter:
             self._first = self._now()
 
     def _now(self) -> tuple[float, float]:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter(), time.process_time()
+        return clock(best_device()), time.process_time()
 
     def _stepped(self, *_: Any) -> None:
         self._last = self._now()
@@ -108,8 +107,7 @@ class Meter:
         """What was measured."""
         assert self._first is not None
         seconds, processor = (b - a for a, b in zip(self._first, self._last, strict=True))
-        status = Path("/proc/self/status").read_text()
-        gib = int(status.split("VmHWM:")[1].split()[0]) / 2**20
+        gib = of_this_process("VmHWM")
         if torch.cuda.is_available():
             gib = torch.cuda.max_memory_allocated() / 2**30
         return {"seconds": seconds, "processor": processor, "gib": gib}
@@ -225,7 +223,7 @@ def report(args: argparse.Namespace, words: list[str]) -> None:
     with TemporaryDirectory() as name:
         folder = Path(name)
         write_rows(folder, args.rows)
-        write_models(folder, args.tower, args.image_size, args.llm)
+        write_models(folder, args.tower, args.image_size, LLMS[args.llm])
         if args.mode == "tune":
             model, processor = assembled(folder)
             for one in (model, processor):
