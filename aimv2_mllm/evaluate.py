@@ -3,7 +3,6 @@
 Owns its words on the terminal and what is put to the model; refuses to compute: see `evaluation`.
 """
 
-import hashlib
 import json
 import platform
 import shlex
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from aimv2_mllm.answerers import load_answerer
-from aimv2_mllm.data.asked import FIELDS, Asked, Question, load_asked
+from aimv2_mllm.data.asked import FIELDS, Asked, Question, load_asked, question_identity
 from aimv2_mllm.errors import UsageError, nearest
 from aimv2_mllm.evaluation.asking import Answers, ask_all, demand_same
 from aimv2_mllm.evaluation.controls import MAJORITY, SHOWN
@@ -40,7 +39,7 @@ def evaluate(args: Namespace) -> dict[str, Any]:
     model, folder = load_answerer(args.model), Path(args.out)
     identity = {
         "model": model.identity,
-        "questions": _digest(asked, prompts),
+        "questions": question_identity(asked.questions, prompts),
         "max_new_tokens": args.max_new_tokens,
     }
     demand_same(folder, identity)
@@ -66,14 +65,6 @@ def evaluate(args: Namespace) -> dict[str, Any]:
     }
     write_files(folder, _files(numbers, judged, asked))
     return numbers
-
-
-def _digest(asked: Asked, prompts: Sequence[str]) -> str:
-    """What tells these questions from others, whatever answers are right."""
-    digest = hashlib.sha256()
-    for question, prompt in zip(asked.questions, prompts, strict=True):
-        digest.update(json.dumps([question.id, prompt, question.picture]).encode())
-    return digest.hexdigest()
 
 
 def _command(args: Namespace) -> str:

@@ -1,5 +1,6 @@
 """Questions of data sets: what the fields are called, which rows are left out, what is refused."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from aimv2_mllm.data.asked import Asked, Question, load_asked
+from aimv2_mllm.data.asked import Asked, Question, load_asked, question_identity
 from aimv2_mllm.data.files import Unusable
 from aimv2_mllm.errors import UsageError
 
@@ -32,11 +33,17 @@ def one(folder: Path, row: Any, **words: Any) -> Question:
     return question
 
 
+def content(folder: Path, name: str) -> str:
+    return hashlib.sha256((folder / name).read_bytes()).hexdigest()
+
+
 def test_a_row_is_a_question_with_its_answers(folder: Path) -> None:
     assert one(folder, {**ROW, "id": 7, "type": "colour", "choices": ["red", "blue"]}) == Question(
-        "7", "What is it?", ("red", "a red one"), "colour", ("red", "blue"), "0.png"
+        "7", "What is it?", ("red", "a red one"), "colour", ("red", "blue"), content(folder, "0.png")
     )
-    assert one(folder, ROW) == Question("0", "What is it?", ("red", "a red one"), picture="0.png")
+    assert one(folder, ROW) == Question(
+        "0", "What is it?", ("red", "a red one"), picture=content(folder, "0.png")
+    )
 
 
 @pytest.mark.parametrize(
@@ -59,7 +66,9 @@ def test_answers_are_texts_numbers_or_those_of_people(
 def test_fields_may_have_other_names(folder: Path) -> None:
     row = {"image": "1.png", "text": "Is it?", "label": "yes", "question_id": 5}
     columns = {"question": "text", "answers": "label", "id": "question_id"}
-    assert one(folder, row, columns=columns) == Question("5", "Is it?", ("yes",), picture="1.png")
+    assert one(folder, row, columns=columns) == Question(
+        "5", "Is it?", ("yes",), picture=content(folder, "1.png")
+    )
 
 
 def test_the_mark_of_a_picture_is_no_part_of_the_question(folder: Path) -> None:
@@ -79,10 +88,32 @@ def test_a_folder_with_a_table(folder: Path) -> None:
     )
     asked = load_asked(str(folder))
     assert asked.questions == [
-        Question("0", "What is it?", ("red",), "colour", picture="0.png"),
+        Question("0", "What is it?", ("red",), "colour", picture=content(folder, "0.png")),
         Question("1", "How many?", ("2",), "count"),
     ]
     assert asked.open(0).size == (20, 30)
+
+
+def test_questions_are_known_by_what_their_pictures_show_and_not_by_their_names(
+    folder: Path,
+) -> None:
+    data = lines(folder, ROW, {**ROW, "image": "1.png"})
+    prompts = ["What is it?"] * 2
+
+    def identity(**words: Any) -> str:
+        return question_identity(load_asked(data, **words).questions, prompts)
+
+    before = identity()
+    for name in ("copied", "blurred"):
+        (folder / name).mkdir()
+        for picture in ("0.png", "1.png"):
+            (folder / name / picture).write_bytes((folder / picture).read_bytes())
+    assert identity(root=str(folder / "copied")) == before
+    Image.new("RGB", (20, 30), "blue").save(folder / "blurred" / "0.png")
+    assert identity(root=str(folder / "blurred")) != before
+    (folder / "1.png").write_bytes((folder / "2.png").read_bytes())
+    assert identity() != before
+    assert question_identity(load_asked(data).questions, ["?", "What is it?"]) != identity()
 
 
 def dataset(folder: Path) -> str:

@@ -187,6 +187,22 @@ def test_a_folder_of_another_model_is_not_taken(
     assert files("out") == before
 
 
+def test_other_pictures_of_the_same_names_are_another_evaluation(
+    llava: Path,
+    data: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Path("dark").mkdir()
+    for number in range(3):
+        Image.open(f"{number}.png").point(lambda value: value // 2).save(f"dark/{number}.png")
+    assert evaluate(llava, data, "--out", "out", "--no-controls") == 0
+    assert evaluate(llava, data, "--out", "out", "--no-controls", "--root", "dark") == 2
+    assert "another evaluation, which differs in questions; give" in capsys.readouterr().err
+    shutil.copy("dark/0.png", "0.png")
+    assert evaluate(llava, data, "--out", "out", "--no-controls") == 2
+    assert "another evaluation, which differs in questions; give" in capsys.readouterr().err
+
+
 def test_a_run_is_asked_by_its_last_stage(llava: Path, tmp_path: Path) -> None:
     run = run_folder(tmp_path / "run", llava, eyes="pretrain", again="tune")
     assert isinstance(load_answerer(str(run)), Ours)

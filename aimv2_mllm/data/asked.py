@@ -4,6 +4,7 @@ Owns what the fields of a row are called and may hold. Rows that cannot be asked
 counted; refused is data of which more than `MOST_LEFT_OUT` cannot, or that has no picture at all.
 """
 
+import hashlib
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +29,8 @@ OTHERS = {"answers": "answer"}  # a field -> what it may be called too
 class Question:
     """What is asked, the answers that are right, and by what its picture is known ("": none).
 
-    `picture` is equal for questions about the same picture; `kind` is "" where the data has none.
+    `picture` is equal for questions about the same picture and changes with what the picture shows;
+    `kind` is "" where the data has none.
     """
 
     id: str
@@ -84,6 +86,14 @@ def load_asked(
             return as_rgb(upright(picture))
 
     return Asked(questions, open_picture, left_out, source.digest)
+
+
+def question_identity(questions: Sequence[Question], prompts: Sequence[str]) -> str:
+    """What tells these questions, their pictures and the prompts that put them from others,
+    whatever answers are right."""
+    pairs = zip(questions, prompts, strict=True)
+    said = [[question.id, prompt, question.picture] for question, prompt in pairs]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 
 def _first(source: Source, count: int) -> Mapping[str, Any]:
