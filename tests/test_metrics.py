@@ -3,7 +3,10 @@
 import hashlib
 import json
 import random
+import re
 from collections.abc import Callable
+from fractions import Fraction
+from itertools import pairwise
 
 import pytest
 
@@ -96,8 +99,8 @@ TEN = ["yes"] * 7 + ["no"] * 2 + ["Maybe."]
         ("perhaps", TEN, 0.0),
         ("", TEN, 0.0),
         ("The Yes!", TEN, 1.0),
-        ("Yes", ["yes"] * 10, 0.0),  # nothing is normalised where all say the same
-        ("yes", ["yes"] * 10, 1.0),
+        ("Yes.", ["yes"] * 10, 1.0),  # where all say the same, too
+        ("a yes", ["Yes"] * 10, 1.0),
         ("2", ["two"] * 3 + ["3"] * 7, 0.9),
         ("yes", ["yes"] * 4 + ["no"] * 6, 1.0),
     ],
@@ -106,30 +109,72 @@ def test_vqa_accuracy_of_ten_people(given: str, answers: list[str], expected: fl
     assert score("vqa", given, *answers) == pytest.approx(expected)
 
 
-WORDS = ["the", "two", "Red", "red.", "don't", "dont", "1,000", "no", "a-b", "", "é", "x/y", "?"]
+WORDS = ["the", "two", "Cat", "cat", "don't", "dont", "couldnt've", "1,000", "2.5", "no", "ten"]
+WORDS += ["é", "None", "a", "An", "it's", "5:30", "none", "couldntve"]
+BETWEEN = [" ", " ", "  ", "", ".", ". ", ", ", ",", "-", " -", "/", "?", "!", "\t", "\n", '"']
+MEANT = {"two": "2", "ten": "10", "none": "0", "dont": "don't", "couldnt've": "couldn't've"}
 
 
-def drawn(chance: random.Random, most: int = 3) -> str:
-    return " ".join(chance.choice(WORDS) for _ in range(chance.randint(0, most)))
+def drawn(chance: random.Random, words: list[str], between: list[str], most: int) -> str:
+    return "".join(
+        chance.choice(words) + chance.choice(between) for _ in range(chance.randint(0, most))
+    )
+
+
+def normalised_letter_by_letter(text: str) -> str:
+    """VQA's way of writing answers, as its page and its script define it, for these words."""
+    digits, bare, words, num_stops = "0123456789", "", list[str](), 0
+    has_thousands = any(
+        one in digits and comma == "," and other in digits
+        for one, comma, other in zip(text, text[1:], text[2:], strict=False)
+    )
+    for letter in text:
+        if letter not in ';/[]"{}()=+\\_-><@`,?!':
+            bare += letter
+        elif not has_thousands and all({*pair} != {letter, " "} for pair in pairwise(text)):
+            bare += " "
+    word = ""
+    for letter, after in pairwise(f"{bare}  "):
+        if letter == "." and after not in digits and num_stops < 32:
+            num_stops += 1
+        elif not letter.isspace():
+            word += letter.lower()
+        elif word:
+            words.append(MEANT.get(word, word))
+            word = ""
+    return " ".join(word for word in words if word not in ("a", "an", "the"))
+
+
+def test_answers_are_normalised_as_letter_by_letter() -> None:
+    chance = random.Random(6)
+    changed = 0
+    for _ in range(3000):
+        text = drawn(chance, WORDS, BETWEEN, 5) + "." * (40 * (chance.random() < 0.01))
+        assert vqa.normalised(text) == normalised_letter_by_letter(text), text
+        changed += vqa.normalised(text) != text
+    assert changed > 1000
 
 
 def left_out_one_by_one(answers: list[str], given: str) -> float:
     """The definition, word for word: ten subsets of nine people."""
-    if any(answer.strip() != answers[0].strip() for answer in answers):
-        answers, given = [vqa.normalised(text) for text in answers], vqa.normalised(given)
+    *people, model = (
+        normalised_letter_by_letter(text.translate({9: " ", 10: " "}).strip())
+        for text in (*answers, given)
+    )
     total = 0.0
-    for left_out in range(len(answers)):
-        others = [text.strip() for n, text in enumerate(answers) if n != left_out]
-        total += min(sum(text == given.strip() for text in others) / 3, 1)
-    return total / len(answers)
+    for left_out in range(len(people)):
+        others = [text for n, text in enumerate(people) if n != left_out]
+        total += min(sum(text == model for text in others) / 3, 1)
+    return total / len(people)
 
 
 def test_vqa_accuracy_is_the_mean_over_subsets_of_nine() -> None:
     chance = random.Random(0)
     values = set()
     for _ in range(500):
-        pool = [drawn(chance, 2) for _ in range(3)]
-        answers = [chance.choice(pool) for _ in range(10)]
+        pool = [drawn(chance, WORDS, BETWEEN, 2) for _ in range(3)]
+        pool += [pool[0].upper(), f"{pool[0]}.", f"the {pool[1]}"]
+        answers = [chance.choice(pool[: chance.randint(1, 6)]) for _ in range(10)]
         given = chance.choice(pool)
         values.add(found := vqa.vqa_accuracy(answers, given))
         assert found == pytest.approx(left_out_one_by_one(answers, given))
@@ -204,6 +249,49 @@ def test_relaxed_accuracy(given: str, answers: list[str], expected: float) -> No
     assert score("relaxed", given, *answers) == expected
 
 
+NUMBER = re.compile(r"([+-]?)(\d*)(?:\.(\d*))?(%?)")
+
+
+def exact_number(text: str) -> Fraction | None:
+    """A decimal number, without rounding; with a % behind it the hundredth."""
+    found = NUMBER.fullmatch(text)
+    if found is None or not (found[2] or found[3]):
+        return None
+    behind = found[3] or ""
+    value = Fraction(int((found[2] or "0") + behind), 10 ** len(behind))
+    return value * (-1 if found[1] == "-" else 1) / (100 if found[4] else 1)
+
+
+def relaxed_by_fractions(answer: str, given: str) -> bool | None:
+    """ChartQA's definition: within 5 % of a number, else the same text; None where it is too near
+    to that limit for floating point."""
+    right, told = exact_number(answer), exact_number(given)
+    if right is None or told is None or right == 0:
+        return answer.lower() == given.lower()
+    off = abs(told / right - 1)
+    return None if abs(off - Fraction(1, 20)) < Fraction(1, 10**9) else off <= Fraction(1, 20)
+
+
+def test_relaxed_accuracy_is_that_of_fractions() -> None:
+    chance = random.Random(7)
+    found = {True: 0, False: 0, None: 0}
+    for _ in range(4000):
+        value = chance.choice(
+            [chance.randint(-30, 30), chance.uniform(-2, 2), chance.gauss(0, 1e4)]
+        )
+        near = value * chance.choice([1, 1.02, 0.98, 1.049, 1.051, 0.951, 0.949, -1, 1.5])
+        texts = [
+            chance.choice([f"{n:.0f}", f"{n:.2f}", f"{n:+.3f}", f"{n:.1f}%", f"{n:,.0f}", f"{n} m"])
+            for n in (value, near)
+        ]
+        answer, given = (chance.choice([text, text, text, "Red", "red", "0"]) for text in texts)
+        expected = relaxed_by_fractions(answer, given)
+        found[expected] += 1
+        if expected is not None:
+            assert score("relaxed", f" {given}\n", answer) == expected, (answer, given)
+    assert min(found[True], found[False]) > 500
+
+
 ANIMALS = ("a red cat", "dog", "big dog")
 
 
@@ -260,6 +348,31 @@ def test_the_right_choice_is_a_letter_or_its_words() -> None:
 )
 def test_yes_and_no_are_read_as_popes_script_does(given: str, expected: str) -> None:
     assert metrics.yes_or_no(given) == expected
+
+
+def said_word_by_word(given: str) -> str:
+    """POPE's definition: no where a word of the first sentence, without its commas, denies."""
+    word, said = "", "yes"
+    for letter in [*given, "."]:
+        if letter in " .":
+            said = "no" if word in ("No", "no", "not") else said
+            word = ""
+        elif letter != ",":
+            word += letter
+        if letter == ".":
+            return said
+    raise AssertionError("there is an end")
+
+
+def test_yes_and_no_are_read_as_word_by_word() -> None:
+    chance = random.Random(8)
+    words = ["No", "no", "not", "NO", "nothing", "there", "Yes", "is", "isn't", "n", "o"]
+    counts = {"yes": 0, "no": 0}
+    for _ in range(3000):
+        given = drawn(chance, words, [" ", " ", ", ", ",", ". ", "", "\n"], 5)
+        assert metrics.yes_or_no(given) == said_word_by_word(given), given
+        counts[said_word_by_word(given)] += 1
+    assert min(counts.values()) > 500
 
 
 def test_precision_recall_and_f1_are_scikit_learns() -> None:
