@@ -312,6 +312,11 @@ ANIMALS = ("a red cat", "dog", "big dog")
         ("A cat", ANIMALS, None),  # an article, and no choice's words
         ("I think B", ANIMALS, 1),
         ("A or B", ANIMALS, None),
+        ("The answer is A or (C)", ANIMALS, None),
+        ("Answer: (A)\nB is no animal", ANIMALS, 0),
+        ("A as it barks", ANIMALS, 0),
+        ("A was seen there", ANIMALS, 0),
+        ("I was there", (), None),  # the pronoun
         ("big dog", ANIMALS, 2),
         ("the big dog", ANIMALS, None),  # the words of two choices
         ("D", ANIMALS, None),
@@ -323,6 +328,35 @@ ANIMALS = ("a red cat", "dog", "big dog")
 )
 def test_a_choice_is_told(given: str, choices: tuple[str, ...], expected: int | None) -> None:
     assert metrics.chosen(question("A", choices=choices), given) == expected
+
+
+@pytest.mark.parametrize("letter", "ABCDHIZ")
+@pytest.mark.parametrize(
+    "said",
+    [
+        "{}",
+        "({})",
+        "{}.",
+        "{}: it has four legs",
+        "**{}**",
+        "{} is correct.",
+        "{} because it has four legs",
+        "{} since it has four legs",
+        "I think {}",
+        "I choose {}, the one with legs.",
+        "Option {}",
+        "Answer: {}",
+        "Answer: {} because it has four legs.",
+        "Answer: {}\nIt is what has legs.",
+        "The answer is {}",
+        "The answer is {} because it has four legs.",
+        "The correct answer is option {}.",
+        "The answer is ({}) since it has four legs.",
+        "{} is the right choice",
+    ],
+)
+def test_no_letter_is_told_less_often_than_another(letter: str, said: str) -> None:
+    assert metrics.chosen(question("A"), said.format(letter)) == ord(letter) - ord("A")
 
 
 def test_the_right_choice_is_a_letter_or_its_words() -> None:

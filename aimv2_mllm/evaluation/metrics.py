@@ -16,9 +16,16 @@ THRESHOLD = 0.5  # ANLS: a similarity below it is nothing
 TOLERANCE = 0.05  # relaxed accuracy: a number may be off by this share of the right one
 AROUND = " \t.,;:!?\"'`()[]{}"  # what exact match overlooks at both ends of an answer
 YES, NO = "yes", "no"
-LETTER = r"(?![AI] (?!or\b|and\b)[a-z])([A-Z])\b"  # not the article, and not the pronoun
+# Not the article A, which stands before other words than these, and not the pronoun I.
+LETTER = (
+    r"(?!A (?!(?:or|and|but|is|was|as|because|since|would|seems)\b)[a-z])"
+    r"(?!I (?!(?:or|and|is|because|since)\b)[a-z])([A-Z])\b"
+)
 LEADING_LETTER = re.compile(r"\(?([A-Z])(?:[).:,]|$)")  # "(B)", "B." or "B: cat"
-NAMED_LETTER = re.compile(rf"(?:answer|option|choice)(?: is)?:? \(?{LETTER}")
+# "The answer is (B)" and "Option B", but not "the answer is B or C"
+NAMED_LETTER = re.compile(
+    rf"(?i:answer|option|choice)(?: is)?:? \(?{LETTER}(?!\)? (?:or|and) \(?[A-Z]\b)"
+)
 LONE_LETTER = re.compile(rf"\b{LETTER}")
 Scores = list[float]
 
