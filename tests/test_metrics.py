@@ -4,7 +4,6 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Callable
 from fractions import Fraction
 from itertools import pairwise
 
@@ -481,19 +480,58 @@ def test_the_interval_of_a_share_is_wilsons() -> None:
     assert interval([1.0] * 8 + [0.0] * 2) == wilson_interval(8, 10)
 
 
-def normal_interval(scores: list[float]) -> tuple[float, float]:
-    from scipy.stats import norm, sem
+def test_a_share_is_told_from_scores_that_happen_to_be_whole() -> None:
+    assert interval([0.0] * 10) == wilson_interval(0, 10)
+    assert interval([0.0] * 10, are_shares=False) == (0.0, 0.3)
+    assert interval([1.0] * 10, are_shares=False) == (0.7, 1.3)
+
+
+def normal_interval(scores: list[float], groups: list[int]) -> tuple[float, float]:
+    """By the variance of a mean over clusters (Cochran, 1977, section 2.11, as a ratio)."""
+    from scipy.stats import norm
 
     mean = sum(scores) / len(scores)
-    low, high = norm.interval(0.95, mean, sem(scores))
+    off = dict.fromkeys(groups, 0.0)
+    for score, group in zip(scores, groups, strict=True):
+        off[group] += score - mean
+    count = len(off)
+    variance = count / (count - 1) * sum(one**2 for one in off.values()) / len(scores) ** 2
+    low, high = norm.interval(0.95, mean, variance**0.5)
     return float(low), float(high)
 
 
-@pytest.mark.parametrize("of", [normal_interval])
-def test_the_interval_of_other_means_is_near_the_normal_one(
-    of: Callable[[list[float]], tuple[float, float]],
-) -> None:
+def test_the_interval_of_other_means_is_near_the_normal_one() -> None:
     chance = random.Random(3)
     scores = [chance.choice([0.0, 0.3, 0.6, 0.9, 1.0]) for _ in range(400)]
     assert interval(scores) == bootstrap_interval(scores)
-    assert bootstrap_interval(scores) == pytest.approx(of(scores), abs=0.005)
+    assert bootstrap_interval(scores, groups=range(400)) == bootstrap_interval(scores)
+    expected = normal_interval(scores, list(range(400)))
+    assert bootstrap_interval(scores) == pytest.approx(expected, abs=0.005)
+
+
+@pytest.mark.parametrize("sizes", [(7,), (1, 2, 9)])
+def test_questions_about_one_picture_are_drawn_together(sizes: tuple[int, ...]) -> None:
+    chance = random.Random(4)
+    scores, groups = list[float](), list[int]()
+    for group in range(150):
+        ease = chance.random()
+        for _ in range(chance.choice(sizes)):
+            scores.append(float(chance.random() < ease))
+            groups.append(group)
+    together, apart = interval(scores, groups=groups), interval(scores)
+    assert apart == wilson_interval(round(sum(scores)), len(scores))
+    assert together == pytest.approx(normal_interval(scores, groups), abs=0.01)
+    assert together[1] - together[0] > 1.3 * (apart[1] - apart[0])
+    order = list(range(len(scores)))
+    chance.shuffle(order)
+    shuffled = interval([scores[n] for n in order], groups=[groups[n] for n in order])
+    assert shuffled == pytest.approx(together, abs=0.01)
+
+
+def test_what_is_alike_everywhere_is_not_certain() -> None:
+    assert bootstrap_interval([0.0] * 60) == (-0.05, 0.05)
+    assert bootstrap_interval([0.0] * 60, groups=[n // 6 for n in range(60)]) == (-0.3, 0.3)
+    # As many right about each picture: what differs between pictures is not seen.
+    assert bootstrap_interval([0.0, 1.0] * 30, groups=[n // 2 for n in range(60)]) == (0.4, 0.6)
+    assert interval([1.0] * 60, groups=[n // 6 for n in range(60)]) == wilson_interval(10, 10)
+    assert bootstrap_interval([0.5]) == (-0.5, 1.5)
