@@ -40,6 +40,11 @@ class Question:
     choices: tuple[str, ...] = ()
     picture: str = ""
 
+    @property
+    def about(self) -> tuple[str, str]:
+        """What it shares with other questions about its picture, and with no more."""
+        return (self.picture, "" if self.picture else self.id)
+
 
 class Asked(NamedTuple):
     """The questions of a source, how to get the picture of number i, and what was left out.

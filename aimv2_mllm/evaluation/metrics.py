@@ -35,13 +35,17 @@ class Metric:
     """How answers are judged.
 
     `title` names the mean of the scores; `score` gives those of all answers, from 0 on; `unfit`
-    says why a question cannot be judged so, or nothing; `more` are further numbers of the whole.
+    says why a question cannot be judged so, or nothing; `more` are further numbers of the whole, or
+    of a type; `is_share` where each score is 0 or 1, `is_literal` where a sentence around the right
+    words is wrong.
     """
 
     title: str
     score: Callable[[Sequence[Question], Sequence[str]], Scores]
     unfit: Callable[[Question], str | None] = lambda question: None
     more: Callable[[Sequence[Question], Sequence[str]], dict[str, float]] = lambda q, a: {}
+    is_share: bool = False
+    is_literal: bool = False
     is_of_captions: bool = False
 
     @property
@@ -218,11 +222,13 @@ def _each(score: Callable[[Question, str], float]) -> Callable[..., Scores]:
 
 
 METRICS: dict[str, Metric] = {
-    "exact": Metric("exact match", _each(exact)),
-    "vqa": Metric("VQA accuracy", _each(vqa), _unfit_for_vqa),
-    "choice": Metric("right choices", _each(choice), _unfit_for_choice),
-    "yesno": Metric("right of yes and no", _each(yesno), _unfit_for_yesno, yesno_more),
-    "anls": Metric("ANLS", _each(anls)),
-    "relaxed": Metric("relaxed accuracy", _each(relaxed)),
+    "exact": Metric("exact match", _each(exact), is_share=True, is_literal=True),
+    "vqa": Metric("VQA accuracy", _each(vqa), _unfit_for_vqa, is_literal=True),
+    "choice": Metric("right choices", _each(choice), _unfit_for_choice, is_share=True),
+    "yesno": Metric(
+        "right of yes and no", _each(yesno), _unfit_for_yesno, yesno_more, is_share=True
+    ),
+    "anls": Metric("ANLS", _each(anls), is_literal=True),
+    "relaxed": Metric("relaxed accuracy", _each(relaxed), is_share=True, is_literal=True),
     "caption": Metric("CIDEr-D", captions.cider, more=captions.more, is_of_captions=True),
 }
