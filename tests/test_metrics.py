@@ -435,6 +435,7 @@ def test_precision_recall_and_f1_are_scikit_learns() -> None:
         ("choice", question("a", "b"), "has 2 answers, and one choice is right"),
         ("choice", question("cow", choices=ANIMALS), "none of its choices (a red cat, dog"),
         ("choice", question("D", choices=ANIMALS), "has the answer D, which is none"),
+        ("choice", question("2", choices=ANIMALS), "from 0, say --column answer_index=NAME"),
         ("choice", question("cow"), "which is none of its choices (A, B, C …)"),
     ],
 )

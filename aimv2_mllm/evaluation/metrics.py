@@ -175,7 +175,9 @@ def _unfit_for_choice(question: Question) -> str | None:
     right = _right_choice(question)
     if right is None or (question.choices and right >= len(question.choices)):
         known = ", ".join(question.choices) or "A, B, C …"
-        return f"has the answer {question.answers[0]}, which is none of its choices ({known})"
+        hint = "; where it is the number of one, from 0, say --column answer_index=NAME"
+        said = f"has the answer {question.answers[0]}, which is none of its choices ({known})"
+        return said + (hint if question.answers[0].isdecimal() else "")
     return None
 
 
