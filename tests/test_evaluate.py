@@ -279,6 +279,20 @@ def test_a_question_that_cannot_be_asked_ends_nothing(
         assert said in (Path("out") / name).read_text()
 
 
+def test_the_report_has_f1_of_every_type(llava: Path, data: str) -> None:
+    rows = [json.loads(line) for line in Path(data).read_text().splitlines()]
+    lines = [json.dumps({**row, "answer": "yes" if n % 3 else "no"}) for n, row in enumerate(rows)]
+    Path(data).write_text("\n".join(lines) + "\n")
+    assert evaluate(llava, data, "--out", "out", "--metric", "yesno", "--no-controls") == 0
+    told = json.loads((Path("out") / "summary.json").read_text())
+    report = (Path("out") / "report.md").read_text().splitlines()
+    head = next(line for line in report if line.startswith("| type |")).split(" | ")
+    for kind, one in told["by_type"].items():
+        row = next(line for line in report if line.startswith(f"| {kind} |")).split(" | ")
+        assert row[head.index("F1 of yes")] == f"{100 * one['f1']:.1f}"
+        assert len(row) == len(head)
+
+
 def test_answers_that_have_too_little_room_are_counted(
     llava: Path, data: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
