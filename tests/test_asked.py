@@ -1,5 +1,6 @@
 """Questions of data sets: what the fields are called, which rows are left out, what is refused."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from aimv2_mllm.data.asked import Asked, Question, load_asked
+from aimv2_mllm.data.asked import Asked, Question, load_asked, question_identity
 from aimv2_mllm.data.files import Unusable
 from aimv2_mllm.errors import UsageError
 
@@ -32,11 +33,22 @@ def one(folder: Path, row: Any, **words: Any) -> Question:
     return question
 
 
+def content(folder: Path, name: str) -> str:
+    return hashlib.sha256((folder / name).read_bytes()).hexdigest()
+
+
 def test_a_row_is_a_question_with_its_answers(folder: Path) -> None:
     assert one(folder, {**ROW, "id": 7, "type": "colour", "choices": ["red", "blue"]}) == Question(
-        "7", "What is it?", ("red", "a red one"), "colour", ("red", "blue"), "0.png"
+        "7",
+        "What is it?",
+        ("red", "a red one"),
+        "colour",
+        ("red", "blue"),
+        content(folder, "0.png"),
     )
-    assert one(folder, ROW) == Question("0", "What is it?", ("red", "a red one"), picture="0.png")
+    assert one(folder, ROW) == Question(
+        "0", "What is it?", ("red", "a red one"), picture=content(folder, "0.png")
+    )
 
 
 @pytest.mark.parametrize(
@@ -56,10 +68,42 @@ def test_answers_are_texts_numbers_or_those_of_people(
     assert one(folder, {"image": "0.png", "question": "?", **said}).answers == answers
 
 
+@pytest.mark.parametrize(
+    ("said", "choices"),
+    [
+        (["red", 7], ("red", "7")),
+        ("red|dark blue", ("red", "dark blue")),
+        ('["red", "$7"]', ("red", "$7")),
+        ("['$6', 'it\\'s \"7\"']", ("$6", 'it\'s "7"')),  # as MMMU has them
+        ("[0, 1]|[1, 0]", ("[0, 1]", "[1, 0]")),
+        (None, ()),
+    ],
+)
+def test_choices_are_listed_in_any_of_these_ways(
+    folder: Path, said: Any, choices: tuple[str, ...]
+) -> None:
+    assert one(folder, {**ROW, "choices": said}).choices == choices
+
+
+@pytest.mark.parametrize("index", [1, "1"])
+def test_an_answer_may_be_the_number_of_a_choice_where_that_is_said(
+    folder: Path, index: Any
+) -> None:
+    row = {"image": "0.png", "question": "?", "answer": index, "choices": ["1", "2", "3"]}
+    columns = {"answer_index": "answer"}
+    assert one(folder, row, columns=columns).answers == ("2",)
+    assert one(folder, {**row, "answer": "1"}).answers == ("1",)
+    named = {**row, "answer": "2", "answer_index": 0}
+    assert one(folder, named).answers == ("2",)  # nobody has said it
+    assert one(folder, named, columns={"answer_index": "answer_index"}).answers == ("1",)
+
+
 def test_fields_may_have_other_names(folder: Path) -> None:
     row = {"image": "1.png", "text": "Is it?", "label": "yes", "question_id": 5}
     columns = {"question": "text", "answers": "label", "id": "question_id"}
-    assert one(folder, row, columns=columns) == Question("5", "Is it?", ("yes",), picture="1.png")
+    assert one(folder, row, columns=columns) == Question(
+        "5", "Is it?", ("yes",), picture=content(folder, "1.png")
+    )
 
 
 def test_the_mark_of_a_picture_is_no_part_of_the_question(folder: Path) -> None:
@@ -79,10 +123,32 @@ def test_a_folder_with_a_table(folder: Path) -> None:
     )
     asked = load_asked(str(folder))
     assert asked.questions == [
-        Question("0", "What is it?", ("red",), "colour", picture="0.png"),
+        Question("0", "What is it?", ("red",), "colour", picture=content(folder, "0.png")),
         Question("1", "How many?", ("2",), "count"),
     ]
     assert asked.open(0).size == (20, 30)
+
+
+def test_questions_are_known_by_what_their_pictures_show_and_not_by_their_names(
+    folder: Path,
+) -> None:
+    data = lines(folder, ROW, {**ROW, "image": "1.png"})
+    prompts = ["What is it?"] * 2
+
+    def identity(**words: Any) -> str:
+        return question_identity(load_asked(data, **words).questions, prompts)
+
+    before = identity()
+    for name in ("copied", "blurred"):
+        (folder / name).mkdir()
+        for picture in ("0.png", "1.png"):
+            (folder / name / picture).write_bytes((folder / picture).read_bytes())
+    assert identity(root=str(folder / "copied")) == before
+    Image.new("RGB", (20, 30), "blue").save(folder / "blurred" / "0.png")
+    assert identity(root=str(folder / "blurred")) != before
+    (folder / "1.png").write_bytes((folder / "2.png").read_bytes())
+    assert identity() != before
+    assert question_identity(load_asked(data).questions, ["?", "What is it?"]) != identity()
 
 
 def dataset(folder: Path) -> str:
@@ -116,6 +182,12 @@ def many(folder: Path, *odd: Any) -> Asked:
         ({**ROW, "answers": None}, "has no answer"),
         ({**ROW, "answers": [""]}, "has no answer"),
         ({**ROW, "answers": [True]}, "true in its answers is no text"),
+        ({**ROW, "choices": "['a', b]"}, "\"['a', b]\" in its choices is no list"),
+        ({**ROW, "choices": "[" * 10_000}, "in its choices is no list"),
+        (
+            {"image": "0.png", "question": "?", "answers": 1, "choices": ["1", "2"]},
+            "its answer 1 is one of its choices, and the number of another: write it as text, or",
+        ),
         ({**ROW, "question": " "}, 'its question is " "'),
         ({**ROW, "question": None}, "its question is null"),
         ({**ROW, "image": "9.png"}, "there is no picture 9.png"),
@@ -131,6 +203,19 @@ def test_odd_rows_are_left_out_and_counted(folder: Path, odd: Any, why: str) -> 
     assert why in said
     assert said.startswith(f"{folder / 'q.jsonl'}, row 0: ")
     assert asked.questions[0].id == "1"  # the row's number
+
+
+@pytest.mark.parametrize("index", [2, -1, "x", 0.5, True, None])
+def test_a_number_of_no_choice_is_odd(folder: Path, index: Any) -> None:
+    sound = {**ROW, "n": 1, "choices": ["a", "b"]}
+    data = lines(folder, *[sound] * 20, {**sound, "n": index})
+    [said] = load_asked(data, columns={"answer_index": "n"}).left_out
+    assert "must be the number, from 0, of one of its 2 choices" in said
+
+
+def test_numbers_among_numbers_are_their_own_words(folder: Path) -> None:
+    row = {"image": "0.png", "question": "?", "answer": 1, "choices": [1, 2]}
+    assert one(folder, row).answers == ("1",)
 
 
 def test_too_many_odd_rows_are_refused_with_the_first(folder: Path) -> None:

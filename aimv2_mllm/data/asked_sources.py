@@ -45,14 +45,14 @@ class Source(Protocol):
         """The encoded picture of a field; `Unusable` where there is none."""
 
     def identity(self, value: Any) -> str:
-        """What that picture is known by."""
+        """What that picture is known by: changes with its content, not with its name."""
 
 
 class _Files:
     """Pictures that are files below `root`."""
 
     def __init__(self, root: Path) -> None:
-        self._root = root
+        self._root, self._known = root, dict[Path, str]()
 
     def picture(self, value: Any) -> bytes:
         if not isinstance(value, str):
@@ -65,7 +65,9 @@ class _Files:
         path = below(self._root, value)
         if not path.is_file():
             raise Unusable("unreadable", f"there is no picture {value} in {self._root}")
-        return os.path.normpath(value)
+        if path not in self._known:
+            self._known[path] = hashlib.sha256(read_whole(path, MAX_PICTURE_BYTES)).hexdigest()
+        return self._known[path]
 
 
 class JsonLines(_Files):
