@@ -45,6 +45,7 @@ def describe(numbers: Mapping[str, Any]) -> dict[str, Any]:
                 **effect,
                 "score": _percent(effect["score"]),
                 "behind": _behind(effect),
+                "of_seeds": ", ".join(map(_percent, effect["behind_of_seeds"].values())),
             }
             for effect in numbers["effects"]
         ],
@@ -54,10 +55,12 @@ def describe(numbers: Mapping[str, Any]) -> dict[str, Any]:
         "command": numbers["command"],
         "made_with": (
             "Intervals are over questions, as if they were independent; where seeds differ by more "
-            "than that, the seeds are what counts. What training took is of a run's own stages, "
-            "not of those that all have in common; seconds are as the machine was"
-            f"{at_once}; the first token is the median of single questions, nothing else "
-            f"running. {versions}."
+            "than that, the seeds are what counts: a value is told apart from the best where 0 is "
+            "outside of the interval and several seeds all agree. What training took is of a run's "
+            "own stages, not of those that all have in common; where features of the tower's are "
+            "kept, with one look of it through the pictures for each run, whichever of them it was "
+            f"done for; seconds are as the machine was{at_once}; the first token is the median of "
+            f"single questions, nothing else running. {versions}."
         ),
     }
 
@@ -105,7 +108,8 @@ def _behind(effect: Mapping[str, Any]) -> str:
     if effect["behind"] == 0:
         return "best"
     ends = _range(*effect["behind_interval"])
-    return f"{_percent(effect['behind'])} ({ends}) behind the best"
+    apart = "" if effect["told_apart"] else ", not told apart"
+    return f"{_percent(effect['behind'])} ({ends}) behind the best{apart}"
 
 
 def _pictures(numbers: Mapping[str, Any], label: str) -> list[Picture]:
