@@ -121,6 +121,7 @@ class Foreign(_Asked):
     def __init__(self, source: str) -> None:
         from transformers import GenerationConfig
 
+        import aimv2_mllm.model.llava  # noqa: F401  (transformers then knows ours, on the hub too)
         from aimv2_mllm.model.foreign import load_image_text
 
         where = "there" if isdir(source) else "the hub, and there is no such folder"

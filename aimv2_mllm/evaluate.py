@@ -6,21 +6,23 @@ Owns its words on the terminal and what is put to the model; refuses to compute:
 import json
 import platform
 import shlex
+import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from aimv2_mllm.answerers import load_answerer
+from aimv2_mllm.answerers import Ours, load_answerer
 from aimv2_mllm.data.asked import FIELDS, Asked, Question, load_asked, question_identity
 from aimv2_mllm.errors import UsageError, nearest
 from aimv2_mllm.evaluation.asking import Answers, ask_all, demand_same
 from aimv2_mllm.evaluation.controls import MAJORITY, SHOWN
-from aimv2_mllm.evaluation.judging import Judged, judge, summary
+from aimv2_mllm.evaluation.judging import Judged, judge, notes, summary
 from aimv2_mllm.evaluation.metrics import METRICS
-from aimv2_mllm.evaluation_page import MORE, describe, pictures
+from aimv2_mllm.evaluation_page import MORE, NOT_ALL, describe, pictures
 from aimv2_mllm.report import HTML, MARKDOWN, SUMMARY, fill, write_files
+from aimv2_mllm.run_folder import locked
 
 CHOICES = "{question}\n{choices}\nAnswer with the letter of the right choice."
 RESULTS = "results.jsonl"
@@ -42,28 +44,38 @@ def evaluate(args: Namespace) -> dict[str, Any]:
         "questions": question_identity(asked.questions, prompts),
         "max_new_tokens": args.max_new_tokens,
     }
-    demand_same(folder, identity)
-    answers = Answers(folder)
-    ask_all(
-        asked,
-        prompts,
-        lambda batch: model(batch, args.max_new_tokens),
-        answers,
-        controls=args.controls,
-        batch=args.batch_size,
-    )
-    judged = judge(asked, answers, metric, controls=args.controls)
-    numbers = {"model": args.model, "source": args.data, "metric": args.metric}
-    numbers |= summary(judged, metric)
-    packages = {name: version(name) for name in ("torch", "transformers", "aimv2-mllm")}
-    numbers |= {
-        "left_out": [*asked.left_out, *answers.left_out()],
-        "prompt": args.prompt,
-        "asked": identity,
-        "command": _command(args),
-        "versions": packages | {"python": platform.python_version()},
-    }
-    write_files(folder, _files(numbers, judged, asked))
+    with locked(folder, "give another --out"):
+        demand_same(folder, identity)
+        answers = Answers(folder)
+        ask_all(
+            asked,
+            prompts,
+            lambda batch: model(batch, args.max_new_tokens),
+            answers,
+            controls=args.controls,
+            batch=args.batch_size,
+        )
+        if isinstance(model, Ours) and (short := model.bot.prompter.num_short):
+            print(
+                f"aimv2-mllm: {short:,} questions, those of controls too, left fewer than "
+                f"--max-new-tokens {args.max_new_tokens} of the model's {model.bot.limit} tokens: "
+                "answers to them may be cut",
+                file=sys.stderr,
+            )
+        judged = judge(asked, answers, metric, controls=args.controls)
+        numbers = {"model": args.model, "source": args.data, "metric": args.metric}
+        numbers |= summary(judged, metric)
+        packages = {name: version(name) for name in ("torch", "transformers", "aimv2-mllm")}
+        numbers |= {
+            "left_out": [*asked.left_out, *answers.left_out()],
+            "not_asked": answers.not_asked(),
+            "notes": notes(judged, metric),
+            "prompt": args.prompt,
+            "asked": identity,
+            "command": _command(args),
+            "versions": packages | {"python": platform.python_version()},
+        }
+        write_files(folder, _files(numbers, judged, asked))
     return numbers
 
 
@@ -129,6 +141,7 @@ def _results(judged: Judged) -> list[str]:
         line: dict[str, Any] = {
             "id": question.id,
             "type": question.kind,
+            "picture": question.picture,
             "question": question.text,
             "answers": list(question.answers),
         }
@@ -141,11 +154,15 @@ def _results(judged: Judged) -> list[str]:
 def as_table(numbers: dict[str, Any]) -> str:
     """The numbers for a terminal."""
     metric = METRICS[numbers["metric"]]
-    left_out = len(numbers["left_out"])
-    more = f"; {left_out:,} left out, the first: {numbers['left_out'][0]}" if left_out else ""
+    more = "".join(
+        f"; {len(numbers[key]):,} {what}, the first: {numbers[key][0]}"
+        for key, what in NOT_ALL.items()
+        if numbers[key]
+    )
     lines = [
         f"model    {numbers['model']}",
         f"data     {numbers['source']}: {numbers['num_questions']:,} questions{more}",
+        *(f"note     {note}" for note in numbers["notes"]),
         "",
         f"{f'{metric.title}, {metric.unit}':<34}{'mean':>9}   95 % interval",
     ]

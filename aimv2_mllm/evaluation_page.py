@@ -5,7 +5,7 @@ Owns every sentence and number of it; refuses to compute: see `evaluation.judgin
 
 import io
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from PIL import Image
@@ -29,6 +29,8 @@ NAMES = {
     "text_only": ("text only", "The same model asked the same without any picture."),
     MAJORITY: ("majority", "No model: always the answer that is right most often in its type."),
 }
+# Lists of a summary that say which rows or questions have no answer, and what became of these.
+NOT_ALL = {"left_out": "left out", "not_asked": "could not be asked and count as wrong"}
 MORE = {
     "precision": "precision of yes",
     "recall": "recall of yes",
@@ -42,7 +44,6 @@ MORE = {
 def describe(numbers: Mapping[str, Any], judged: Judged, asked: Asked) -> dict[str, Any]:
     """Everything that the templates say of an evaluation, by the names they use."""
     versions = ", ".join(f"{name} {number}" for name, number in numbers["versions"].items())
-    left_out = numbers["left_out"]
     return {
         "title": f"{_last(numbers['model'])} on {_last(numbers['source'])}",
         "about": (
@@ -50,15 +51,15 @@ def describe(numbers: Mapping[str, Any], judged: Judged, asked: Asked) -> dict[s
             f" {numbers['model']} and judged by {METRICS[numbers['metric']].title}."
         ),
         "headline": _headline(numbers),
-        "left_out": f"{len(left_out):,} rows are left out: {'; '.join(left_out[:3])}"
-        + (" …" if len(left_out) > 3 else "")
-        if left_out
-        else "",
+        "notes": [
+            *(_first(numbers[key], what) for key, what in NOT_ALL.items() if numbers[key]),
+            *numbers["notes"],
+        ],
         **_table(numbers),
         "gallery": _gallery(numbers, judged, asked),
         "prompt": numbers["prompt"] or "the question, and its choices by letter if any",
         "command": numbers["command"],
-        "made_with": f"Intervals are of 95 %, as if questions were independent. {versions}.",
+        "made_with": f"Intervals are of 95 %, over pictures with their questions. {versions}.",
     }
 
 
@@ -67,6 +68,10 @@ def pictures(page: Mapping[str, Any]) -> Iterable[Picture]:
     if page["bars"]:
         yield page["bars"]
     yield from (item["picture"] for part in page["gallery"] for item in part["entries"])
+
+
+def _first(found: Sequence[str], what: str) -> str:
+    return f"{len(found):,} {what}: {'; '.join(found[:3])}" + (" …" if len(found) > 3 else "")
 
 
 def _last(name: str) -> str:
@@ -102,6 +107,7 @@ def _table(numbers: Mapping[str, Any]) -> dict[str, Any]:
         for name in named
         if name != MAJORITY
     }
+    further = [key for key in MORE if key in numbers]
     bars = None
     if len(kinds) > 1 and not METRICS[numbers["metric"]].is_of_captions:
         label = f"{METRICS[numbers['metric']].title}, %"
@@ -112,14 +118,14 @@ def _table(numbers: Mapping[str, Any]) -> dict[str, Any]:
         bars = Picture("types.png", f"{label}, by type of question", light, dark)
     return {
         "bars": bars,
-        "series": [NAMES[name][0] for name in named],
+        "series": [*(NAMES[name][0] for name in named), *(MORE[key] for key in further)],
         "controls": [f"{NAMES[name][0]}: {NAMES[name][1]}" for name in named if NAMES[name][1]],
         "rows": [
             {
                 "name": kind.replace("_", " "),
                 "count": f"{one['count']:,}",
                 "interval": _ends(one),
-                "shares": [_percent(score) for score in scores],
+                "shares": [_percent(score) for score in (*scores, *(one[key] for key in further))],
                 "is_sum": kind == "all",
             }
             for kind, one, scores in rows

@@ -45,6 +45,7 @@ class Prompter:
         self._asker, self._marks = Asker(tokenizer), tokenizer.all_special_tokens
         self._start = [] if is_ours else tokenizer("").input_ids[:1]
         self._has_system: bool | None = None
+        self.num_short = 0  # prompts that left the answer less room than was wanted
 
     def __call__(
         self,
@@ -80,7 +81,9 @@ class Prompter:
                 f"oldest {len(turns) - len(kept)} of its {len(turns)} turns are left out",
                 file=sys.stderr,
             )
-        return ids, min(max_new_tokens, limit - len(ids))
+        room = min(max_new_tokens, limit - len(ids))
+        self.num_short += room < max_new_tokens
+        return ids, room
 
     def _tokens(self, messages: Sequence[Message], counts: Sequence[int]) -> list[int]:
         ids: list[int] = self._asker(messages, counts).tolist()

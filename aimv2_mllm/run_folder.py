@@ -39,25 +39,26 @@ LICENCE = "Apache-2.0"
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder of runs, made if need be, against a second process."""
+def locked(folder: Path, give: str = "give output=FOLDER") -> Iterator[None]:
+    """Hold a folder, made if need be, against a second process; UsageError, with what to `give`,
+    where one has it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("w")
     except OSError as error:
         raise UsageError(
-            f"{folder}: cannot be the run folder ({error.strerror}); give output=FOLDER"
+            f"{folder}: cannot be the folder of results ({error.strerror}); {give}"
         ) from None
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UsageError(
-                f"{folder}: another process is running there; wait for it or give output=FOLDER"
+                f"{folder}: another process is running there; wait for it or {give}"
             ) from None
         except OSError as error:  # a network drive, for example
             raise UsageError(
-                f"{folder}: cannot be locked ({error.strerror}); give output=FOLDER on another disk"
+                f"{folder}: cannot be locked ({error.strerror}); {give} on another disk"
             ) from None
         yield
 

@@ -39,7 +39,12 @@ def content(folder: Path, name: str) -> str:
 
 def test_a_row_is_a_question_with_its_answers(folder: Path) -> None:
     assert one(folder, {**ROW, "id": 7, "type": "colour", "choices": ["red", "blue"]}) == Question(
-        "7", "What is it?", ("red", "a red one"), "colour", ("red", "blue"), content(folder, "0.png")
+        "7",
+        "What is it?",
+        ("red", "a red one"),
+        "colour",
+        ("red", "blue"),
+        content(folder, "0.png"),
     )
     assert one(folder, ROW) == Question(
         "0", "What is it?", ("red", "a red one"), picture=content(folder, "0.png")
@@ -61,6 +66,36 @@ def test_answers_are_texts_numbers_or_those_of_people(
     folder: Path, said: dict[str, Any], answers: tuple[str, ...]
 ) -> None:
     assert one(folder, {"image": "0.png", "question": "?", **said}).answers == answers
+
+
+@pytest.mark.parametrize(
+    ("said", "choices"),
+    [
+        (["red", 7], ("red", "7")),
+        ("red|dark blue", ("red", "dark blue")),
+        ('["red", "$7"]', ("red", "$7")),
+        ("['$6', 'it\\'s \"7\"']", ("$6", 'it\'s "7"')),  # as MMMU has them
+        ("[0, 1]|[1, 0]", ("[0, 1]", "[1, 0]")),
+        (None, ()),
+    ],
+)
+def test_choices_are_listed_in_any_of_these_ways(
+    folder: Path, said: Any, choices: tuple[str, ...]
+) -> None:
+    assert one(folder, {**ROW, "choices": said}).choices == choices
+
+
+@pytest.mark.parametrize("index", [1, "1"])
+def test_an_answer_may_be_the_number_of_a_choice_where_that_is_said(
+    folder: Path, index: Any
+) -> None:
+    row = {"image": "0.png", "question": "?", "answer": index, "choices": ["1", "2", "3"]}
+    columns = {"answer_index": "answer"}
+    assert one(folder, row, columns=columns).answers == ("2",)
+    assert one(folder, {**row, "answer": "1"}).answers == ("1",)
+    named = {**row, "answer": "2", "answer_index": 0}
+    assert one(folder, named).answers == ("2",)  # nobody has said it
+    assert one(folder, named, columns={"answer_index": "answer_index"}).answers == ("1",)
 
 
 def test_fields_may_have_other_names(folder: Path) -> None:
@@ -147,6 +182,12 @@ def many(folder: Path, *odd: Any) -> Asked:
         ({**ROW, "answers": None}, "has no answer"),
         ({**ROW, "answers": [""]}, "has no answer"),
         ({**ROW, "answers": [True]}, "true in its answers is no text"),
+        ({**ROW, "choices": "['a', b]"}, "\"['a', b]\" in its choices is no list"),
+        ({**ROW, "choices": "[" * 10_000}, "in its choices is no list"),
+        (
+            {"image": "0.png", "question": "?", "answers": 1, "choices": ["1", "2"]},
+            "its answer 1 is one of its choices, and the number of another: write it as text, or",
+        ),
         ({**ROW, "question": " "}, 'its question is " "'),
         ({**ROW, "question": None}, "its question is null"),
         ({**ROW, "image": "9.png"}, "there is no picture 9.png"),
@@ -162,6 +203,19 @@ def test_odd_rows_are_left_out_and_counted(folder: Path, odd: Any, why: str) -> 
     assert why in said
     assert said.startswith(f"{folder / 'q.jsonl'}, row 0: ")
     assert asked.questions[0].id == "1"  # the row's number
+
+
+@pytest.mark.parametrize("index", [2, -1, "x", 0.5, True, None])
+def test_a_number_of_no_choice_is_odd(folder: Path, index: Any) -> None:
+    sound = {**ROW, "n": 1, "choices": ["a", "b"]}
+    data = lines(folder, *[sound] * 20, {**sound, "n": index})
+    [said] = load_asked(data, columns={"answer_index": "n"}).left_out
+    assert "must be the number, from 0, of one of its 2 choices" in said
+
+
+def test_numbers_among_numbers_are_their_own_words(folder: Path) -> None:
+    row = {"image": "0.png", "question": "?", "answer": 1, "choices": [1, 2]}
+    assert one(folder, row).answers == ("1",)
 
 
 def test_too_many_odd_rows_are_refused_with_the_first(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ from aimv2_mllm.data.asked import Asked, Question
 from aimv2_mllm.data.files import Unusable
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.evaluation.asking import Answers, ask_all, demand_same
-from aimv2_mllm.evaluation.judging import judge, summary
+from aimv2_mllm.evaluation.intervals import interval
+from aimv2_mllm.evaluation.judging import Judged, judge, notes, summary
 from aimv2_mllm.evaluation.metrics import METRICS
 
 PICTURES = ["a", "a", "b", "", "c", "b", "c"]  # of the questions, by name; one has none
@@ -124,13 +126,46 @@ def test_one_picture_has_no_other(tmp_path: Path) -> None:
     ask(tmp_path, asked_about(["a", "a", ""]), Model(), controls=False)
 
 
-def test_a_refusal_names_its_questions(tmp_path: Path) -> None:
-    def refuse(batch: Sequence[tuple[str, Image.Image | None]]) -> list[str]:
-        raise UsageError("too long")
+class Choosy(Model):
+    """A model that refuses some questions."""
 
-    asked = asked_about(PICTURES)
-    with pytest.raises(UsageError, match=r"^questions 0 to 2: too long$"):
-        ask_all(asked, ["?"] * 7, refuse, Answers(tmp_path), controls=False, batch=3)
+    def __init__(self, *refused: str) -> None:
+        super().__init__()
+        self._refused = refused
+
+    def __call__(self, batch: Sequence[tuple[str, Image.Image | None]]) -> list[str]:
+        if wrong := [text for text, _ in batch if text in self._refused]:
+            raise UsageError(f"{wrong[0]} is too long")
+        return super().__call__(batch)
+
+
+def test_a_question_that_cannot_be_asked_counts_as_answered_wrongly(tmp_path: Path) -> None:
+    asked = asked_about([*"abcdefghijklmnopqrstuvwxyz"])
+    model = Choosy("q4")
+    ask(tmp_path, asked, model)
+    assert model.batches[:5] == [["q0", "q1", "q2"], ["q3"], ["q5"], ["q6", "q7", "q8"], [
+        "q9", "q10", "q11"]]  # fmt: skip
+    rest, answers = Choosy("q4"), Answers(tmp_path)
+    ask(tmp_path, asked, rest)
+    assert rest.batches == []
+    assert answers.given["seen"]["4"] == ""
+    assert answers.unusable == {}
+    assert answers.not_asked() == [
+        f"question 4, {name}: q4 is too long" for name in ("seen", "text_only", "blind")
+    ]
+    agreed = asked._replace(questions=[replace(one, answers=("yes",)) for one in asked.questions])
+    judged = judge(agreed, answers, METRICS["yesno"], controls=True)
+    assert judged.scores["seen"] == [float(n != 4) for n in range(26)]
+    judged = judge(asked, answers, METRICS["exact"], controls=True)
+    assert judged.scores["seen"] == [float(n != 4) for n in range(26)]
+    assert judged.scores["majority"] == [1.0] + [float(n == 1) for n in range(1, 26)]
+
+
+def test_too_many_questions_that_cannot_be_asked_end_the_evaluation(tmp_path: Path) -> None:
+    with pytest.raises(
+        UsageError, match=r"^2 of 26 questions cannot be asked, .*: question 3: q3 is too long$"
+    ):
+        ask(tmp_path, asked_about([*"abcdefghijklmnopqrstuvwxyz"]), Choosy("q3", "q20"))
 
 
 def test_a_folder_keeps_to_one_evaluation(tmp_path: Path) -> None:
@@ -169,4 +204,49 @@ def test_the_numbers_of_a_hand_made_case(tmp_path: Path) -> None:
     }
     assert numbers["seeing_adds"]["score"] == pytest.approx(6 / 7)
     low, high = numbers["seeing_adds"]["interval"]
-    assert 0.4 < low < 6 / 7 < high <= 1
+    assert 0.3 < low < 6 / 7 < high <= 1
+
+
+def test_every_type_has_all_numbers_and_pictures_stay_together(tmp_path: Path) -> None:
+    asked = asked_about(["a", "a", "b", "b", "c", "c", "d", "d"])
+    agreed = asked._replace(
+        questions=[
+            replace(one, answers=("yes" if n % 4 else "no",))
+            for n, one in enumerate(asked.questions)
+        ]
+    )
+    ask(tmp_path, agreed, Model(), controls=False)
+    metric = METRICS["yesno"]
+    numbers = summary(judge(agreed, Answers(tmp_path), metric, controls=False), metric)
+    even, odd = numbers["by_type"]["even"], numbers["by_type"]["odd"]
+    assert (even["precision"], even["recall"], even["yes_share"]) == (0.5, 1, 1)
+    assert odd["f1"] == 1
+    scores, groups = [0.0, 1, 1, 1, 0, 1, 1, 1], [0, 0, 1, 1, 2, 2, 3, 3]
+    assert numbers["interval"] == list(interval(scores, groups=groups))
+    assert even["interval"] == list(interval([0, 1, 0, 1]))
+
+
+def test_captions_that_are_worth_nothing_are_no_share(tmp_path: Path) -> None:
+    asked = asked_about([*"abcdefghij"])
+    judged = Judged(asked.questions, list(range(10)), {"seen": ["x"] * 10}, {"seen": [0.0] * 10})
+    numbers = summary(judged, replace(METRICS["caption"], more=lambda q, a: {}))
+    assert numbers["interval"] == [0.0, pytest.approx(0.3)]
+
+
+@pytest.mark.parametrize(
+    ("metric", "given", "is_told"),
+    [
+        ("exact", "It is a red cat on a mat", True),
+        ("exact", "red", False),
+        ("exact", "a red cat", False),
+        ("yesno", "It is a red cat on a mat", False),
+    ],
+)
+def test_sentences_for_words_are_told(metric: str, given: str, is_told: bool) -> None:
+    questions = asked_about(["a", "b", "c"]).questions
+    judged = Judged(questions, [0, 1, 2], {"seen": [given, given, ""]}, {"seen": [0.0] * 3})
+    found = notes(judged, METRICS[metric])
+    assert bool(found) == is_told
+    if is_told:
+        assert found[0].startswith("Answers have 8 words in the median, the right ones 1, and for")
+        assert "--prompt '{question} Answer with a single word or phrase.'" in found[0]

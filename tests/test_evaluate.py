@@ -1,5 +1,6 @@
 """The verb `evaluate`: models of ours and of others asked, killed, judged, reported."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from aimv2_mllm.data.asked import Question
 from aimv2_mllm.data.tokenizer import train_tokenizer
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.evaluate import prompt_of
+from aimv2_mllm.run_folder import locked
 from aimv2_mllm.sampling import Sampling
 
 WORDS = ["what is it", "where is the red one", "is it the one", "what is the red"]
@@ -111,13 +113,15 @@ def test_a_model_is_judged_with_its_controls(
     assert table.endswith("\nreport: out/report.md\n")
     found, told = results("out"), json.loads((Path("out") / "summary.json").read_text())
     assert [line["question"] for line in found] == [WORDS[n % 4] for n in range(7)]
+    pictures = [hashlib.sha256(Path(f"{n % 3}.png").read_bytes()).hexdigest() for n in range(7)]
+    assert [line["picture"] for line in found] == pictures
     for name in ("text_only", "blind", "majority"):
         scores = [line[name]["score"] for line in found]
         assert told["controls"][name]["score"] == sum(scores) / 7
     assert told["controls"]["majority"]["score"] == 1
     bot = Ours(llava)
-    pictures = [Image.open(f"{n % 3}.png") for n in range(7)]
-    for line, picture, blind in zip(found, pictures, [*pictures[1:], pictures[1]], strict=True):
+    shown = [Image.open(f"{n % 3}.png") for n in range(7)]
+    for line, picture, blind in zip(found, shown, [*shown[1:], shown[1]], strict=True):
         assert line["seen"]["answer"] == bot([(line["question"], picture)], 6)[0]
         assert line["blind"]["answer"] == bot([(line["question"], blind)], 6)[0]
     assert len({line["seen"]["answer"] for line in found}) > 2  # so pictures and words matter
@@ -203,6 +207,16 @@ def test_other_pictures_of_the_same_names_are_another_evaluation(
     assert "another evaluation, which differs in questions; give" in capsys.readouterr().err
 
 
+def test_a_folder_in_which_another_process_asks_is_not_taken(
+    llava: Path, data: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with locked(Path("out")):
+        assert evaluate(llava, data, "--out", "out", "--no-controls") == 2
+    said = "out: another process is running there; wait for it or give another --out\n"
+    assert capsys.readouterr().err.endswith(said)
+    assert evaluate(llava, data, "--out", "out", "--no-controls") == 0
+
+
 def test_a_run_is_asked_by_its_last_stage(llava: Path, tmp_path: Path) -> None:
     run = run_folder(tmp_path / "run", llava, eyes="pretrain", again="tune")
     assert isinstance(load_answerer(str(run)), Ours)
@@ -243,8 +257,38 @@ def test_a_model_that_refuses_is_said_in_one_line(
     monkeypatch.setattr(T.LlavaNextProcessor, "apply_chat_template", refuse)
     kind = "image"
     assert evaluate(other, data, "--out", "out") == 2
-    said = f"questions 0 to 6: {other}: refuses a picture (Cannot use this)\n"
-    assert capsys.readouterr().err.endswith(said)
+    said = f"the first: question 0: {other}: refuses a picture (Cannot use this)\n"
+    err = capsys.readouterr().err
+    assert "7 of 7 questions cannot be asked, and 5% are the most; " in err
+    assert err.endswith(said)
+
+
+def test_a_question_that_cannot_be_asked_ends_nothing(
+    llava: Path, data: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mark = Ours(llava).bot.processor.tokenizer.eos_token
+    rows = [json.loads(line) for line in Path(data).read_text().splitlines()] * 3
+    rows[20] = {**rows[20], "question": f"what is {mark}"}
+    Path(data).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert evaluate(llava, data, "--out", "out") == 0
+    table = capsys.readouterr().out
+    said = "3 could not be asked and count as wrong"  # once with its picture, and in two controls
+    assert f"21 questions; {said}, the first: question 20, seen: " in table
+    assert results("out")[20]["seen"] == {"answer": "", "score": 0.0}
+    for name in ("report.md", "report.html"):
+        assert said in (Path("out") / name).read_text()
+
+
+def test_answers_that_have_too_little_room_are_counted(
+    llava: Path, data: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limit = Ours(llava).bot.limit
+    rows = [json.loads(line) for line in Path(data).read_text().splitlines()]
+    rows[2]["question"] = "what " * (limit - 20)
+    Path(data).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert evaluate(llava, data, "--out", "out", "--no-controls", "--max-new-tokens", "30") == 0
+    said = "1 questions, those of controls too, left fewer than --max-new-tokens 30 of the model's"
+    assert f"{said} {limit} tokens" in capsys.readouterr().err
 
 
 def test_a_model_that_needs_a_picture_is_asked_without_controls(
@@ -290,7 +334,7 @@ def test_what_is_no_model_is_refused(other: Path, tmp_path: Path) -> None:
         (["--column", "answers"], "--column answers: must be FIELD=NAME"),
         (["--column", "answers=label"], "has no field label (answers); its first row has image"),
         (["--limit", "0"], "--limit: is 0, must be a whole number"),
-        (["--out", "q.jsonl"], "q.jsonl: cannot be used"),
+        (["--out", "q.jsonl"], "q.jsonl: cannot be the folder of results (File exists); "),
     ],
 )
 def test_mistakes_are_one_line_before_a_model_is_asked(

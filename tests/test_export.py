@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from aimv2_mllm import __main__ as command
@@ -64,6 +65,31 @@ def test_an_export_says_the_same_in_a_process_without_this_package(
     assert out.endswith("mine: all 14 checks passed\n")
 
 
+def test_pictures_that_are_not_square_are_padded_as_in_training(
+    tiny_run: Path, tmp_path: Path, said: Said
+) -> None:
+    from aimv2_mllm.chat import load_model
+    from aimv2_mllm.prompts import pixels_of
+
+    model, folder = shutil.copytree(tiny_run / "tune" / "model", tmp_path / "model"), tmp_path / "x"
+    record = json.loads((model / "stage.json").read_text())
+    photos = {"kind": "questions", "folder": "photos", "weight": 1.0}
+    record["recipe"]["data"] |= {"sources": [photos], "image_aspect": "pad"}
+    (model / "stage.json").write_text(json.dumps(record))
+    assert said("export", model, folder)[0] == 0
+    assert said("verify-export", folder, model)[0] == 0
+    assert json.loads((folder / "aimv2_mllm.json").read_text())["pictures_as_trained"] is True
+    assert "makes squares of pictures otherwise" not in (folder / "README.md").read_text()
+    trained, own = load_model(model), load_model(folder)
+    assert own.data is None  # so its processor prepares them
+    wide = Image.effect_noise((61, 40), 90).convert("RGB")
+    for image in (wide, wide.rotate(90, expand=True), wide.resize((40, 40))):
+        expected, found = (
+            pixels_of(bot.processor, [image], bot.data)["pixel_values"] for bot in (trained, own)
+        )
+        torch.testing.assert_close(found, expected)
+
+
 def test_that_process_can_import_nothing_of_ours() -> None:
     refusal = answers._Refusal()
     with pytest.raises(ImportError, match=r"aimv2_mllm\.model is refused here"):
@@ -84,6 +110,8 @@ def test_the_folder_says_all_that_stock_libraries_must_know(exported: Path) -> N
     assert (told["feature_norm"], told["min_transformers"]) == ("post", "5.18")
     assert told["licence"] == "Apache-2.0"
     assert told["prompt_as_trained"] is True
+    assert told["pictures_as_trained"] is False  # sheets of another shape grow by their own paper
+    assert "makes squares of pictures otherwise than" in (exported / "README.md").read_text()
     assert len(told["reference"]["tokens"]) >= 1
     assert set(told["files"]) == {p.name for p in exported.iterdir()} - {"aimv2_mllm.json"}
 

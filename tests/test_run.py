@@ -192,7 +192,7 @@ def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
 
 def test_a_run_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match="cannot be the run folder"):
+    with pytest.raises(UsageError, match="cannot be the folder of results"):
         runs.run(tiny_recipe(tmp_path / "file" / "run"), lambda _: None)
 
 

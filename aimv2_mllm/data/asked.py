@@ -4,6 +4,7 @@ Owns what the fields of a row are called and may hold. Rows that cannot be asked
 counted; refused is data of which more than `MOST_LEFT_OUT` cannot, or that has no picture at all.
 """
 
+import ast
 import hashlib
 import io
 import json
@@ -21,7 +22,8 @@ from aimv2_mllm.data.images import as_rgb, opened, upright
 from aimv2_mllm.errors import UsageError, nearest, show
 
 MOST_LEFT_OUT = 0.05  # of the rows
-FIELDS = ("image", "question", "answers", "type", "id", "choices")
+INDEX = "answer_index"  # the number, from 0, of the choice that is right, where the user says so
+FIELDS = ("image", "question", "answers", INDEX, "type", "id", "choices")
 OTHERS = {"answers": "answer"}  # a field -> what it may be called too
 
 
@@ -39,6 +41,11 @@ class Question:
     kind: str = ""
     choices: tuple[str, ...] = ()
     picture: str = ""
+
+    @property
+    def about(self) -> tuple[str, str]:
+        """What it shares with other questions about its picture, and with no more."""
+        return (self.picture, "" if self.picture else self.id)
 
 
 class Asked(NamedTuple):
@@ -130,8 +137,10 @@ def _names(data: str, first: Mapping[str, Any], columns: Mapping[str, str]) -> d
     names = {}
     for field in FIELDS:
         others = (columns.get(field, field), OTHERS.get(field, field))
-        if found := [name for name in others if name in first]:
+        if (field != INDEX or INDEX in columns) and (found := [n for n in others if n in first]):
             names[field] = found[0]
+    if INDEX in names:
+        names["answers"] = names[INDEX]
     missing = [field for field in ("image", "question", "answers") if field not in names]
     if missing:
         raise UsageError(
@@ -144,7 +153,13 @@ def _names(data: str, first: Mapping[str, Any], columns: Mapping[str, str]) -> d
 def _question(source: Source, row: int, names: Mapping[str, str]) -> Question:
     fields = source.fields(row)
     said = {field: fields.get(name) for field, name in names.items()}
-    answers = tuple(_texts(said["answers"], "answers"))
+    choices = tuple(_texts(said.get("choices"), "choices"))
+    answers: tuple[str, ...]
+    if INDEX in names:
+        answers = (_choice_at(said[INDEX], choices),)
+    else:
+        answers = tuple(_texts(said["answers"], "answers"))
+        _demand_clear(said["answers"], said.get("choices"), choices)
     text = said["question"]
     # Conversations for training mark the place of the picture in the question.
     text = text.replace(IMAGE_TOKEN, "").strip() if isinstance(text, str) else ""
@@ -159,15 +174,51 @@ def _question(source: Source, row: int, names: Mapping[str, str]) -> Question:
         text=text,
         answers=answers,
         kind="" if kind is None else str(kind),
-        choices=tuple(_texts(said.get("choices"), "choices")),
+        choices=choices,
         picture="" if image in (None, "") else source.identity(image),
     )
+
+
+def _choice_at(index: Any, choices: Sequence[str]) -> str:
+    number = int(index) if isinstance(index, str) and index.strip().isdecimal() else index
+    if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < len(choices):
+        raise Unusable(
+            "odd_row",
+            f"its {INDEX} is {show(index)}, must be the number, from 0, of one of its "
+            f"{len(choices)} choices",
+        )
+    return choices[number]
+
+
+def _demand_clear(answer: Any, listed: Any, choices: Sequence[str]) -> None:
+    """`Unusable` for a number as the answer that is one choice's words and another's place."""
+    is_number = isinstance(answer, int) and not isinstance(answer, bool)
+    if not is_number or str(answer) not in choices or not 0 <= answer < len(choices):
+        return
+    are_numbers = isinstance(listed, list) and all(isinstance(one, int | float) for one in listed)
+    if not are_numbers and choices[answer] != str(answer):
+        raise Unusable(
+            "odd_row",
+            f"its answer {answer} is one of its choices, and the number of another: write it as "
+            f"text, or say --column {INDEX}=NAME",
+        )
+
+
+def _listed(text: str) -> list[Any]:
+    """The choices that a text lists: as JSON or Python write a list, or with | between them."""
+    for read in (json.loads, ast.literal_eval) if text.startswith("[") else ():
+        with suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+            if isinstance(found := read(text), list):
+                return found
+    if text.startswith("[") and "|" not in text:
+        raise Unusable("odd_row", f"{show(text)} in its choices is no list")
+    return text.split("|")
 
 
 def _texts(value: Any, field: str) -> list[str]:
     """The texts of a field: one, or a list of them, or of mappings with an `answer` each."""
     if isinstance(value, str) and field == "choices":
-        value = json.loads(value) if value.startswith("[") else value.split("|")
+        value = _listed(value)
     listed = [] if value is None else value if isinstance(value, list) else [value]
     texts = []
     for one in listed:

@@ -1,7 +1,9 @@
 """Every question put to a model, with its picture and without: answers that survive a kill.
 
-Owns the file of answers, in which a batch is there whole or not at all, and what the controls get
-to see. Refuses a folder that holds the answers of another evaluation.
+Owns the file of answers, in which a batch is there whole or not at all, what the controls get to
+see, and what happens to a question that the model cannot be asked: it counts as answered wrongly,
+and more than `MOST_LEFT_OUT` of them end the evaluation. Refuses a folder that holds the answers of
+another evaluation.
 """
 
 import json
@@ -18,7 +20,7 @@ from aimv2_mllm.data.files import Unusable
 from aimv2_mllm.errors import RunFailed, UsageError
 from aimv2_mllm.evaluation.controls import SHOWN, other_picture
 
-ANSWERS, IDENTITY = "answers.jsonl", "asked.json"
+ANSWERS, IDENTITY, LOCK = "answers.jsonl", "asked.json", ".lock"
 SEEN = "seen"
 Ask = Callable[[Sequence[tuple[str, Image.Image | None]]], list[str]]
 
@@ -38,7 +40,7 @@ def demand_same(folder: Path, identity: Mapping[str, Any]) -> None:
                     f"{', '.join(other)}; give another --out, or remove it"
                 )
             return
-        if any(folder.iterdir()):
+        if any(path.name != LOCK for path in folder.iterdir()):
             raise UsageError(f"{folder}: is not empty, and holds no evaluation; give another --out")
         unfinished = path.with_suffix(".part")
         unfinished.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
@@ -50,13 +52,14 @@ def demand_same(folder: Path, identity: Mapping[str, Any]) -> None:
 
 
 class Answers:
-    """The answers in a folder: pass -> id of the question -> its answer, or None where the picture
-    cannot be decoded."""
+    """The answers in a folder: pass -> id of the question -> its answer, "" where the model could
+    not be asked, or None where the picture cannot be decoded."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / ANSWERS
         self.given: dict[str, dict[str, str | None]] = {name: {} for name in (SEEN, *SHOWN)}
         self.unusable: dict[str, str] = {}  # id -> why
+        self.refused: dict[str, dict[str, str]] = {name: {} for name in self.given}
         content = self._path.read_bytes() if self._path.exists() else b""
         whole = content[: content.rfind(b"\n") + 1]
         if len(whole) < len(content):  # killed while it wrote
@@ -68,10 +71,20 @@ class Answers:
         self.given[line["pass"]][line["id"]] = line["answer"]
         if line["answer"] is None:
             self.unusable[line["id"]] = line["why"]
+        elif "why" in line:
+            self.refused[line["pass"]][line["id"]] = line["why"]
 
     def left_out(self) -> list[str]:
         """Which questions are not judged, and why."""
         return [f"question {name}: {why}" for name, why in self.unusable.items()]
+
+    def not_asked(self) -> list[str]:
+        """Which questions the model could not be asked, in which pass, and why."""
+        return [
+            f"question {one}, {name}: {why}"
+            for name, found in self.refused.items()
+            for one, why in found.items()
+        ]
 
     def add(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Write a batch down; it is on the disk when this returns."""
@@ -96,19 +109,24 @@ def ask_all(
     """Put every one of `prompts`, one a question, to the model, `batch` at a time, and write the
     answers down; those that are there already are not asked again.
 
-    UsageError where too many pictures cannot be decoded, or only one is left for the controls.
+    UsageError where too many pictures cannot be decoded, too many questions cannot be asked, or
+    only one picture is left for the controls.
     """
     for name in (SEEN, *(SHOWN if controls else ())):
         _ask_pass(name, asked, prompts, ask, answers, batch)
 
 
-def _demand_sound(answers: Answers, count: int) -> None:
-    unusable = len(answers.unusable)
-    if unusable > MOST_LEFT_OUT * count:
-        raise UsageError(
-            f"{unusable:,} of {count:,} pictures cannot be decoded, and {MOST_LEFT_OUT:.0%} are "
-            f"the most; the first: {answers.left_out()[0]}"
-        )
+def _demand_sound(answers: Answers, name: str, count: int) -> None:
+    for what, found in (
+        ("pictures cannot be decoded", answers.unusable),
+        ("questions cannot be asked", answers.refused[name]),
+    ):
+        if len(found) > MOST_LEFT_OUT * count:
+            first, why = next(iter(found.items()))
+            raise UsageError(
+                f"{len(found):,} of {count:,} {what}, and {MOST_LEFT_OUT:.0%} are the most; the "
+                f"first: question {first}: {why}"
+            )
 
 
 def _ask_pass(
@@ -131,16 +149,23 @@ def _ask_pass(
                 numbers.append(number)
             except Unusable as error:
                 lines.append({"pass": name, "id": ids[number], "answer": None, "why": str(error)})
-        try:
-            given = ask([(prompts[n], p) for n, p in zip(numbers, pictures, strict=True)])
-        except UsageError as error:
-            raise UsageError(f"questions {ids[here[0]]} to {ids[here[-1]]}: {error}") from None
+        batch_of = [(prompts[n], p) for n, p in zip(numbers, pictures, strict=True)]
         lines += [
-            {"pass": name, "id": ids[number], "answer": text}
-            for number, text in zip(numbers, given, strict=True)
+            {"pass": name, "id": ids[number], **answered}
+            for number, answered in zip(numbers, _answered(ask, batch_of), strict=True)
         ]
         answers.add(lines)
-        _demand_sound(answers, len(ids))
+        _demand_sound(answers, name, len(ids))
+
+
+def _answered(ask: Ask, batch: Sequence[tuple[str, Image.Image | None]]) -> list[dict[str, str]]:
+    """What a line says of each answer; those of a batch that is refused are asked one by one."""
+    try:
+        return [{"answer": text} for text in ask(batch)]
+    except UsageError as error:
+        if len(batch) == 1:
+            return [{"answer": "", "why": str(error)}]
+    return [answered for one in batch for answered in _answered(ask, [one])]
 
 
 def _shown(name: str, asked: Asked, answers: Answers) -> list[int | None]:

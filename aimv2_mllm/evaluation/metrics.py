@@ -16,9 +16,16 @@ THRESHOLD = 0.5  # ANLS: a similarity below it is nothing
 TOLERANCE = 0.05  # relaxed accuracy: a number may be off by this share of the right one
 AROUND = " \t.,;:!?\"'`()[]{}"  # what exact match overlooks at both ends of an answer
 YES, NO = "yes", "no"
-LETTER = r"(?![AI] (?!or\b|and\b)[a-z])([A-Z])\b"  # not the article, and not the pronoun
+# Not the article A, which stands before other words than these, and not the pronoun I.
+LETTER = (
+    r"(?!A (?!(?:or|and|but|is|was|as|because|since|would|seems)\b)[a-z])"
+    r"(?!I (?!(?:or|and|is|because|since)\b)[a-z])([A-Z])\b"
+)
 LEADING_LETTER = re.compile(r"\(?([A-Z])(?:[).:,]|$)")  # "(B)", "B." or "B: cat"
-NAMED_LETTER = re.compile(rf"(?:answer|option|choice)(?: is)?:? \(?{LETTER}")
+# "The answer is (B)" and "Option B", but not "the answer is B or C"
+NAMED_LETTER = re.compile(
+    rf"(?i:answer|option|choice)(?: is)?:? \(?{LETTER}(?!\)? (?:or|and) \(?[A-Z]\b)"
+)
 LONE_LETTER = re.compile(rf"\b{LETTER}")
 Scores = list[float]
 
@@ -28,13 +35,17 @@ class Metric:
     """How answers are judged.
 
     `title` names the mean of the scores; `score` gives those of all answers, from 0 on; `unfit`
-    says why a question cannot be judged so, or nothing; `more` are further numbers of the whole.
+    says why a question cannot be judged so, or nothing; `more` are further numbers of the whole, or
+    of a type; `is_share` where each score is 0 or 1, `is_literal` where a sentence around the right
+    words is wrong.
     """
 
     title: str
     score: Callable[[Sequence[Question], Sequence[str]], Scores]
     unfit: Callable[[Question], str | None] = lambda question: None
     more: Callable[[Sequence[Question], Sequence[str]], dict[str, float]] = lambda q, a: {}
+    is_share: bool = False
+    is_literal: bool = False
     is_of_captions: bool = False
 
     @property
@@ -164,7 +175,9 @@ def _unfit_for_choice(question: Question) -> str | None:
     right = _right_choice(question)
     if right is None or (question.choices and right >= len(question.choices)):
         known = ", ".join(question.choices) or "A, B, C …"
-        return f"has the answer {question.answers[0]}, which is none of its choices ({known})"
+        hint = "; where it is the number of one, from 0, say --column answer_index=NAME"
+        said = f"has the answer {question.answers[0]}, which is none of its choices ({known})"
+        return said + (hint if question.answers[0].isdecimal() else "")
     return None
 
 
@@ -211,11 +224,13 @@ def _each(score: Callable[[Question, str], float]) -> Callable[..., Scores]:
 
 
 METRICS: dict[str, Metric] = {
-    "exact": Metric("exact match", _each(exact)),
-    "vqa": Metric("VQA accuracy", _each(vqa), _unfit_for_vqa),
-    "choice": Metric("right choices", _each(choice), _unfit_for_choice),
-    "yesno": Metric("right of yes and no", _each(yesno), _unfit_for_yesno, yesno_more),
-    "anls": Metric("ANLS", _each(anls)),
-    "relaxed": Metric("relaxed accuracy", _each(relaxed)),
+    "exact": Metric("exact match", _each(exact), is_share=True, is_literal=True),
+    "vqa": Metric("VQA accuracy", _each(vqa), _unfit_for_vqa, is_literal=True),
+    "choice": Metric("right choices", _each(choice), _unfit_for_choice, is_share=True),
+    "yesno": Metric(
+        "right of yes and no", _each(yesno), _unfit_for_yesno, yesno_more, is_share=True
+    ),
+    "anls": Metric("ANLS", _each(anls), is_literal=True),
+    "relaxed": Metric("relaxed accuracy", _each(relaxed), is_share=True, is_literal=True),
     "caption": Metric("CIDEr-D", captions.cider, more=captions.more, is_of_captions=True),
 }

@@ -20,7 +20,7 @@ from aimv2_mllm.evaluation import answers, dreams, zeroshot
 from aimv2_mllm.evaluation.answers import Speaker
 from aimv2_mllm.evaluation.controls import majority_answers, other_picture
 from aimv2_mllm.evaluation.features import see
-from aimv2_mllm.evaluation.intervals import wilson_interval
+from aimv2_mllm.evaluation.intervals import interval
 from aimv2_mllm.evaluation.losses import held_out_losses
 from aimv2_mllm.evaluation.probes import fresh_encoder, probe
 from aimv2_mllm.job import Place
@@ -217,11 +217,12 @@ def _judge_reading(findings: Findings, speaker: Speaker, seed: int) -> None:
 def _scores(name: str, asked: list[Asked], given: list[str]) -> dict[str, Any]:
     """Accuracy with its interval, by kind, and that of always giving a kind's commonest answer."""
     majority = majority_answers([q.kind for q in asked], [(q.truth,) for q in asked])
-    right = round(answers.accuracy(asked, given) * len(asked))
+    pairs = zip(asked, given, strict=True)
+    right = [float(answers.is_right(text, question.truth)) for question, text in pairs]
     return {
         "num_questions": len(asked),
-        f"{name}_accuracy": right / len(asked),
-        f"{name}_accuracy_interval": list(wilson_interval(right, len(asked))),
+        f"{name}_accuracy": sum(right) / len(asked),
+        f"{name}_accuracy_interval": list(interval(right, groups=[q.sheet for q in asked])),
         f"{name}_accuracy_by_kind": answers.by_kind(asked, given),
         f"{name}_accuracy_majority": answers.accuracy(asked, majority),
         f"{name}_majority_by_kind": answers.by_kind(asked, majority),

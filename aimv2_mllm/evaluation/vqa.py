@@ -1,7 +1,9 @@
 """The official accuracy of VQA v2: its way of writing answers, and its leave-one-out mean.
 
-Facts, odd ones too, are those of `vqaEval.py` in GT-Vision-Lab/VQA (commit a013f00), whose numbers
-papers report. Refuses to mend what is odd there.
+Facts, odd ones too, are those of `vqaEval.py` in GT-Vision-Lab/VQA, whose numbers papers report,
+but for one: all answers are normalised, as lmms-eval (0.7.3, its vqav2) does it. The script
+leaves those of people as they are where all of them said the same, and since commit a013f00 (2021)
+the model's too, so that "Yes" is wrong where ten people said "yes"; before, it was right.
 """
 
 import re
@@ -56,12 +58,9 @@ def vqa_accuracy(answers: Sequence[str], given: str) -> float:
     """The score of `given`, 0 to 1, where people gave `answers`, ten of them in the data set.
 
     For each of them left out: min(n / 3, 1), where n of the others are the one given; the mean of
-    it (VQA v2, Goyal et al., 2017). Where all people said the same, letter for letter, nothing is
-    normalised.
+    it (VQA v2, Goyal et al., 2017).
     """
-    said, given = [_one_line(text) for text in answers], _one_line(given)
-    if len(set(said)) > 1:
-        said, given = [normalised(text) for text in said], normalised(given)
+    said, given = [normalised(_one_line(text)) for text in answers], normalised(_one_line(given))
     same = said.count(given)
     left_out = [min(max(same - int(text == given), 0) / ENOUGH, 1.0) for text in said]
     return sum(left_out) / len(left_out)

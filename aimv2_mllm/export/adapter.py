@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from aimv2_mllm.errors import UsageError
-from aimv2_mllm.export.llava import demand_stock
+from aimv2_mllm.export.llava import demand_stock, write_processor
 from aimv2_mllm.export.options import Options
 from aimv2_mllm.export.source import Source, talking
 from aimv2_mllm.export.writing import copy_files, demand_room
@@ -60,6 +60,7 @@ def write_adapter(name: str, folder: Path, options: Options) -> tuple[Source, di
         "base": base,
         "tower_tuned": "tower" in parts,
         "merged_in": str(bot.model.dtype).removeprefix("torch."),
+        "pictures_as_trained": write_processor(source, folder),
         "reference": reference(bot.model, bot.processor),
     }
 

@@ -4,6 +4,7 @@ Refuses what that class does not compute: other connectors than the MLP of two l
 that it reads otherwise than they were trained.
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from aimv2_mllm.export.source import ANY_LLAVA, Source, talking
 from aimv2_mllm.export.writing import copy_files, write_weights
 from aimv2_mllm.folders import CONFIG_FILE
 from aimv2_mllm.model.shards import read_tensors, write_json
+
+PROCESSOR_FILE = "processor_config.json"
 
 
 def write_llava(name: str, folder: Path, options: Options) -> tuple[Source, dict[str, Any]]:
@@ -39,6 +42,7 @@ def write_llava(name: str, folder: Path, options: Options) -> tuple[Source, dict
         "feature_norm": feature_norm(source.config),
         "vision_feature_layer": source.config.get("vision_feature_layer", -1),
         "prompt_as_trained": told["input_ids"] == as_trained(bot)[0].tolist(),
+        "pictures_as_trained": write_processor(source, folder),
         "reference": told,
     }
 
@@ -66,6 +70,27 @@ def demand_stock(source: Source) -> None:
         "aimv2_mllm.load_model, take its tower by --format encoder, or train with tower: an AIMv2 "
         "of fixed size, connector: mlp"
     )
+
+
+def write_processor(source: Source, folder: Path) -> bool | None:
+    """Let the processor in `folder` make squares of pictures as the training did, by a rim where
+    that had one; whether it does so then, None where no training of ours is known."""
+    data = source.record.get("recipe", {}).get("data")
+    if data is None:
+        return None
+    path = folder / PROCESSOR_FILE
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    pictures = settings["image_processor"]
+    is_whole = bool(pictures["size"] == pictures["crop_size"])  # squashed to the square
+    is_middle = bool(pictures["size"] == {"shortest_edge": pictures["crop_size"]["height"]})
+    if all(one["kind"] == "handwriting" for one in data["sources"]):
+        return False  # another shape goes on in the colour of its own paper, see `prompts`
+    if data["image_aspect"] == "crop":
+        return is_middle
+    if is_middle or is_whole:
+        pictures |= {"image_processor_type": "LlavaImageProcessor", "do_pad": True}
+        write_json(path, settings)
+    return is_middle or is_whole
 
 
 def feature_norm(config: Mapping[str, Any]) -> str:

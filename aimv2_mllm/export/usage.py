@@ -119,4 +119,10 @@ def usage(name: str, told: Mapping[str, Any]) -> str:
             "\n\nIts processor cuts a prompt into other tokens than its training did, which "
             "`aimv2-mllm chat` does as the training: answers may differ."
         )
+    if told.get("pictures_as_trained") is False:
+        text += (
+            "\n\nIts processor makes squares of pictures otherwise than its training did, which "
+            "`aimv2-mllm chat` of the run does: answers about pictures that are not square may "
+            "differ."
+        )
     return text

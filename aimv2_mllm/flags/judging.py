@@ -131,8 +131,8 @@ def _add_judging(words: argparse.ArgumentParser) -> None:
         "--column",
         metavar="FIELD=NAME",
         action="append",
-        help="what image, question, answers, type, id or choices is called in the data; may be "
-        "given several times",
+        help="what image, question, answers, type, id or choices is called in the data, or, as "
+        "answer_index, what has the number of the right choice, from 0; may be given several times",
     )
     words.add_argument("--split", metavar="NAME", default="test", help="of a dataset (test)")
     counts = (
