@@ -404,6 +404,38 @@ def test_what_seeds_do_not_agree_on_is_not_told_apart(
     assert told["of_seeds"] == ", ".join(f"{25 * sum(scores):.1f}" for scores in of_seeds)
 
 
+def test_questions_about_one_picture_stay_together(tmp_path: Path) -> None:
+    made = grid(tmp_path, "tower=captions,both")
+    failed = finished(made, {("captions",): [0.0] * 8, ("both",): [1.0, 0.0] * 4})
+    ends = []
+    for of_picture in (1, 2):
+        for cell in made.cells:
+            path = answers_in(cell, ASKED) / "results.jsonl"
+            lines = [json.loads(line) for line in path.read_text().splitlines()]
+            for place, line in enumerate(lines):
+                line["picture"] = str(place // of_picture)
+            path.write_text("\n".join(map(json.dumps, lines)))
+        numbers = numbers_of(made, failed, {}, ASKED)
+        [_, both] = numbers["groups"]
+        captions, _ = numbers["effects"]
+        ends.append((both["interval"], captions["behind_interval"]))
+    # Of each two questions one is right: by picture there is nothing that differs.
+    (apart, behind_apart), (together, behind_together) = ends
+    assert apart != together
+    assert behind_apart[0] < 0.3
+    assert behind_together != behind_apart
+
+
+def test_scores_that_are_no_shares_have_no_interval_of_shares(tmp_path: Path) -> None:
+    made = grid(tmp_path, "tower=captions,both")
+    failed = finished(made, {("captions",): [0.0] * 30, ("both",): [0.0] * 30})
+    of_shares, of_others = (
+        numbers_of(made, failed, {}, ASKED, are_shares=share)["groups"][0]["interval"]
+        for share in (True, False)
+    )
+    assert of_shares != of_others == [0, 0.1]  # 3 / 30, as of what was not seen in 30 draws
+
+
 def test_effects_leave_out_what_failed_for_another_value(tmp_path: Path) -> None:
     left = {values: found for values, found in SCORES.items() if values != ("captions", "mlp")}
     numbers = compared(tmp_path, left)

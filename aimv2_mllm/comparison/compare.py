@@ -23,6 +23,7 @@ from aimv2_mllm.data.asked import Asked, load_asked, question_identity
 from aimv2_mllm.data.asked_sources import HANDWRITING
 from aimv2_mllm.errors import RunFailed, UsageError
 from aimv2_mllm.evaluate import columns_of, demand_fit, prompt_of
+from aimv2_mllm.evaluation.metrics import METRICS
 from aimv2_mllm.model.hub import HUB_ID
 from aimv2_mllm.report import HTML, MARKDOWN, SUMMARY, fill, write_files
 from aimv2_mllm.run_folder import locked
@@ -62,12 +63,13 @@ def compare(args: Namespace, narrate: Narrate) -> dict[str, Any]:
         if all(cell.folder in failed for cell in grid.cells):
             raise RunFailed(f"every run failed; the first: {next(iter(failed.values()))}")
         speed = measure([cell for cell in grid.cells if cell.folder not in failed], asked)
+        are_shares = METRICS[args.metric].is_share
         numbers = {
             "recipe": args.recipe,
             "data": data,
             "metric": args.metric,
             "jobs": args.jobs,
-            **numbers_of(grid, failed, speed, digest),
+            **numbers_of(grid, failed, speed, digest, are_shares=are_shares),
             "command": _command(args),
             "versions": {
                 **{name: version(name) for name in ("torch", "transformers", "aimv2-mllm")},

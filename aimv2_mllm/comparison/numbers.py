@@ -5,7 +5,8 @@ Scores are compared on the same questions. Refuses runs that answered others.
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +30,24 @@ def numbers_of(
     failed: Mapping[Path, str],
     speed: Mapping[tuple[str, ...], Mapping[str, Any]],
     asked: str,
+    *,
+    are_shares: bool = True,
 ) -> dict[str, Any]:
     """Every number of the comparison as plain data: `groups`, one for each combination with its
     runs, `effects` of each axis, `failed` runs, and `facts` about its fairness. `asked` tells
-    which answers count, see `answers_in`."""
-    found = {c.folder: _scores(c, asked) for c in grid.cells if c.folder not in failed}
+    which answers count, see `answers_in`, and scores `are_shares` where each is 0 or 1."""
+    found = {c.folder: _answers(c, asked) for c in grid.cells if c.folder not in failed}
     ids = _common([list(one) for one in found.values()])
     scores = {folder: _of_questions(one, ids) for folder, one in found.items()}
+    first: Mapping[str, Any] = next(iter(found.values()), {})
+    pictures = [first[name].get("picture") or name for name in ids]
+    ends = partial(interval, groups=pictures, are_shares=are_shares)
     groups = []
     for values in dict.fromkeys(cell.values for cell in grid.cells):
         cells = [c for c in grid.cells if c.values == values and c.folder in scores]
         if cells:
             own = [scores[cell.folder] for cell in cells]
-            groups.append(_group(grid, cells, own) | dict(speed.get(values, {})))
+            groups.append(_group(grid, cells, own, ends) | dict(speed.get(values, {})))
     seen = {
         (*cell.values, str(cell.seed)): scores[cell.folder][SEEN]
         for cell in grid.cells
@@ -54,7 +60,7 @@ def numbers_of(
         "seeds": grid.seeds,
         "axes": [{"name": a.word, "values": [a.shown(v) for v in a.values]} for a in grid.axes],
         "groups": groups,
-        "effects": [effect for place in places for effect in _effects(grid, place, seen)],
+        "effects": [effect for place in places for effect in _effects(grid, place, seen, pictures)],
         "failed": [
             {"run": _named(grid, cell), "why": failed[cell.folder]}
             for cell in grid.cells
@@ -68,12 +74,11 @@ def _named(grid: Grid, cell: Cell) -> str:
     return f"{grid.named(cell.values)}, seed {cell.seed}"
 
 
-def _scores(cell: Cell, asked: str) -> dict[str, dict[str, float]]:
-    """The score of every question, by its id, in every pass."""
+def _answers(cell: Cell, asked: str) -> dict[str, dict[str, Any]]:
+    """What was told of every question, by its id."""
     path = answers_in(cell, asked) / RESULTS
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    passes = [name for name in (SEEN, *SHOWN) if name in lines[0]]
-    return {line["id"]: {name: line[name]["score"] for name in passes} for line in lines}
+    return {line["id"]: line for line in lines}
 
 
 def _common(asked: Sequence[Sequence[str]]) -> list[str]:
@@ -84,20 +89,24 @@ def _common(asked: Sequence[Sequence[str]]) -> list[str]:
     return [name for name in asked[0] if name in everywhere] if asked else []
 
 
-def _of_questions(found: Mapping[str, Mapping[str, float]], ids: Sequence[str]) -> Scores:
-    return {name: np.array([found[one][name] for one in ids]) for name in found[ids[0]]}
+def _of_questions(found: Mapping[str, Mapping[str, Any]], ids: Sequence[str]) -> Scores:
+    passes = [name for name in (SEEN, *SHOWN) if name in found[ids[0]]]
+    return {name: np.array([found[one][name]["score"] for one in ids]) for name in passes}
 
 
-def _group(grid: Grid, cells: Sequence[Cell], scores: Sequence[Scores]) -> dict[str, Any]:
-    """One combination: its score over the seeds, its controls, and what it took."""
+def _group(
+    grid: Grid, cells: Sequence[Cell], scores: Sequence[Scores], ends: Callable[..., Any]
+) -> dict[str, Any]:
+    """One combination: its score over the seeds with the interval that `ends` makes of it, its
+    controls, and what it took."""
     runs = [_run(cell, found) for cell, found in zip(cells, scores, strict=True)]
     mean = np.mean([found[SEEN] for found in scores], axis=0)
     first = runs[0]
     return {
         "values": [axis.shown(v) for axis, v in zip(grid.axes, cells[0].values, strict=True)],
         "score": float(mean.mean()),
-        # Over questions: the seeds' own spread stands beside it.
-        "interval": list(interval(mean.tolist())),
+        # Over pictures with their questions: the seeds' own spread stands beside it.
+        "interval": list(ends(mean.tolist())),
         "least": min(run["score"] for run in runs),
         "most": max(run["score"] for run in runs),
         "controls": {
@@ -157,14 +166,17 @@ def _passes(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def _effects(
-    grid: Grid, place: int, scores: Mapping[tuple[str, ...], np.ndarray]
+    grid: Grid,
+    place: int,
+    scores: Mapping[tuple[str, ...], np.ndarray],
+    pictures: Sequence[str],
 ) -> list[dict[str, Any]]:
     """What each value of an axis is worth over the others: means over those combinations of the
     other axes, and those seeds, with which every value's run ended well, and the difference to the
     best value, in each of the seeds too. `scores` are by the values of a run and, last, its seed.
 
-    A value is told apart from the best by an interval over questions without 0, and by several
-    seeds that all agree.
+    A value is told apart from the best by an interval over pictures, with the questions about each
+    together, without 0, and by several seeds that all agree.
     """
     axis = grid.axes[place]
     if len(axis.values) < 2:
@@ -191,7 +203,7 @@ def _effects(
             for seed, some in seeds.items()
             if some
         }
-        low, high = bootstrap_interval(behind.tolist())
+        low, high = bootstrap_interval(behind.tolist(), groups=pictures)
         effects.append(
             {
                 "axis": axis.word,

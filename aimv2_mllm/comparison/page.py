@@ -54,12 +54,12 @@ def describe(numbers: Mapping[str, Any]) -> dict[str, Any]:
         "failed": numbers["failed"],
         "command": numbers["command"],
         "made_with": (
-            "Intervals are over questions, as if they were independent; where seeds differ by more "
-            "than that, the seeds are what counts: a value is told apart from the best where 0 is "
-            "outside of the interval and several seeds all agree. What training took is of a run's "
-            "own stages, not of those that all have in common; where features of the tower's are "
-            "kept, with one look of it through the pictures for each run, whichever of them it was "
-            f"done for; seconds are as the machine was{at_once}; the first token is the median of "
+            "Intervals are over pictures, each with all questions about it; where seeds differ by "
+            "more than that, the seeds are what counts: a value is told apart from the best where "
+            "0 is outside of the interval and several seeds all agree. What training took is of a "
+            "run's own stages, not of those that all have in common; where features of the tower "
+            "are kept, with one look of it through the pictures for each run, whichever that was "
+            f"for; seconds are as the machine was{at_once}; the first token is the median of "
             f"single questions, nothing else running. {versions}."
         ),
     }
