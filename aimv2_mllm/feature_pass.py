@@ -2,23 +2,28 @@
 not kept yet are computed and kept; training then reads them.
 
 A pass that is killed keeps what it has; so do stages and runs of the same tower for each other.
+What it would have taken without them is recorded, so that runs can be compared.
 """
 
 import hashlib
 import json
+import time
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import reduce
+from operator import xor
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from aimv2_mllm.data.feature_shards import picture_key
-from aimv2_mllm.data.feature_store import SHARD_BYTES, FeatureStore
+from aimv2_mllm.data.feature_store import SHARD_BYTES, FeatureStore, Took
 from aimv2_mllm.data.files import Unusable
 from aimv2_mllm.data.talk_batches import BLANK, TalkBatches
 from aimv2_mllm.engine.distributed import Ranks
+from aimv2_mllm.engine.flops import FlopCounter
 from aimv2_mllm.engine.metrics import ProgressBar
 from aimv2_mllm.engine.precision import has_bf16
 from aimv2_mllm.engine.upcoming import upcoming_steps
@@ -114,15 +119,17 @@ def keep_features(
     narrate(f"features: {kept} are kept in {store.own} ({store.gib:.3f} GiB){rest}")
     job.batches = replace(batches, features=store)
     before = tower.num_kept, tower.num_read
+    # Of all that are kept, whoever computed them, and in this or an earlier run.
+    _, flops, seconds = store.took(facts["kept"])
+    took = {"flops": float(f"{flops:.6g}"), "seconds": round(seconds / ranks.size, 3)}
 
     def ended() -> dict[str, Any]:
         tower.put_back()
         store.close()
         now = ranks.add_up([tower.num_kept - before[0], tower.num_read - before[1]])
         narrate(f"features: {now[0]:,} read, {now[1]:,} computed while training")
-        return {
-            "features": {**facts, "gib": round(store.gib, 6), "read": now[0], "computed": now[1]}
-        }
+        counts = {"gib": round(store.gib, 6), "read": now[0], "computed": now[1]}
+        return {"features": {**facts, **counts, "took": took}}
 
     return ended
 
@@ -137,6 +144,7 @@ class _Filler:
         self.device, self._at_once = device, tower.at_once(device)
         self._waiting: dict[bytes, Tensor] = {}  # pixels, until they are enough for the tower
         self._rows: dict[bytes, Tensor] = {}  # features, until they are enough for a shard
+        self._flops, self._since = 0, time.monotonic()  # since the last shard
         self.computed, self.is_full = 0, False
 
     def take(self, keys: Sequence[bytes], pixel_values: Tensor) -> bool:
@@ -157,16 +165,20 @@ class _Filler:
     def _compute(self) -> None:
         keys = list(self._waiting)[: self._at_once]
         pixels = torch.stack([self._waiting.pop(key) for key in keys])
-        features = self._tower.read(pixels.to(self.device)).cpu()
+        with FlopCounter() as counter:
+            features = self._tower.read(pixels.to(self.device)).cpu()
+        self._flops += counter.flops
         self._rows |= zip(keys, features, strict=True)
         self.computed += len(keys)
         if sum(row.nbytes for row in self._rows.values()) >= SHARD_BYTES:
             self._hand_over()
 
     def _hand_over(self) -> None:
+        now = time.monotonic()
         if self._rows and not self.is_full:
-            self.is_full = not self._store.add(self._rows, self._tell)
-        self._rows = {}
+            took = Took(len(self._rows), self._flops, now - self._since)
+            self.is_full = not self._store.add(self._rows, self._tell, took=took)
+        self._rows, self._flops, self._since = {}, 0, now
 
 
 def _filled(
@@ -192,7 +204,9 @@ def _filled(
     pictures, kept, computed, full = ranks.add_up(counts)
     if computed:
         narrate(f"features: {computed:,} pictures computed in {bar.seconds:.0f} s")
-    facts = {"pictures": pictures, "kept": kept, "whole": not full}
+    which = reduce(xor, ranks.gather(reduce(xor, (int.from_bytes(key[:8]) for key in seen), 0)))
+    of = f"{work.store.own.name}/{which:016x}"  # the same for the same pictures in any order
+    facts = {"pictures": pictures, "kept": kept, "whole": not full, "of": of}
     if ranks.is_first:
         work.store.note_pass(work.name, facts)
     return facts

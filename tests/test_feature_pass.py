@@ -20,10 +20,12 @@ from aimv2_mllm import run as runs
 from aimv2_mllm.data.feature_store import GIB, FeatureStore
 from aimv2_mllm.engine import metrics
 from aimv2_mllm.engine.distributed import Ranks
+from aimv2_mllm.engine.flops import FlopCounter
 from aimv2_mllm.engine.training import Training
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.model.encoder import AIMv2Encoder, EncoderConfig
 from aimv2_mllm.model.frozen_tower import FrozenTower
+from aimv2_mllm.model.mllm import load_llava
 from aimv2_mllm.model.preprocessing import Preprocessing
 from aimv2_mllm.model.weights import save_encoder
 from aimv2_mllm.recipe_file import load_recipe
@@ -128,9 +130,9 @@ def dies_in_the_pass() -> None:
     """After the second shard, of one picture each."""
     add, count = FeatureStore.add, [0]
 
-    def counted(self: FeatureStore, *words: Any) -> bool:
+    def counted(self: FeatureStore, *words: Any, **more: Any) -> bool:
         count[0] += 1
-        return add(self, *words) if count[0] <= 2 else bool(die())
+        return add(self, *words, **more) if count[0] <= 2 else bool(die())
 
     feature_pass.SHARD_BYTES = feature_pass.ROWS = 1
     FeatureStore.add = counted  # type: ignore[method-assign]
@@ -163,6 +165,8 @@ def test_what_is_learned_is_what_is_learned_without(world: Path) -> None:
 def test_the_record_tells_what_was_kept_and_read(world: Path) -> None:
     align, tune = (record(world / "run", stage)["features"] for stage in STAGES)
     assert align.pop("gib") == tune.pop("gib") > 0
+    assert align.pop("of") != tune.pop("of")  # which pictures
+    assert tune.pop("took")["flops"] == pytest.approx(5 / 7 * align.pop("took")["flops"], rel=1e-5)
     # Each picture once, and the blank one; a row of tune names what is no picture.
     facts = {"pictures": PICTURES + 1, "kept": PICTURES + 1, "whole": True}
     assert align == {**facts, "read": 24, "computed": 0}
@@ -170,6 +174,22 @@ def test_the_record_tells_what_was_kept_and_read(world: Path) -> None:
     assert tune == {"pictures": 5, "kept": 5, "whole": True, "computed": 0}
     parts = [row[0] for row in record(world / "run", "align")["parts"]]
     assert "tower" in parts
+
+
+def test_the_record_tells_what_a_look_through_the_pictures_takes_whoever_took_it(
+    world: Path,
+) -> None:
+    run(world, "first", cache="took-cache")
+    run(world, "second", "stages.align.connector=linear", cache="took-cache")
+    first, second = (record(world / name, "align")["features"] for name in ("first", "second"))
+    assert first["took"] == second["took"]
+    assert first["of"] == second["of"]
+    assert first["took"]["seconds"] > 0
+    llava, _ = load_llava(str(world / "first" / "align" / "model"), "auto")
+    tower = FrozenTower(llava.model, torch.float32)
+    with FlopCounter() as counter:
+        tower.read(torch.zeros(1, 3, 28, 28))
+    assert first["took"]["flops"] == pytest.approx((PICTURES + 1) * counter.flops, rel=1e-5)
 
 
 def test_the_tower_is_not_looked_through_again_by_whatever_reads_its_features(world: Path) -> None:
@@ -204,6 +224,11 @@ def test_what_does_not_fit_is_computed_and_makes_no_difference(
     assert told["read"] > 0
     assert told["computed"] > 0
     assert results(world / "small") == results(world / "run")
+    # Each picture that training computes is counted in its step.
+    each = told["took"]["flops"] / told["kept"]
+    small, whole = (record(world / name, "align")["last"]["flops"] for name in ("small", "run"))
+    more = small - whole
+    assert more == pytest.approx(told["computed"] * each, rel=0.02)  # of rounded numbers
 
 
 def test_what_was_damaged_is_told_and_computed_again(

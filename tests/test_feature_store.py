@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from aimv2_mllm.data.feature_shards import picture_key
-from aimv2_mllm.data.feature_store import GIB, FeatureStore
+from aimv2_mllm.data.feature_store import GIB, FeatureStore, Took
 from aimv2_mllm.errors import UsageError
 
 ROW = 5 * 8 * 4  # bytes of a row of `rows` in float32
@@ -68,6 +68,15 @@ def test_a_shard_is_a_file_of_safetensors_that_anybody_reads(tmp_path: Path) -> 
     read = load_file(path)
     assert read.keys() == {key.hex() for key in rows(0, 3)}
     assert all(torch.equal(read[key.hex()], row) for key, row in rows(0, 3).items())
+
+
+def test_what_features_took_is_the_mean_of_all_that_were_added(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    assert store.took(5) == (5, 0, 0)
+    store.add(rows(0, 3), took=Took(3, 30.0, 6.0))
+    store.add(rows(2, 1), took=Took(1, 10.0, 6.0))  # by a second process
+    assert store.took(8) == opened(tmp_path).took(8) == (8, 80.0, 24.0)
+    assert opened(tmp_path, "other").took(1) == (1, 0, 0)
 
 
 def test_what_is_there_is_not_written_twice(tmp_path: Path) -> None:

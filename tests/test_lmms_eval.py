@@ -88,6 +88,8 @@ TOLD = {
     "acc,flexible": 0.25,
     "acc_stderr,flexible": "N/A",
     "submission,none": "file.json",
+    "sent,none": None,  # as of ok_vqa_val2014 and textvqa_val
+    "is_whole,none": True,
 }
 
 
@@ -287,6 +289,46 @@ def test_results_of_another_limit_are_not_taken(
     assert "lmms-eval/good: holds the answers of another evaluation, which differs in limit" in (
         capsys.readouterr().err
     )
+    assert len(calls()) == 1
+
+
+@pytest.mark.parametrize("name", ["tasks/good.yaml", "tasks/_template_yaml", "tasks/in/shown.py"])
+def test_results_of_a_task_that_was_edited_are_not_taken(
+    fake: Callable[..., int], capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    file = Path(name)
+    file.parent.mkdir(parents=True)
+    file.write_text("before")
+    words = ["--include-path", "tasks"]
+    assert fake("good", *words) == 0
+    (file.parent / "__pycache__").mkdir()
+    (file.parent / "__pycache__" / "shown.pyc").touch()
+    assert fake("good", *words) == 0
+    assert "good: is done already" in capsys.readouterr().err
+    file.write_text("after")
+    assert fake("good", *words) == 2
+    assert "another evaluation, which differs in include_path" in capsys.readouterr().err
+    assert len(calls()) == 1
+
+
+def test_results_of_a_hub_model_s_other_commit_are_not_taken(
+    fake: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import huggingface_hub
+
+    asked = dict[str, Any]()
+
+    def downloaded(repository: str, **words: Any) -> str:
+        asked.update(words, repository=repository)
+        return str(Path("hub/snapshots", asked["commit"]))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", downloaded)
+    for commit, code in (("abc", 0), ("abc", 0), ("def", 2)):
+        asked["commit"] = commit
+        assert fake("good", model="org/name") == code
+    assert asked["repository"] == "org/name"
+    assert not [name for name in asked["allow_patterns"] if "safetensors" in name.split(".")[-1]]
+    assert "another evaluation, which differs in model" in capsys.readouterr().err
     assert len(calls()) == 1
 
 

@@ -5,7 +5,9 @@ import json
 import os
 import shlex
 from argparse import Namespace
+from collections.abc import Sequence
 from contextlib import ExitStack
+from os.path import isdir  # pathlib's raises on a name that is too long
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,14 @@ from aimv2_mllm.comparison.numbers import numbers_of
 from aimv2_mllm.comparison.page import describe, pictures
 from aimv2_mllm.comparison.running import Narrate, do_all
 from aimv2_mllm.comparison.speed import measure
-from aimv2_mllm.comparison.tasks import PROGRAM, tasks_of
-from aimv2_mllm.data.asked import Asked, load_asked
+from aimv2_mllm.comparison.tasks import PROGRAM, Task, tasks_of, undone
+from aimv2_mllm.data.asked import Asked, load_asked, question_identity
 from aimv2_mllm.data.asked_sources import HANDWRITING
 from aimv2_mllm.errors import RunFailed, UsageError
-from aimv2_mllm.evaluate import columns_of, demand_fit
+from aimv2_mllm.evaluate import columns_of, demand_fit, prompt_of
+from aimv2_mllm.evaluation.metrics import METRICS
 from aimv2_mllm.job import versions
+from aimv2_mllm.model.hub import HUB_ID
 from aimv2_mllm.report import HTML, MARKDOWN, SUMMARY, fill, write_files
 from aimv2_mllm.run_folder import locked
 
@@ -46,24 +50,25 @@ def compare(args: Namespace, narrate: Narrate) -> dict[str, Any]:
             f"{data}: all questions are about one picture, and the blind control shows another: "
             "give --no-controls"
         )
-    digest = _digest(asked, args)
-    _demand_folders(grid, out)
+    digest = digest_of(asked, args)
     launcher = (*shlex.split(args.launcher), "-m", "aimv2_mllm") if args.launcher else PROGRAM
     tasks = tasks_of(grid, launcher, [data, *_judge(args)], digest)
+    _demand_folders(tasks)
     with ExitStack() as held:
         held.enter_context(locked(out))
-        todo = sum(not task.is_done() for task in tasks)
+        todo = len(undone(tasks))
         narrate(f"{len(grid.cells)} runs to compare; {todo} of {len(tasks)} tasks are to be done")
         failed = do_all(tasks, args.jobs, narrate)
         if all(cell.folder in failed for cell in grid.cells):
             raise RunFailed(f"every run failed; the first: {next(iter(failed.values()))}")
         speed = measure([cell for cell in grid.cells if cell.folder not in failed], asked)
+        are_shares = METRICS[args.metric].is_share
         numbers = {
             "recipe": args.recipe,
             "data": data,
             "metric": args.metric,
             "jobs": args.jobs,
-            **numbers_of(grid, failed, speed, digest),
+            **numbers_of(grid, failed, speed, digest, are_shares=are_shares),
             "command": _command(args),
             "versions": {**versions(), "cores": str(os.cpu_count())},
         }
@@ -71,26 +76,26 @@ def compare(args: Namespace, narrate: Narrate) -> dict[str, Any]:
     return numbers
 
 
-def _demand_folders(grid: Grid, out: Path) -> None:
-    """UsageError for a folder that runs are to start from and that is not there, nor made in
-    `out` by the comparison itself."""
-    recipes = [cell.recipe for cell in grid.cells]
-    recipes += [recipe for recipe in grid.shared.values() if recipe is not None]
-    for recipe in recipes:
-        for name, stage in recipe.stages.items():
-            for key in ("tower", "llm", "start"):
-                source = getattr(stage, key, None)
-                if not isinstance(source, str) or not source.startswith(("/", "./", "../")):
-                    continue
-                is_made = Path(source).is_relative_to(out.absolute())
-                if not is_made and not Path(source).is_dir():
-                    raise UsageError(f"stages.{name}.{key}: there is no folder {source}")
+def _demand_folders(tasks: Sequence[Task]) -> None:
+    """UsageError for a folder that a task starts from and that is not there, nor made by one."""
+    made = {str(path) for task in tasks for path in task.makes}
+    for task in tasks:
+        for source in task.sources:
+            is_path = "/" in source and source not in made and not HUB_ID.fullmatch(source)
+            if is_path and not isdir(source):
+                raise UsageError(
+                    f"{source}: there is no such folder for '{task.name}' to start from; correct "
+                    "the recipe or --vary"
+                )
 
 
-def _digest(asked: Asked, args: Namespace) -> str:
-    """What tells these questions, and how they are put, from others; the metric does not count."""
-    said: list[Any] = [args.prompt, args.max_new_tokens, args.root, asked.digest]
-    said += [[q.id, q.text, q.answers, q.choices, q.picture, q.kind] for q in asked.questions]
+def digest_of(asked: Asked, args: Namespace) -> str:
+    """What tells these questions and their pictures, the right answers and how they are put from
+    others; the metric does not count."""
+    prompts = [prompt_of(question, args.prompt) for question in asked.questions]
+    identity = question_identity(asked.questions, prompts)
+    said: list[Any] = [identity, args.max_new_tokens, asked.digest]
+    said += [[q.answers, q.choices, q.kind] for q in asked.questions]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 

@@ -1,13 +1,13 @@
 """Which runs a comparison consists of: every combination of the values that vary, for every seed.
 
-Owns what the runs of one seed have in common and is trained once.
-Refuses, before anything is trained, every combination whose recipe has a mistake.
+Owns what the runs of one seed have in common and is trained once, stage by stage; what no run needs
+is not trained. Refuses, before anything is trained, every combination whose recipe has a mistake.
 """
 
 import hashlib
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,9 +32,21 @@ class Resized(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Common:
+    """A stage that runs of one seed need and that is the same in all of them, as a run of its own
+    that leaves `result` behind."""
+
+    stage: str
+    seed: int
+    folder: Path
+    recipe: Recipe
+    result: Path
+
+
+@dataclass(frozen=True)
 class Cell:
-    """A run of the comparison: a value for each axis, the seed, what is left of the recipe when the
-    common stages are taken away, and the tower that it needs resized, if any."""
+    """A run of the comparison: a value for each axis, the seed, the stages of the recipe that its
+    last one needs and that are not common, and the tower that it needs resized, if any."""
 
     values: tuple[str, ...]
     seed: int
@@ -45,16 +57,16 @@ class Cell:
 
 @dataclass(frozen=True)
 class Grid:
-    """All runs of a comparison; `shared` has for each seed the stages that are trained once, or
-    None where the runs have no stage in common."""
+    """All runs of a comparison, and the stages that are trained once for those of a seed, in an
+    order in which they can be."""
 
     axes: tuple[Axis, ...]
     cells: tuple[Cell, ...]
-    shared: Mapping[int, Recipe | None]
+    common: tuple[Common, ...]
 
     @property
     def seeds(self) -> list[int]:
-        return list(self.shared)
+        return list(dict.fromkeys(cell.seed for cell in self.cells))
 
     def named(self, values: Sequence[str]) -> str:
         """The values of a run in words."""
@@ -84,7 +96,8 @@ def grid_of(
             f"{file}: ends with a {list(base.stages.values())[-1].kind} stage, whose result cannot "
             f"be asked; the last must be {' or '.join(TALKING)}"
         )
-    cells, shared, mistakes = list[Cell](), dict[int, Recipe | None](), list[str]()
+    sizes = [_image_size(axes, values) for values in combinations]
+    cells, common, mistakes = list[Cell](), list[Common](), list[str]()
     for seed in seeds:
         recipes = []
         for values in combinations:
@@ -95,23 +108,24 @@ def grid_of(
                 mistakes += [line for line in str(error).splitlines() if line not in mistakes]
         if mistakes:
             raise UsageError("\n".join(mistakes))
-        _demand_different(axes, combinations, recipes)
-        sizes = [_image_size(axes, values) for values in combinations]
-        count = _num_common(recipes, sizes)
-        common = out / "shared" / f"seed-{seed}"
-        shared[seed] = _part(recipes[0], 0, count, common, out) if count else None
+        _demand_different(combinations, recipes, sizes)
+        made = dict[str, Path]()  # the results of common stages
+        for name in _alike(recipes, sizes):
+            folder = out / "shared" / f"{name}-seed-{seed}"
+            part = _part(recipes[0], {name}, folder / "run", out, made)
+            made[name] = part.output.absolute() / name / "model"
+            common.append(Common(name, seed, folder, part, made[name]))
         for values, recipe, size, name in zip(combinations, recipes, sizes, names, strict=True):
             folder = out / "cells" / f"{name}-seed-{seed}"
-            rest = _part(recipe, count, None, folder / "run", out, common)
+            rest = _part(recipe, _needed(recipe) - made.keys(), folder / "run", out, made)
             cells.append(Cell(values, seed, folder, *_with_resized_tower(rest, size, out)))
-    return Grid(axes, tuple(cells), shared)
+    return Grid(axes, tuple(cells), tuple(common))
 
 
 def _demand_different(
-    axes: Sequence[Axis], combinations: Sequence[tuple[str, ...]], recipes: Sequence[Recipe]
+    combinations: Sequence[tuple[str, ...]], recipes: Sequence[Recipe], sizes: Sequence[int | None]
 ) -> None:
     """UsageError for two combinations that are the same run, written in two ways."""
-    sizes = [_image_size(axes, values) for values in combinations]
     plain = [(r.model_dump(mode="json"), s) for r, s in zip(recipes, sizes, strict=True)]
     for place, one in enumerate(plain):
         if (same := plain.index(one)) < place:
@@ -137,38 +151,63 @@ def _folder_names(names: Sequence[str]) -> list[str]:
     ]
 
 
-def _num_common(recipes: Sequence[Recipe], sizes: Sequence[int | None]) -> int:
-    """How many first stages are alike in all recipes; the last one is never common."""
-    plain = [[_deciding(name, stage) for name, stage in r.stages.items()] for r in recipes]
-    count = 0
-    while count < min(map(len, plain)) - 1 and all(p[count] == plain[0][count] for p in plain):
-        if any(sizes) and plain[0][count][1].get("tower") is not None:
-            break
-        count += 1
-    return count
+def models_of(stage: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
+    """Where a stage, in plain values, names models or other stages: each section, and its key."""
+    for key in REFERENCES.get(stage["kind"], {}):
+        *above, last = key.split(".")
+        section: Any = stage
+        for part in above:
+            section = section[part]
+        if section.get(last) is not None:
+            yield section, last
 
 
-def _deciding(name: str, stage: Any) -> tuple[str, dict[str, Any]]:
-    return name, deciding(stage.model_dump(mode="json"))
+def _named(stage: Mapping[str, Any]) -> set[str]:
+    return {section[key] for section, key in models_of(stage)}
+
+
+def _needed(recipe: Recipe) -> set[str]:
+    """The names of the last stage and of those that it is made from."""
+    stages = recipe.model_dump(mode="json")["stages"]
+    needed = {list(stages)[-1]}
+    for name in reversed(stages):  # what a stage names comes earlier
+        if name in needed:
+            needed |= _named(stages[name]) & stages.keys()
+    return needed
+
+
+def _alike(recipes: Sequence[Recipe], sizes: Sequence[int | None]) -> list[str]:
+    """The stages that some run needs and that are the same in all, as is what they are made from;
+    the last one never is."""
+    every = [recipe.model_dump(mode="json")["stages"] for recipe in recipes]
+    stages, needed, alike = every[0], set[str]().union(*map(_needed, recipes)), list[str]()
+    resized = _with_tower(stages, needed) if any(sizes) else None
+    for name, stage in list(stages.items())[:-1]:
+        same = all(deciding(other[name]) == deciding(stage) for other in every)
+        made_alike = _named(stage) & stages.keys() <= set(alike)
+        if name in needed and name != resized and same and made_alike:
+            alike.append(name)
+    return alike
+
+
+def _with_tower(stages: Mapping[str, Mapping[str, Any]], names: Set[str]) -> str | None:
+    """The first of the stages with these names that talks and names its tower."""
+    for name, stage in stages.items():
+        if name in names and stage["kind"] in TALKING and stage.get("tower") is not None:
+            return name
+    return None
 
 
 def _part(
-    recipe: Recipe, first: int, end: int | None, folder: Path, out: Path, common: Path = Path()
+    recipe: Recipe, names: Set[str], folder: Path, out: Path, made: Mapping[str, Path]
 ) -> Recipe:
-    """The recipe of stages `first` to `end`, run in `folder`, which takes the results of the stages
-    before it from the folder `common`, and keeps features for all runs in `out`."""
+    """The recipe of the stages with these names, run in `folder`, where those that are `made`
+    elsewhere are named by their results; it keeps features for all runs in `out`."""
     plain = recipe.model_dump(mode="json")
-    names = list(plain["stages"])
-    before = names[:first]
-    stages = {name: plain["stages"][name] for name in names[first:end]}
+    stages = {name: stage for name, stage in plain["stages"].items() if name in names}
     for stage in stages.values():
-        for key in REFERENCES.get(stage["kind"], {}):
-            *above, last = key.split(".")
-            section = stage
-            for part in above:
-                section = section[part]
-            if section.get(last) in before:
-                section[last] = str(common.absolute() / section[last] / "model")
+        for section, key in models_of(stage):
+            section[key] = str(made.get(section[key], section[key]))
         if _keeps_features(stage):
             stage["data"]["features"] = {"folder": str((out / "features").absolute())}
     plain |= {"stages": stages, "output": str(folder), "evaluation": None}
@@ -193,8 +232,10 @@ def _with_resized_tower(
     if size is None:
         return recipe, None
     plain = recipe.model_dump(mode="json")
-    talking = [stage for stage in plain["stages"].values() if stage["kind"] in TALKING]
-    stage = next(stage for stage in talking if stage.get("tower") is not None)
+    named = _with_tower(plain["stages"], plain["stages"].keys())
+    if named is None:
+        raise UsageError(f"--vary {IMAGE_SIZE}: the last stage is not made from one with a tower")
+    stage = plain["stages"][named]
     source = stage["tower"]
     if source in plain["stages"]:
         raise UsageError(

@@ -46,6 +46,7 @@ def describe(numbers: Mapping[str, Any]) -> dict[str, Any]:
                 **effect,
                 "score": percent(effect["score"]),
                 "behind": _behind(effect),
+                "of_seeds": ", ".join(map(percent, effect["behind_of_seeds"].values())),
             }
             for effect in numbers["effects"]
         ],
@@ -54,11 +55,13 @@ def describe(numbers: Mapping[str, Any]) -> dict[str, Any]:
         "failed": numbers["failed"],
         "command": numbers["command"],
         "made_with": (
-            "Intervals are over questions, as if they were independent; where seeds differ by more "
-            "than that, the seeds are what counts. What training took is of a run's own stages, "
-            "not of those that all have in common; seconds are as the machine was"
-            f"{at_once}; the first token is the median of single questions, nothing else "
-            f"running. {versions}."
+            "Intervals are over pictures, each with all questions about it; where seeds differ by "
+            "more than that, the seeds are what counts: a value is told apart from the best where "
+            "0 is outside of the interval and several seeds all agree. What training took is of a "
+            "run's own stages, not of those that all have in common; where features of the tower "
+            "are kept, with one look of it through the pictures for each run, whichever that was "
+            f"for; seconds are as the machine was{at_once}; the first token is the median of "
+            f"single questions, nothing else running. {versions}."
         ),
     }
 
@@ -106,7 +109,8 @@ def _behind(effect: Mapping[str, Any]) -> str:
     if effect["behind"] == 0:
         return "best"
     ends = _range(*effect["behind_interval"])
-    return f"{percent(effect['behind'])} ({ends}) behind the best"
+    apart = "" if effect["told_apart"] else ", not told apart"
+    return f"{percent(effect['behind'])} ({ends}) behind the best{apart}"
 
 
 def _pictures(numbers: Mapping[str, Any], label: str) -> list[Picture]:

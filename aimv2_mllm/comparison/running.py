@@ -21,7 +21,7 @@ from typing import IO
 
 from tqdm import tqdm
 
-from aimv2_mllm.comparison.tasks import DONE, Task
+from aimv2_mllm.comparison.tasks import DONE, Task, undone
 from aimv2_mllm.disk import replace_file
 from aimv2_mllm.errors import RunFailed
 from aimv2_mllm.recipe import dump_recipe
@@ -49,8 +49,8 @@ def do_all(tasks: Sequence[Task], jobs: int, narrate: Narrate) -> dict[Path, str
     and the same call goes on from there.
     """
     failed: dict[Path, str] = {}
-    waiting = [task for task in tasks if not task.is_done()]
-    undone = {task.folder for task in waiting}
+    waiting = undone(tasks)
+    missing = {task.folder for task in waiting}
     running: list[_Running] = []
     bar = tqdm(total=len(tasks), initial=len(tasks) - len(waiting), unit="run", disable=None)
 
@@ -65,13 +65,13 @@ def do_all(tasks: Sequence[Task], jobs: int, narrate: Narrate) -> dict[Path, str
                 waiting.remove(task)
                 failed[task.folder] = next(failed[f] for f in task.after if f in failed)
                 bar.update()
-            ready = (t for t in waiting if not any(folder in undone for folder in t.after))
+            ready = (t for t in waiting if missing.isdisjoint(t.after))
             while len(running) < jobs and (following := next(ready, None)) is not None:
                 waiting.remove(following)
                 running.append(_begin(following, _free_slot(running), jobs))
             for one in [r for r in running if _has_ended(r, jobs)]:
                 running.remove(one)
-                undone.discard(one.task.folder)
+                missing.discard(one.task.folder)
                 bar.update()
                 seconds = f"{time.monotonic() - one.begun:.0f} s"
                 if why := _close(one):
@@ -112,8 +112,8 @@ def _free_slot(running: Sequence[_Running]) -> int:
 def _begin(task: Task, slot: int, jobs: int) -> _Running:
     try:
         task.folder.mkdir(parents=True, exist_ok=True)
-        if task.makes is not None:
-            shutil.rmtree(task.makes, ignore_errors=True)
+        for path in task.makes if task.anew else ():
+            shutil.rmtree(path, ignore_errors=True)
         if task.recipe is not None:
             replace_file(task.folder / "recipe.yaml", dump_recipe(task.recipe).encode())
         log = (task.folder / LOG).open("ab")

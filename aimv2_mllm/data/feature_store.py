@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -26,7 +26,19 @@ from aimv2_mllm.narration import Narrate, note
 
 SHARD_BYTES = 64 * 2**20  # of a shard at most; what is lost by a kill
 SHARD, PART, PASS = ".safetensors", ".part", ".pass.json"  # endings
+TOOK = "took.json"  # what computing took, of all rows of a tower that were ever added
 IN_USE = "in-use"  # a file that is locked by those who use the folder, and as old as its last use
+
+
+class Took(NamedTuple):
+    """What computing the features of so many pictures took."""
+
+    pictures: int = 0
+    flops: float = 0.0
+    seconds: float = 0.0
+
+
+NOTHING = Took()
 
 
 class FeatureStore:
@@ -113,8 +125,15 @@ class FeatureStore:
             remove(shard.path, error, note)
         return None
 
-    def add(self, rows: Mapping[bytes, Tensor], tell: Narrate = note) -> bool:
-        """Write `rows` as a shard, but for those that are there; False where they do not fit.
+    def add(
+        self,
+        rows: Mapping[bytes, Tensor],
+        tell: Narrate = note,
+        *,
+        took: Took = NOTHING,
+    ) -> bool:
+        """Write `rows`, computing which `took` that much, as a shard, but for those that are there;
+        False where they do not fit.
 
         Other towers' folders that nobody uses make room, the one used longest ago first.
         """
@@ -125,6 +144,9 @@ class FeatureStore:
                 content = serialised(new) if new else b""
                 if new and not self._has_room(len(content), tell):
                     return False
+                pictures, flops, seconds = self._took()
+                total = (pictures + took.pictures, flops + took.flops, seconds + took.seconds)
+                self._write(self.own / TOOK, json.dumps(total).encode())
                 if new:
                     name = hashlib.sha256(b"".join(sorted(new))).hexdigest()[:24]
                     self._write(self.own / f"{name}{SHARD}", content)
@@ -133,6 +155,16 @@ class FeatureStore:
             return False
         self.refresh(tell)
         return True
+
+    def took(self, pictures: int) -> Took:
+        """What computing so many pictures takes, by the mean of all that were ever added."""
+        total = self._took()
+        share = pictures / max(1, total.pictures)
+        return Took(pictures, total.flops * share, total.seconds * share)
+
+    def _took(self) -> Took:
+        path = self.own / TOOK
+        return Took(*json.loads(path.read_bytes())) if path.exists() else NOTHING
 
     def note_pass(self, name: str, facts: Mapping[str, Any]) -> None:
         """Remember that the pictures which `name` stands for have been gone through."""

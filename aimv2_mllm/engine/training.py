@@ -128,10 +128,11 @@ class Training:
         totals, skipped, samples = self._totals(objective, batches)
         sums: dict[str, Tensor] = {}
         self.optimizer.zero_grad()
-        # Samples of different sizes are different work, which then is counted at every step; but a
-        # counter cannot see into compiled code, where the first step, not compiled, tells for all.
-        sizes_vary = any(isinstance(value, list) for value in batches[0].values())
-        counts = self._flops_per_sample is None or (sizes_vary and not self._run.config.compile)
+        # Pictures of different sizes are different work, as are those whose features are kept and
+        # others, which then is counted at every step; but a counter cannot see into compiled code,
+        # where the first step, not compiled, tells for all.
+        varies = any(isinstance(v, list) or name == "is_cached" for name, v in batches[0].items())
+        counts = self._flops_per_sample is None or (varies and not self._run.config.compile)
         counter = FlopCounter() if counts else None
         with torch.compiler.set_stance("default" if counter is None else "force_eager"):
             for number, batch in enumerate(batches, 1):

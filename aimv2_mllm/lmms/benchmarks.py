@@ -101,10 +101,12 @@ def numbers_of(file: Path, benchmark: Benchmark) -> list[Number]:
     found = []
     for key, value in told.items():
         metric, _, way = key.partition(",")  # exact_match,none
-        if "_stderr" in metric or not way or isinstance(value, bool | str):
+        # A file's name, or null, is of what is sent in to be judged.
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if "_stderr" in metric or not way or not is_number:
             continue
         error = told.get(f"{metric}_stderr,{way}")
-        known = None if error is None or isinstance(error, str) else error * benchmark.scale
+        known = error * benchmark.scale if isinstance(error, int | float) else None
         name = metric if way == "none" else f"{metric} ({way})"
         found.append(Number(name, value * benchmark.scale, known))
     chosen = [one for one in found if benchmark.metric in (None, one.metric)]

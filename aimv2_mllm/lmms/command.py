@@ -4,6 +4,7 @@ Owns its words on the terminal and the folder of results. A benchmark that is do
 one that fails is told and the others go on.
 """
 
+import hashlib
 import os
 import re
 import shlex
@@ -16,11 +17,15 @@ from pathlib import Path
 from aimv2_mllm.answerers import digest, found
 from aimv2_mllm.errors import RunFailed, UsageError, nearest
 from aimv2_mllm.evaluation.asking import demand_same
+from aimv2_mllm.files import sha256
 from aimv2_mllm.lmms.benchmarks import Benchmark, Number, benchmarks_of, numbers_of, table
 from aimv2_mllm.lmms.environment import Inventory, demand_environment, inventory, python_of
 from aimv2_mllm.lmms.plugin import MODEL
+from aimv2_mllm.model.hub import commit_of, locate
+from aimv2_mllm.model.shapes import only_shapes
 
 RESULTS, LOG, TABLE = "results.json", "log.txt", "table.md"
+TASK = re.compile(r"yaml|\.yml$|\.py$")  # a name such as _default_template_yaml too
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
@@ -41,11 +46,12 @@ def run_benchmarks(args: Namespace, narrate: Callable[[str], None]) -> str:
     there = inventory(demand_environment(environment, narrate), args.include_path)
     _demand_tasks(asked.wanted, there)
     identity = {
-        "model": args.model if folder is None else digest(folder),
+        "model": _commit(args.model) if folder is None else digest(folder),
         "limit": args.limit,
         "dtype": args.dtype,
         "simple": args.simple,
         "lmms_eval": there.version,
+        "include_path": _digest_of_tasks(args.include_path),
     }
     for one in asked.wanted:
         demand_same(out / one.name, {"task": one.task, **identity})
@@ -62,6 +68,21 @@ def run_benchmarks(args: Namespace, narrate: Callable[[str], None]) -> str:
         narrate(told)
         raise RunFailed("\n".join(failed.values()))
     return told
+
+
+def _commit(source: str) -> str:
+    """What tells a model of the hub from what will have its name later."""
+    with only_shapes():  # without its weights
+        return f"{source} {commit_of(source, locate(source))}"
+
+
+def _digest_of_tasks(include: str | None) -> str | None:
+    """What tells the tasks in a folder, and their code, from others; None without one."""
+    if include is None:
+        return None
+    files = sorted(file for file in Path(include).rglob("*") if TASK.search(file.name))
+    said = [f"{file.relative_to(include)} {sha256(file)}\n" for file in files if file.is_file()]
+    return hashlib.sha256("".join(said).encode()).hexdigest()
 
 
 def _command(python: Path, one: Benchmark, args: Namespace) -> list[str]:

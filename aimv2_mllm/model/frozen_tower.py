@@ -25,7 +25,8 @@ from aimv2_mllm.model.shards import weights_sha256
 # by one, 19.3 s together); an accelerator needs some thousand patches to be busy.
 AT_ONCE = {"cpu": 1}
 AT_ONCE_ELSEWHERE = 16
-VERSION = 1  # of how a picture is decoded and features are computed: others do not mix with them
+# Of how a picture is decoded and features are computed and kept: others do not mix with them.
+VERSION = 2
 # What transformers writes into a vision config that changes nothing, or is said in other words.
 SAID_ELSEWHERE = frozenset(
     {
