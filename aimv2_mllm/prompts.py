@@ -42,7 +42,7 @@ class Prompter:
 
     def __init__(self, processor: Any, *, is_ours: bool) -> None:
         tokenizer = processor.tokenizer
-        self._asker, self._marks = Asker(tokenizer), tokenizer.all_special_tokens
+        self._asker = Asker(tokenizer)
         self._start = [] if is_ours else tokenizer("").input_ids[:1]
         self._has_system: bool | None = None
 
@@ -104,12 +104,11 @@ class Prompter:
                 text.encode()
             except UnicodeEncodeError:
                 raise UsageError("the question is not valid UTF-8 text") from None
-            for token in self._marks:
-                # Read as a mark and not as text, it would end the turn or ask for a picture.
-                if token in text:
-                    raise UsageError(
-                        f"the text {token!r} is a mark of this model: write it otherwise"
-                    )
+            # Read as a mark and not as text, it would end the turn or ask for a picture.
+            if found := self._asker.control_tokens.search(text):
+                raise UsageError(
+                    f"the text {found[0]!r} is a mark of this model: write it otherwise"
+                )
         if roles[0] == "system":
             self.demand_system()
 
