@@ -9,9 +9,10 @@ from torch import nn
 
 from aimv2_mllm.data.batches import world_seed
 from aimv2_mllm.data.drawing import Skipped
+from aimv2_mllm.data.settled import settled
 from aimv2_mllm.data.talk_batches import TalkBatches, conversation_batches
 from aimv2_mllm.data.talks import TalkCorpus
-from aimv2_mllm.data.templates import V1_CHAT_TEMPLATE
+from aimv2_mllm.data.templates import V1_CHAT_TEMPLATE, Writer
 from aimv2_mllm.data.tokenizer import train_tokenizer
 from aimv2_mllm.engine.optimizer import Parts
 from aimv2_mllm.engine.precision import held_dtype
@@ -58,7 +59,9 @@ def assembled(stage: AlignStage | TuneStage, place: Place) -> tuple[Any, Any]:
         connector=choice.name,
         options=choice.options(),
     )
-    return model, mllm.build_processor(model, tokenizer, tower.preprocessing)
+    processor = mllm.build_processor(model, tokenizer, tower.preprocessing)
+    let_talk(model, processor, stage.data)
+    return model, processor
 
 
 def load_talker(llm: str, data: ConversationData) -> Any:
@@ -66,9 +69,23 @@ def load_talker(llm: str, data: ConversationData) -> Any:
     `data`; UsageError where it has none."""
     own = None if data.template == "chat" else V1_CHAT_TEMPLATE
     tokenizer = llms.load_tokenizer(llm, chat_template=own)
-    if data.template == "v1":
-        tokenizer.chat_template = V1_CHAT_TEMPLATE
+    tokenizer.chat_template = _chat_template(tokenizer, data)
     return tokenizer
+
+
+def _chat_template(tokenizer: Any, data: ConversationData) -> str:
+    return V1_CHAT_TEMPLATE if data.template == "v1" else settled(tokenizer)
+
+
+def let_talk(model: Any, processor: Any, data: ConversationData) -> None:
+    """Give a Llava and its processor what makes them talk as training on `data` does: the chat
+    template, and the token that ends an answer."""
+    tokenizer = processor.tokenizer
+    # Older folders have the template with the processor alone.
+    tokenizer.chat_template = tokenizer.chat_template or processor.chat_template
+    processor.chat_template = tokenizer.chat_template = _chat_template(tokenizer, data)
+    end = Writer(tokenizer, data.template).end
+    model.generation_config = mllm.ended_by(model.generation_config, end)
 
 
 def conversation_job(

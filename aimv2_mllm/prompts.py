@@ -33,7 +33,7 @@ class Prompter:
 
     def __init__(self, processor: Any, *, is_ours: bool) -> None:
         tokenizer = processor.tokenizer
-        self._asker, self._marks = Asker(tokenizer), tokenizer.all_special_tokens
+        self._asker = Asker(tokenizer)
         self._start = [] if is_ours else tokenizer("").input_ids[:1]
         self._has_system: bool | None = None
         self.num_short = 0  # prompts that left the answer less room than was wanted
@@ -98,12 +98,11 @@ class Prompter:
                 text.encode()
             except UnicodeEncodeError:
                 raise UsageError("the question is not valid UTF-8 text") from None
-            for token in self._marks:
-                # Read as a mark and not as text, it would end the turn or ask for a picture.
-                if token in text:
-                    raise UsageError(
-                        f"{token!r} is a special token of this model: rephrase the text"
-                    )
+            # Read as a mark and not as text, it would end the turn or ask for a picture.
+            if found := self._asker.control_tokens.search(text):
+                raise UsageError(
+                    f"{found[0]!r} is a special token of this model: rephrase the text"
+                )
         if roles[0] == "system":
             self.demand_system()
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from aimv2_mllm.data.templates import V1_CHAT_TEMPLATE, Writer
+from aimv2_mllm.data.templates import Writer
 from aimv2_mllm.engine.optimizer import Parts
 from aimv2_mllm.engine.precision import held_dtype
 from aimv2_mllm.errors import UsageError, nearest
@@ -15,6 +15,7 @@ from aimv2_mllm.llm_stages import (
     assembled,
     check_connector,
     conversation_job,
+    let_talk,
     load_talker,
     tower_sizes,
 )
@@ -31,8 +32,6 @@ def build_tune(stage: TuneStage, place: Place) -> Job:
     The result has the adapters merged in: it is as stock a folder as the aligned one.
     """
     model, processor = _base(stage, place)
-    if stage.data.template == "v1":
-        processor.chat_template = processor.tokenizer.chat_template = V1_CHAT_TEMPLATE
     result = _prepared(model, stage, place, form=stage.quantise)
     if stage.quantise is not None:
 
@@ -54,7 +53,9 @@ def _base(stage: TuneStage, place: Place) -> tuple[Any, Any]:
     """The Llava that the stage starts from, weights as they are stored, and its processor."""
     if stage.start is None:
         return assembled(stage, place)
-    return mllm.load_llava(talking_source(place.source(stage.start)), "auto")
+    model, processor = mllm.load_llava(talking_source(place.source(stage.start)), "auto")
+    let_talk(model, processor, stage.data)
+    return model, processor
 
 
 def _prepared(model: Any, stage: TuneStage, place: Place, *, form: str | None) -> adapting.Result:

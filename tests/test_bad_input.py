@@ -112,10 +112,12 @@ def test_a_tokenizer_without_a_chat_template_is_found_before_the_run(
 ) -> None:
     (folder / "llm" / "chat_template.jinja").unlink()
     told_by_all(capsys, "its tokenizer has no chat template, so nobody knows how to talk to it")
-    # LLaVA's own templates need none.
-    for template in ("v1", "plain"):
-        code, lines = told(capsys, "run", f"stages.align.data.template={template}", "--dry-run")
-        assert code == 0, lines
+    # LLaVA's own templates need none, and v1 a </s>, which this tokenizer has not.
+    code, lines = told(capsys, "run", "stages.align.data.template=plain", "--dry-run")
+    assert code == 0, lines
+    code, lines = told(capsys, "run", "stages.align.data.template=v1", "--dry-run")
+    assert code == 2
+    assert any("template v1 writes" in line and "no answer would end" in line for line in lines)
 
 
 def test_an_llm_without_room_for_a_picture_is_found_before_the_run(

@@ -107,7 +107,7 @@ def test_a_missing_picture_and_a_silent_row_are_problems_with_their_names(tmp_pa
 
 def test_where_nothing_is_learned_at_all_it_is_a_problem(tmp_path: Path) -> None:
     rows = [llava_row("<image>\nWhich?", "", image="0.jpg")] * 3
-    said, problems = examined(aligned(tmp_path, written(tmp_path, rows), template="v1"))
+    said, problems = examined(aligned(tmp_path, written(tmp_path, rows), template="plain"))
     [problem] = problems
     assert problem.startswith("stages.align.data")
     assert "show" not in said

@@ -101,6 +101,19 @@ def test_adapters_on_their_base_are_the_tuned_model(
     assert "is not the base that was tuned" in refused(said, "verify-export", folder, run)
 
 
+def test_what_ends_an_answer_goes_along_with_the_adapters(
+    tiny_run: Path, tmp_path: Path, said: Said
+) -> None:
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    folder, settings = tmp_path / "adapter", run / "align" / "model" / "generation_config.json"
+    assert said("export", run, folder, "--format", "adapter")[0] == 0
+    told = json.loads((folder / "aimv2_mllm.json").read_text())["reference"]["tokens"]
+    # A base whose answers end elsewhere.
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "eos_token_id": told[0]}))
+    code, out, _ = said("verify-export", folder, run)
+    assert code == 0, out
+
+
 def test_a_tampered_adapter_is_found(tiny_run: Path, tmp_path: Path, said: Said) -> None:
     run, folder = tiny_run, tmp_path / "adapter"
     assert said("export", run, folder, "--format", "adapter")[0] == 0

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from test_chat import llava  # noqa: F401 (a fixture)
-from test_templates import BRACKETS, CHATML, ENDLESS, HEADERS, PARTS, TALK, THINKING, llama
+from test_templates import BRACKETS, CHATML, ENDLESS, HEADERS, PARTS, TALK, llama
 from transformers import CLIPImageProcessorPil, LlavaProcessor
 
 from aimv2_mllm.chat import load_model
@@ -57,9 +57,7 @@ def data_of(*sources: dict[str, Any], **words: Any) -> ConversationData:
 
 
 @pytest.mark.parametrize(("connector", "count"), [(None, 16), (REDUCING, 4)])
-@pytest.mark.parametrize(
-    "template", [CHATML, THINKING, HEADERS, BRACKETS, PARTS, TINY, V1_CHAT_TEMPLATE]
-)
+@pytest.mark.parametrize("template", [CHATML, HEADERS, BRACKETS, PARTS, TINY, V1_CHAT_TEMPLATE])
 def test_a_prompt_is_what_training_puts_before_the_answer(
     template: str, connector: dict[str, Any] | None, count: int
 ) -> None:
@@ -148,7 +146,7 @@ def with_system(processor: Any) -> str:
     return str(processor.tokenizer.decode(ids))
 
 
-@pytest.mark.parametrize("template", [CHATML, THINKING, HEADERS, PARTS, V1_CHAT_TEMPLATE])
+@pytest.mark.parametrize("template", [CHATML, HEADERS, PARTS, V1_CHAT_TEMPLATE])
 def test_a_system_prompt_comes_first_where_the_template_has_a_place(template: str) -> None:
     text = with_system(processor_of(llama(template)))
     assert text.count("Be brief.") == 1

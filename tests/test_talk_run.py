@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from llava_world import make_llm
 from test_corpus_run import Killed, die_in_step_5
 from test_talks import llava_row, save_table, table, written
 
@@ -151,7 +152,8 @@ def test_a_model_tuned_in_llavas_way_is_talked_to_in_it(
 ) -> None:
     (world / "recipe.yaml").write_text(RECIPE.format(folder=world, template="v1"))
     words = ["stages.align.train.steps=1", "stages.tune.train.steps=1"]
-    words += ["stages.tune.data.max_tokens=400"]
+    words += ["stages.tune.data.max_tokens=400", f"stages.align.llm={world / 'llm'}"]
+    make_llm(world / "llm")  # a Llama, which knows </s>
     code = command.main(["run", str(world / "recipe.yaml"), f"output={world / 'run'}", *words])
     assert code == 0
     said = capsys.readouterr().out

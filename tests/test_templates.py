@@ -23,16 +23,6 @@ CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-THINKING = (  # Qwen3: the last answer begins with an empty thought, and lists are dropped silently
-    "{% set ns = namespace(open=true, last=-1) %}{% for m in messages[::-1] %}"
-    "{% if ns.open and m.role == 'user' %}{% set ns.open = false %}"
-    "{% set ns.last = messages|length - 1 - loop.index0 %}{% endif %}{% endfor %}"
-    "{% for m in messages %}{% set text = m.content if m.content is string else '' %}"
-    "{{ '<|im_start|>' + m.role + '\n' }}"
-    "{% if m.role == 'assistant' and loop.index0 > ns.last %}{{ '<think>\n\n</think>\n\n' }}"
-    "{% endif %}{{ text + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 HEADERS = (
     "{% for m in messages %}{{ bos_token if loop.first else '' }}{{ '<|header|>' + m.role + "
     "'<|/header|>\n\n' + m.content | trim + '<|eot_id|>' }}{% endfor %}"
@@ -63,7 +53,7 @@ TALK = [
 
 def llama(template: str | None = None, *, legacy: bool = True) -> Any:
     tokenizer = llava_facts.llama_tokenizer(legacy=legacy)
-    special = ["<image>", "<|im_start|>", "<|im_end|>", "<|eot_id|>"]
+    special = ["<image>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|end|>"]
     tokenizer.add_special_tokens({"additional_special_tokens": special})
     tokenizer.chat_template = template
     return tokenizer
@@ -97,7 +87,6 @@ def test_llavas_templates_are_those_of_its_own_preprocessing(fact: str) -> None:
     ("template", "expected"),
     [
         (CHATML, "A cat.<|im_end|>it<|im_end|>A cat. A cat.<|im_end|>"),
-        (THINKING, "A cat.<|im_end|>it<|im_end|><think>\n\n</think>\n\nA cat. A cat.<|im_end|>"),
         (HEADERS, "A cat.<|eot_id|>it<|eot_id|>A cat. A cat.<|eot_id|>"),
         (BRACKETS, "A cat.</s>it</s>A cat. A cat.</s>"),
         (PARTS, " A cat.</s> it</s> A cat. A cat.</s>"),
@@ -112,7 +101,7 @@ def test_what_the_assistant_says_is_found_in_any_template_with_its_end(
     assert said.replace(" ", "") == expected.replace(" ", "")
 
 
-@pytest.mark.parametrize("template", [CHATML, THINKING, HEADERS, BRACKETS, PARTS])
+@pytest.mark.parametrize("template", [CHATML, HEADERS, BRACKETS, PARTS])
 def test_a_picture_stands_where_the_question_has_it(template: str) -> None:
     tokenizer = llama(template)
     encoded = Writer(tokenizer, num_image_tokens=3)(messages_of(TALK, 1))

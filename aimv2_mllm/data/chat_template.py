@@ -6,6 +6,7 @@ Refuses a template that does not tell where answers begin and end, or does not w
 
 import re
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import jinja2
@@ -34,24 +35,55 @@ def as_text(message: Message) -> str:
     return "".join(IMAGE_TOKEN if part["type"] == "image" else part["text"] for part in parts)
 
 
+PROBE = [*turn("q0z?", "a0z.", image=True), *turn("q1z?", "a1z."), *turn("q2z?", "a2z.")]
+# Before a template that takes text: what `as_text` makes of a message's parts.
+PARTS = (
+    "{%- set talk = namespace(messages=[]) -%}\n"
+    "{%- for message in messages -%}\n"
+    "{%- if message.content is undefined or message.content is string -%}\n"
+    "{%- set talk.messages = talk.messages + [message] -%}\n"
+    "{%- else -%}\n"
+    "{%- set told = namespace(pictures=0, words='', whole='') -%}\n"
+    "{%- for part in message.content -%}\n"
+    "{%- if part.type == 'text' -%}\n"
+    "{%- set told.words = told.words + part.text -%}\n"
+    "{%- set told.whole = told.whole + part.text -%}\n"
+    "{%- else -%}\n"
+    "{%- set told.pictures = told.pictures + 1 -%}\n"
+    f"{{%- set told.whole = told.whole + '{IMAGE_TOKEN}' -%}}\n"
+    "{%- endif -%}\n"
+    "{%- endfor -%}\n"
+    "{%- if told.pictures == 1 -%}\n"
+    f"{{%- set told.whole = ('{IMAGE_TOKEN}\\n' + told.words | trim) | trim -%}}\n"
+    "{%- endif -%}\n"
+    "{%- set content = {'role': message.role, 'content': told.whole} -%}\n"
+    "{%- set talk.messages = talk.messages + [content] -%}\n"
+    "{%- endif -%}\n"
+    "{%- endfor -%}\n"
+    "{%- set messages = talk.messages %}\n"
+)
+
+
 class Chat:
-    """The tokenizer's own chat template.
+    """The tokenizer's own chat template, or the one given, as `template`, which takes parts.
 
     Where it does not mark what the assistant says ({% generation %}), that is found by comparing
     what it writes with and without an answer; UsageError where the comparison does not tell, but
     for a chat that `only_asks`.
     """
 
-    def __init__(self, tokenizer: Any, *, only_asks: bool = False) -> None:
+    def __init__(
+        self, tokenizer: Any, template: str | None = None, *, only_asks: bool = False
+    ) -> None:
         self._tokenizer = tokenizer
-        probe = [*turn("q0z?", "a0z.", image=True), *turn("q1z?", "a1z."), *turn("q2z?", "a2z.")]
-        marked = re.search(r"\{%-?\s*generation\b", str(tokenizer.chat_template)) is not None
+        own = template or tokenizer.get_chat_template()
+        marked = re.search(r"\{%-?\s*generation\b", own) is not None
         # Templates of models that only read take text, and some drop silently what is a list.
         # Who only asks gets what training gets, wherever there can be training.
         for suits in (self._tells, self._asks) if only_asks else (self._tells,):
-            for self._is_marked in (True, False) if marked else (False,):
-                for self._takes_parts in (True, False):
-                    if suits(probe):
+            for self.template in (own, f"{PARTS}{own}"):
+                for self._is_marked in (True, False) if marked else (False,):
+                    if suits():
                         return
         raise UsageError(
             f"{tokenizer.name_or_path or 'the tokenizer'}: its chat template does not write what it"
@@ -59,11 +91,14 @@ class Chat:
             " and ends; mark that in it with {% generation %}, or choose template v1"
         )
 
-    def _tells(self, probe: list[Message]) -> bool:
+    def _tells(self) -> bool:
         try:
-            # What follows an answer is the same whether or not the conversation goes on.
-            self._ending = self._render(self._as_taken(probe[:2])).partition("a0z.")[2]
-            text, spans = self(probe)
+            # What follows an answer is more where the conversation ends in some templates.
+            going_on = self._render(self._as_taken(PROBE)).partition("a0z.")[2]
+            self._closing = self._render(self._as_taken(PROBE[:2])).partition("a0z.")[2]
+            self._ending = self._in_common(self._closing, going_on)
+            text, spans = self(PROBE)
+            begins = [self.asked(PROBE[:end]) for end in range(1, len(PROBE), 2)]
         except (Unusable, jinja2.TemplateError, TypeError, ValueError):
             return False
         said = [text[begin:end] for begin, end in spans]
@@ -73,11 +108,19 @@ class Chat:
             for number, one in enumerate(said)
         )
         others = any(f"q{number}z?" in one for number in range(3) for one in said)
-        return asked and answered and not others and text.count(IMAGE_TOKEN) == 1
+        prompted = begins == [text[:begin] for begin, _ in spans]
+        return asked and answered and not others and prompted and text.count(IMAGE_TOKEN) == 1
 
-    def _asks(self, probe: list[Message]) -> bool:
+    def _in_common(self, one: str, other: str) -> str:
+        """The beginning that two texts share, in whole tokens where these are marks."""
+        marks = sorted(self._tokenizer.get_added_vocab(), key=len, reverse=True)
+        cut = re.compile(f"({'|'.join(map(re.escape, marks)) or '(?!)'})")
+        pairs = zip(cut.split(one), cut.split(other), strict=False)
+        return "".join(piece for piece, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+    def _asks(self) -> bool:
         try:
-            text = self.asked(probe[:-1])
+            text = self.asked(PROBE[:-1])
         except (jinja2.TemplateError, TypeError, ValueError):
             return False
         said = [text.count(one) for one in ("q0z?", "a0z.", "q1z?", "a1z.", "q2z?", IMAGE_TOKEN)]
@@ -99,13 +142,17 @@ class Chat:
         return Written(text, spans)
 
     def _as_taken(self, messages: Sequence[Message]) -> list[Message]:
-        write = _tidy if self._takes_parts else as_text
+        # PARTS writes the same, in more time.
+        write = as_text if PARTS in self.template else _tidy
         return [{**message, "content": write(message)} for message in messages]
 
     def _render(self, messages: Sequence[Message], *, ask: bool = False) -> str:
         return str(
             self._tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=ask
+                list(messages),
+                chat_template=self.template,
+                tokenize=False,
+                add_generation_prompt=ask,
             )
         )
 
@@ -114,7 +161,7 @@ class Chat:
 
         rendered, spans = render_jinja_template(
             [list(messages)],
-            chat_template=self._tokenizer.chat_template,
+            chat_template=self.template,
             return_assistant_tokens_mask=True,
             **self._tokenizer.special_tokens_map,
         )
@@ -124,17 +171,10 @@ class Chat:
         """From where answer `number` is asked for to behind its end token, in the whole `text`."""
         asked = self._render(messages[:number], ask=True)
         alone = self._render(messages[: number + 1])
-        begin, blank = len(asked), len(self._ending) - len(self._ending.rstrip())
-        if text.startswith(asked) and alone.startswith(asked) and alone.endswith(self._ending):
-            said = alone[begin:]
-            if text.startswith(said, begin):
-                return begin, begin + len(said) - blank
-            # Some templates open the last answer alone with an empty thought.
-            answer = messages[number]["content"]
-            answer = (answer if isinstance(answer, str) else answer[0]["text"]).strip()
-            place = text.find(answer + self._ending, begin)
-            if place >= 0 and not text[begin:place].strip():
-                return begin, place + len(answer) + len(self._ending) - blank
+        if alone.startswith(asked) and alone.endswith(self._closing):
+            said = alone[len(asked) : len(alone) - len(self._closing)] + self._ending
+            if text.startswith(asked + said):
+                return len(asked), len(asked) + len(said.rstrip())
         raise Unusable("template", "the chat template does not tell where an answer ends")
 
 

@@ -6,14 +6,16 @@ are token for token those of its `llava.train.train.preprocess`. Refuses a chat 
 not tell where answers begin and end.
 """
 
+import re
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jinja2
 import numpy as np
 
-from aimv2_mllm.data.chat_template import Chat, Written, as_text
-from aimv2_mllm.data.conversations import IGNORED, IMAGE_TOKEN, Message, num_pictures
+from aimv2_mllm.data.chat_template import PROBE, Chat, Written, as_text
+from aimv2_mllm.data.conversations import IGNORED, IMAGE_TOKEN, Message, num_pictures, turn
 from aimv2_mllm.data.files import Unusable
 from aimv2_mllm.errors import UsageError
 
@@ -86,7 +88,8 @@ TEMPLATES: dict[str, tuple[Callable[[Any], WrittenBy], bool]] = {
 class Writer:
     """Conversations in tokens by one of `TEMPLATES`; each picture is `num_image_tokens` tokens.
 
-    Where the chat template is `V1_CHAT_TEMPLATE`, `chat` is `v1`.
+    Where the chat template is `V1_CHAT_TEMPLATE`, `chat` is `v1`. `end` is the token that ends an
+    answer; None in `plain`, where that is a new line. UsageError where it is no special token.
     """
 
     def __init__(
@@ -103,7 +106,8 @@ class Writer:
         self.tokenizer, self._write = tokenizer, build(tokenizer)
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         self._num_image_tokens = num_image_tokens
-        self._special = [token for token in tokenizer.all_special_tokens if token.strip()]
+        self._special = control_tokens(tokenizer, self._write(PROBE[:2]).text)
+        self.end = None if template == "plain" else self._end(template)
 
     def fitted(
         self, messages: Sequence[Message], most: int, *, cut: bool = True
@@ -132,7 +136,12 @@ class Writer:
         """The conversation in tokens; `Unusable` for one that cannot be written or teaches
         nothing."""
         self._check(messages)
-        text, spans = self._write(messages)
+        try:
+            text, spans = self._write(messages)
+        except Unusable:
+            raise
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            raise Unusable("template", f"the chat template refuses it: {error}") from None
         # (L,), (L, 2)
         ids, places = _tokens(self.tokenizer, text, in_pieces=self._in_pieces)
         supervised = np.zeros(len(ids), dtype=bool)
@@ -150,24 +159,46 @@ class Writer:
         ids = np.full(self._num_image_tokens, self.image_token_id)
         return Encoded(ids, np.full(len(ids), IGNORED))
 
+    def _end(self, template: str) -> int:
+        labels = self(turn("q0z?", "a0z.")).labels
+        end = int(labels[labels != IGNORED][-1])
+        if end not in self.tokenizer.added_tokens_decoder:
+            said = self.tokenizer.decode(labels[labels != IGNORED])
+            raise UsageError(
+                f"{self.tokenizer.name_or_path or 'the tokenizer'}: template {template} writes"
+                f" {said!r}, and that end is no token of its tokenizer: no answer would end; give"
+                " an LLM that was tuned to talk, and template chat"
+            )
+        return end
+
     def _check(self, messages: Sequence[Message]) -> None:
         # Letters that are a special token would become it: the end of an answer, or a picture.
         for message in messages:
             for part in message["content"]:
-                for token in self._special:
-                    if token in part.get("text", ""):
-                        raise Unusable("special_token", f"{token} stands in its text")
+                if found := self._special.search(part.get("text", "")):
+                    raise Unusable("special_token", f"{found[0]} stands in its text")
+
+
+def control_tokens(tokenizer: Any, written: str) -> re.Pattern[str]:
+    """Finds the tokens that text must not spell: special ones, and others that are added to the
+    vocabulary and that the chat template writes, as in `written`."""
+    added = tokenizer.added_tokens_decoder.values()
+    tokens = {token.content for token in added if token.special or token.content in written}
+    found = {token for token in (*tokens, *tokenizer.all_special_tokens) if token.strip()}
+    return re.compile("|".join(map(re.escape, sorted(found, reverse=True))) or "(?!)")
 
 
 class Asker:
     """What stands before an answer, in tokens: those that `Writer` of template `chat` puts there.
 
-    It serves chat templates from which nothing can be learned too.
+    It serves chat templates from which nothing can be learned too. `control_tokens` finds what a
+    question must not spell.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer, self._in_pieces = tokenizer, tokenizer.chat_template == V1_CHAT_TEMPLATE
         self._write = asked_v1 if self._in_pieces else Chat(tokenizer, only_asks=True).asked
+        self.control_tokens = control_tokens(tokenizer, self._write(PROBE[:-1]))
 
     def __call__(
         self, messages: Sequence[Message], num_image_tokens: int | Sequence[int]

@@ -52,9 +52,7 @@ def write_adapter(name: str, folder: Path, options: Options) -> tuple[Source, di
     named = base.get("source") or base.get("stage") or base.get("llm") or UNKNOWN
     config |= {"modules_to_save": modules, "base_model_name_or_path": Path(named).name}
     write_json(folder / CONFIG, config)
-    copy_files(
-        source.folder, folder, lambda file: file not in (CONFIG_FILE, "generation_config.json")
-    )
+    copy_files(source.folder, folder, lambda file: file != CONFIG_FILE)
     bot = load_model(source.folder)
     return source, {
         "base": base,

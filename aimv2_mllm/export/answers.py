@@ -183,9 +183,10 @@ def from_llava(folder: Path, told: dict[str, Any], _: str) -> dict[str, Any]:
 def from_adapter(folder: Path, told: dict[str, Any], base: str) -> dict[str, Any]:
     """What the Llava in `base` says with the adapter in `folder`, when peft loads it."""
     from peft import PeftModel
-    from transformers import AutoProcessor
+    from transformers import AutoProcessor, GenerationConfig
 
     model, faults = _load(base)
+    model.generation_config = GenerationConfig.from_pretrained(folder)
     model = PeftModel.from_pretrained(model, folder).merge_and_unload()
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     loaded = {"class": type(model).__name__, "faults": faults}

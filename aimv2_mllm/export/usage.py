@@ -44,9 +44,10 @@ On its base, {base}; transformers {minimum} or newer:
 
 ```python
 from peft import PeftModel
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
 base = AutoModelForImageTextToText.from_pretrained("BASE")
+base.generation_config = GenerationConfig.from_pretrained("{name}")  # what ends an answer
 model = PeftModel.from_pretrained(base, "{name}")  # the connector{tower} too
 processor = AutoProcessor.from_pretrained("{name}")
 ```"""

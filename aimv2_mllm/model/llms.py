@@ -46,11 +46,13 @@ def load_tokenizer(name: str, *, talks: bool = True, chat_template: str | None =
     tokenizer.chat_template = tokenizer.chat_template or chat_template
     if tokenizer.chat_template is None:
         raise UsageError(
-            f"{name}: its tokenizer has no chat template, so nobody knows how to talk to it; for an"
-            " LLM that was tuned with LLaVA's or Vicuna's, give data.template=v1"
+            f"{name}: its tokenizer has no chat template, so nobody knows how to talk to it; give"
+            " the LLM's variant that was tuned to talk or, where </s> ends a text, data.template=v1"
         )
     if IMAGE_TOKEN not in tokenizer.get_vocab():
-        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
+        tokenizer.add_special_tokens(
+            {"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

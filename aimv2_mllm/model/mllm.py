@@ -85,8 +85,23 @@ def assemble(
     if len(tokenizer) > model.lm_head.weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer))
     model.config.text_config.name_or_path = ""  # a path of this machine
-    model.generation_config = llm.generation_config
+    model.generation_config = ended_by(llm.generation_config)
     return model.train()
+
+
+def ended_by(settings: Any, end: int | None = None) -> Any:
+    """The generation `settings` of an LLM in which the token `end` ends an answer too, and without
+    how it is to be sampled, which was of its own answers."""
+    from transformers import GenerationConfig
+
+    known = settings.eos_token_id
+    ends = [*known] if isinstance(known, list) else [known]
+    ends = [one for one in dict.fromkeys((*ends, end)) if one is not None]
+    return GenerationConfig(
+        bos_token_id=settings.bos_token_id,
+        eos_token_id=ends if len(ends) > 1 else next(iter(ends), None),
+        pad_token_id=settings.pad_token_id,
+    )
 
 
 def build_processor(model: Any, tokenizer: Any, preprocessing: Preprocessing) -> "LlavaProcessor":
