@@ -55,7 +55,7 @@ def write_adapter(name: str, folder: Path, options: Options) -> tuple[Source, di
     copy_files(
         source.folder, folder, lambda file: file not in (CONFIG_FILE, "generation_config.json")
     )
-    bot = load_model(source.folder)
+    bot = load_model(source.folder, device="cpu")
     return source, {
         "base": base,
         "tower_tuned": "tower" in parts,

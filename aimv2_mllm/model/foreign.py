@@ -47,10 +47,12 @@ def load_foreign(kind: str, folder: Path) -> nn.Module:
     return network
 
 
-def load_image_text(source: str | Path, refusal: str, **words: Any) -> tuple[Any, Any]:
+def load_image_text(
+    source: str | Path, refusal: str, *, device: str | None = None, **words: Any
+) -> tuple[Any, Any]:
     """The image-text model of transformers in a folder or of a hub id (org/name[@revision]), in the
-    precision that it is stored in, on the GPU where there is one, and its processor; `words` go to
-    both loaders.
+    precision that it is stored in, on the `device`, by default the GPU where there is one, and its
+    processor; `words` go to both loaders.
 
     UsageError for weights that are damaged or not all there, and with `refusal` where none is.
     """
@@ -77,7 +79,8 @@ def load_image_text(source: str | Path, refusal: str, **words: Any) -> tuple[Any
         said = " ".join(str(error).split())[:300]
         raise UsageError(f"{source}: {refusal}: {said}") from None
     demand_whole(report, str(source))
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), processor
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return model.to(device).eval(), processor
 
 
 def demand_whole(report: dict[str, Any], where: str) -> None:
