@@ -15,6 +15,7 @@ from aimv2_mllm.errors import UsageError
 from aimv2_mllm.model.connectors import build_connector
 from aimv2_mllm.model.families import side_of
 from aimv2_mllm.model.foreign import demand_whole, first_line
+from aimv2_mllm.model.hub import pinned
 from aimv2_mllm.model.joining import draw_connector, take_weights
 from aimv2_mllm.model.llms import IMAGE_TOKEN, forget_how_it_was_loaded
 from aimv2_mllm.model.preprocessing import Preprocessing
@@ -133,15 +134,17 @@ def load_llava(source: str | Path, dtype: Any = torch.float32) -> tuple[Any, Any
     import aimv2_mllm.model.llava  # noqa: F401  (transformers then knows ours)
 
     llava_config(source)
+    name, words = pinned(source)
     try:
         model, report = AutoModelForImageTextToText.from_pretrained(
-            source,
+            name,
             dtype=dtype,
             trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are in the report
+            **words,
         )
-        processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
+        processor = AutoProcessor.from_pretrained(name, trust_remote_code=False, **words)
     except (OSError, ValueError, SafetensorError) as error:
         raise UsageError(
             f"{source}: no Llava can be loaded from there ({first_line(error)})"
@@ -157,8 +160,9 @@ def llava_config(source: str | Path) -> Any:
 
     import aimv2_mllm.model.llava
 
+    name, words = pinned(source)
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **words)
     except (OSError, ValueError) as error:
         raise UsageError(
             f"{source}: no Llava can be loaded from there ({first_line(error)})"
