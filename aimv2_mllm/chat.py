@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def load_model(folder: str | Path) -> Chatbot:
-    """The model in a run folder or model folder (any stock Llava), on the GPU where there is one.
+def load_model(folder: str | Path, device: str | None = None) -> Chatbot:
+    """The model in a run folder or model folder (any stock Llava), on the `device`, by default the
+    GPU where there is one.
 
     It decodes greedily whatever the folder says about sampling. Raises UsageError, with what to do,
     for a folder without such a model and for weights that are not whole: nothing goes on
@@ -46,7 +47,9 @@ def load_model(folder: str | Path) -> Chatbot:
         raise UsageError(
             f"{found / CONFIG_FILE}: its model_type is {kind!r}, must be 'llava'; {GIVE}"
         )
-    model, processor = load_image_text(found, "cannot be loaded", local_files_only=True)
+    model, processor = load_image_text(
+        found, "cannot be loaded", device=device, local_files_only=True
+    )
     if processor.chat_template is None:
         raise UsageError(f"{found}: has no chat template, so nobody knows how to talk to it")
     old, tokenizer = model.generation_config, processor.tokenizer

@@ -39,7 +39,10 @@ ROWS = 16  # whose pictures are decoded at once
 @dataclass(frozen=True)
 class Pass:
     """The pictures of a stage by chunk, of one rank: which they are, and the pixels of those whose
-    features are not kept. It can be sent to another process."""
+    features are not kept. It can be sent to another process.
+
+    Ranks share the rows, so that each is read once; a picture of several rows may be of several.
+    """
 
     batches: TalkBatches
     store: FeatureStore
@@ -47,8 +50,9 @@ class Pass:
 
     @property
     def num_chunks(self) -> int:
-        """How many chunks there are."""
-        return -(-self.batches.corpus.num_places(self.samples) // ROWS)
+        """How many chunks this rank has."""
+        share, places = self.batches.share, self.batches.corpus.num_places(self.samples)
+        return len(range(share.rank * ROWS, places, share.size * ROWS))
 
     @property
     def name(self) -> str:
@@ -57,17 +61,17 @@ class Pass:
         said = [corpus.digest, corpus.image_aspect, self.samples, seed, self.store.most_gib]
         return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:24]
 
-    def __call__(self, chunk: int) -> list[dict[str, Any]]:
-        """The one batch of a chunk: `all` keys of its pictures, and `pixel_values` of those with
-        the `keys`."""
+    def __call__(self, number: int) -> list[dict[str, Any]]:
+        """The one batch of this rank's chunk of that number: `all` keys of its pictures, and
+        `pixel_values` of those with the `keys`."""
         corpus, share = self.batches.corpus, self.batches.share
+        chunk = number * share.size + share.rank
         contents = [] if chunk else [BLANK]
         contents += corpus.pictures(self.samples, range(chunk * ROWS, (chunk + 1) * ROWS))
         found, missing = dict[bytes, None](), dict[bytes, Tensor]()
         for content in contents:
             key = picture_key(content, corpus.image_aspect)
-            # By the picture and not by the row, so that none is computed on two ranks.
-            if int.from_bytes(key[:8], "little") % share.size != share.rank or key in found:
+            if key in found:
                 continue
             found[key] = None
             if key not in self.store:
@@ -197,7 +201,7 @@ def _filled(
             bar.show((chunk + 1) * ROWS, f"{len(seen):,} pictures, {rate}")
     filler.finish()
     bar.close()
-    ranks.gather(None)  # until all have written
+    seen = seen.difference(*ranks.gather(seen)[: ranks.rank])  # once all have written
     work.store.refresh(narrate)
     kept = sum(key in work.store for key in seen)
     counts = [len(seen), kept, filler.computed, int(filler.is_full)]

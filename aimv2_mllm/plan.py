@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from aimv2_mllm.data.talk_batches import TalkBatches
 from aimv2_mllm.engine.accelerators import Accelerator
+from aimv2_mllm.engine.precision import held_dtype
 from aimv2_mllm.engine.rehearsal import Footprint, rehearse
 from aimv2_mllm.engine.strategies import blocks
 from aimv2_mllm.errors import RunFailed, UsageError
 from aimv2_mllm.job import Job, Place
-from aimv2_mllm.model.quantising import is_quantised, num_bytes
+from aimv2_mllm.model.quantising import is_quantised, num_bytes, num_weights
 from aimv2_mllm.plan_talks import talks_of
 from aimv2_mllm.planned import Memory, Plan, SourceUse, StagePlan
 from aimv2_mllm.problems import Problem, find_problems
@@ -93,7 +94,11 @@ def _planned(
         notes.append(f"no captions at hand: all are counted with {longest} tokens")
     if f"stages.{name}.tokenizer" in wrong:
         notes.append(f"no tokenizer at hand: counted with {WORDS.get(stage.kind, 0):,} words")
-    table = job.table()
+    table, held = job.table(), held_dtype(stage.train, device.has_bf16)
+    loaded = sum(
+        num_weights(p) * held.itemsize if is_quantised(p) else p.nbytes
+        for p in job.model.parameters()
+    )
     trained = sum(p.nbytes for named in job.parts.values() for _, p in named)
     if isinstance(job.batches, TalkBatches):
         assert not isinstance(stage, PretrainStage | LitStage), stage
@@ -110,6 +115,7 @@ def _planned(
         memory=memory,
         flops=flops,
         checkpoint=3 * trained,
+        loaded=loaded,
         notes=notes,
     ), ""
 

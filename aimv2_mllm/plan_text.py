@@ -106,6 +106,11 @@ def _stage(
     how = [train.precision, strategy if num_devices > 1 else "one process"]
     how += ["activation checkpointing"] * train.activation_checkpointing
     lines.append(f"              {', '.join(how)}; a checkpoint {_size(stage.checkpoint)}")
+    if num_devices > 1:
+        lines.append(
+            f"              while it loads, {_size(stage.loaded)} of its machine's memory for each"
+            f" process, {_size(num_devices * stage.loaded)} for {num_devices}"
+        )
     step = stage.flops * train.batch_size
     lines.append(
         f"  FLOPs       {stage.flops:.3e} a sample, {step:.3e} a step,"

@@ -48,6 +48,7 @@ class StagePlan:
     memory: Memory | None = None
     flops: float = 0.0  # of one sample, forward and backward
     checkpoint: int = 0  # bytes
+    loaded: int = 0  # bytes that a process holds of the model before any of it is on its device
     notes: Sequence[str] = ()
 
     @property

@@ -16,7 +16,7 @@ from aimv2_mllm.model.shapes import only_shapes
 from aimv2_mllm.model.shards import weight_files
 from aimv2_mllm.recipe_data import ConversationData
 from aimv2_mllm.recipe_stages import Stage
-from aimv2_mllm.run_folder import check_begun, check_folder
+from aimv2_mllm.run_folder import check_begun, check_folder, recall
 from aimv2_mllm.stages import check_shares, check_stage, inputs, opened
 
 
@@ -34,7 +34,11 @@ class Problem:
 
 def find_problems(place: Place, num_devices: int) -> list[Problem]:
     """Every problem of the recipe, in the order of its stages; weights are not read."""
-    found = list(_tried("output", lambda: check_folder(place)))
+    found = [
+        problem
+        for check in (check_folder, recall)
+        for problem in _tried("output", partial(check, place))
+    ]
     for name, stage in place.recipe.stages.items():
         here = f"stages.{name}"
         found += _tried(here, partial(check_begun, name, place))

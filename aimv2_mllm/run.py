@@ -27,7 +27,7 @@ from aimv2_mllm.job import Job, Place, versions
 from aimv2_mllm.narration import Narrate
 from aimv2_mllm.recipe import Recipe
 from aimv2_mllm.recipe_stages import Stage
-from aimv2_mllm.run_folder import claim, earlier, lineage, locked, state
+from aimv2_mllm.run_folder import claim, earlier, lineage, locked, recall, state
 from aimv2_mllm.stages import STAGES, check_inputs, check_shares, inputs
 
 
@@ -44,6 +44,7 @@ def run(recipe: Recipe, narrate: Narrate) -> Path | None:
             tell = narrate if ranks.is_first else _say_nothing
             if ranks.size > 1:
                 tell(f"{ranks.size} processes train together")
+            recall(place)
             _check(place, ranks)
             ranks.first(lambda: _enter(place, held, tell))
             for name, stage in recipe.stages.items():

@@ -28,12 +28,13 @@ from aimv2_mllm.folders import (
     talking_source,
 )
 from aimv2_mllm.job import Place
-from aimv2_mllm.model.hub import commit_of, locate
+from aimv2_mllm.model.hub import COMMITS, commit_of, facts_folder, locate
 from aimv2_mllm.model.llms import llm_source
 from aimv2_mllm.recipe import changed_keys, deciding, dump_recipe
 from aimv2_mllm.stages import inputs
 
 LICENCE = "Apache-2.0"
+HUB_FILE = "hub.json"  # the commits of the hub's models with which the run was begun
 
 
 @contextmanager
@@ -61,8 +62,23 @@ def locked(folder: Path, give: str = "give output=FOLDER") -> Iterator[None]:
         yield
 
 
+def recall(place: Place) -> None:
+    """Let the hub's models be those with which the run was begun, if it was, whatever is on the hub
+    today; UsageError where that cannot be read."""
+    path = place.folder / HUB_FILE
+    if not path.exists():
+        return
+    try:
+        COMMITS.update(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageError(
+            f"{path}: is not a run's list of commits ({error!r}); give another output=FOLDER"
+        ) from None
+
+
 def claim(place: Place, narrate: Callable[[str], None]) -> None:
-    """Write the recipe into its run folder; UsageError where that is another recipe's."""
+    """Write the recipe into its run folder, and which models of the hub it means; UsageError where
+    that is another recipe's."""
     path = place.folder / RECIPE_FILE
     is_new = not path.exists()
     check_folder(place)
@@ -71,10 +87,21 @@ def claim(place: Place, narrate: Callable[[str], None]) -> None:
         # Also what says how it is executed, which may be new.
         if is_new or path.read_text(encoding="utf-8") != text:
             replace_file(path, text.encode())
+        _remember(place)
     except OSError as error:
         raise RunFailed(f"{path}: cannot be written ({error.strerror})") from None
     if is_new:
         narrate(f"run folder {place.folder}")
+
+
+def _remember(place: Place) -> None:
+    path = place.folder / HUB_FILE
+    given = [
+        name for stage in place.recipe.stages.values() for name in inputs(stage, place).values()
+    ]
+    text = json.dumps({name: COMMITS[name] for name in given if name in COMMITS}, indent=2)
+    if text != (path.read_text(encoding="utf-8") if path.exists() else "{}"):
+        replace_file(path, text.encode())
 
 
 def check_folder(place: Place) -> None:
@@ -147,7 +174,8 @@ def _fingerprint(name: str, place: Place) -> str:
     stage = place.recipe.stages[name]
     # Their files and not their records, which hold the seconds they took.
     parents = [place.record(other)["files"] for other in earlier(name, place)]
-    outside = [_digest(_folder(key, source)) for key, source in inputs(stage, place).items()]
+    named = inputs(stage, place).items()
+    outside = [_digest(source, _folder(key, source)) for key, source in named]
     own = deciding(stage.model_dump(mode="json"))
     text = json.dumps([name, place.recipe.seed, own, parents, outside], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -160,15 +188,18 @@ def earlier(name: str, place: Place) -> list[str]:
 
 
 def _folder(key: str, source: str) -> Path:
-    """Where the model from outside lies that a stage's `key` names; an LLM or Llava of the hub has
-    no folder, only its id."""
+    """Where the model from outside lies that a stage's `key` names; of an LLM or Llava of the hub,
+    what says which it is."""
     if key == "start":
-        return Path(talking_source(source))
-    return Path(llm_source(source)) if key in ("llm", "tokenizer") else locate(source)
+        return facts_folder(talking_source(source))
+    return facts_folder(llm_source(source)) if key in ("llm", "tokenizer") else locate(source)
 
 
-def _digest(folder: Path) -> str | dict[str, str]:
-    """A model from outside by the contents of its files; an LLM of the hub by its id."""
+def _digest(source: str, folder: Path) -> str | dict[str, str]:
+    """A model from outside by the contents of its files; of the hub by its commit, whatever of it
+    is downloaded."""
+    if commit := commit_of(source, folder):
+        return commit
     if not folder.is_dir():
         return str(folder)
     return {f.name: sha256(f) for f in sorted(folder.iterdir()) if f.is_file()}

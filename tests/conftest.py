@@ -1,7 +1,9 @@
 """A quickstart in miniature, run once for all tests that look at its results."""
 
 import os
+import shutil
 import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+from aimv2_mllm.model import hub
 from aimv2_mllm.recipe import Recipe
 from aimv2_mllm.recipe_file import load_recipe
 
@@ -37,3 +40,24 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from aimv2_mllm.run import run
 
     return run(tiny_recipe(tmp_path_factory.mktemp("run") / "quickstart"), lambda _: None)
+
+
+@pytest.fixture
+def publish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Path]]:
+    """A function that puts a copy of a folder among what was downloaded from the hub, which cannot
+    be reached: under an org/name, as its newest commit, without the record of its stage."""
+    import huggingface_hub.constants as constants
+
+    def put(source: Path, name: str, commit: str) -> Path:
+        repository = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
+        folder = shutil.copytree(source, repository / "snapshots" / commit)
+        (folder / "stage.json").unlink(missing_ok=True)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / "main").write_text(commit)
+        return folder
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    hub.COMMITS.clear()
+    yield put
+    hub.COMMITS.clear()

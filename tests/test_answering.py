@@ -1,7 +1,9 @@
 """What is trained on conversations: packed they count as each would alone, no scores are kept."""
 
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -164,6 +166,25 @@ def test_conversations_of_any_order_and_length_find_their_way_back() -> None:
             torch.testing.assert_close(own, alone[0].transpose(0, 1))
         padded = sum(group.size * group.width for group in rows.groups)
         assert padded <= 1.25 * sum(lengths)
+
+
+def test_where_conversations_begin_is_made_once_for_all_layers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given: list[Tensor] = []
+
+    def varlen_attn(query: Tensor, key: Tensor, value: Tensor, *words: Any, **_: Any) -> Tensor:
+        given.extend(words[:2])
+        return query
+
+    kernel = ModuleType("torch.nn.attention.varlen")  # the real one runs on CUDA only
+    kernel.varlen_attn = varlen_attn  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, kernel.__name__, kernel)
+    rows, tokens = Rows([2, 3], torch.device("cpu")), torch.randn(5, 4, 8)
+    for _ in range(3):
+        rows._by_variable_lengths(tokens, tokens, tokens, None, None)
+    assert {id(starts) for starts in given} == {id(given[0])}
+    assert given[0].tolist() == [0, 2, 5]
 
 
 def test_activations_computed_again_give_the_same_gradients() -> None:

@@ -21,6 +21,7 @@ from aimv2_mllm.engine import checkpoint, metrics
 from aimv2_mllm.engine.distributed import Ranks, joined
 from aimv2_mllm.engine.loop import train
 from aimv2_mllm.engine.pieces import Stored
+from aimv2_mllm.engine.strategies import give_back, place
 from aimv2_mllm.errors import RunFailed, UsageError
 from aimv2_mllm.recipe_train import TrainConfig
 
@@ -258,6 +259,42 @@ def test_bf16_keeps_weights_of_fp32_also_where_they_are_sharded(
     (path,) = (tmp_path / "checkpoints").glob("step-*")
     stored = Stored(sorted(path.glob("*.safetensors")))
     assert {stored.kind(name)[1] for name in stored} == {torch.float32}
+
+
+def placing(folder: Path, ranks: Ranks, tied: bool) -> None:
+    """Shard a model, and give it back; every rank says how many bytes its model keeps then."""
+
+    def says_bytes() -> None:
+        sizes = {p.untyped_storage().data_ptr(): p.untyped_storage() for p in model.parameters()}
+        say(folder, ranks.rank, str(sum(storage.nbytes() for storage in sizes.values())))
+
+    model = new_model()
+    if tied:
+        model.frozen.bias = model.start
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    own = dict(model.named_parameters())
+    placed = place(model, settings(strategy="fsdp2"), ranks)
+    says_bytes()
+    assert {name: p.shape for name, p in own.items()} == {
+        name: expected[name].shape for name in own
+    }
+    give_back(placed, model, ranks)
+    says_bytes()
+    assert all(own[name] is p for name, p in model.named_parameters())
+    if ranks.is_first:
+        same = {name: torch.equal(t, expected[name]) for name, t in model.state_dict().items()}
+        assert all(same.values()), same
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_sharded_model_is_whole_on_no_rank_and_given_back_to_the_first(
+    tmp_path: Path, tied: bool
+) -> None:
+    assert ended(started(2, tmp_path, placing, tied=tied)) == [0, 0]
+    counts = [[int(line) for line in said(tmp_path, rank).splitlines()] for rank in (0, 1)]
+    whole = sum(p.nbytes for p in new_model().parameters()) - tied * new_model().start.nbytes
+    number = len([*new_model().parameters()]) - tied
+    assert counts == [[4 * number, whole], [4 * number, 4 * number]]
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])

@@ -13,12 +13,14 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import LlavaForConditionalGeneration
 
 from aimv2_mllm import __main__ as command
 from aimv2_mllm import disk
 from aimv2_mllm.export import answers, verify, writing
 from aimv2_mllm.export.card import front_matter
 from aimv2_mllm.export.source import talking
+from aimv2_mllm.model import foreign
 
 Said = Callable[..., tuple[int, str, str]]
 
@@ -89,6 +91,21 @@ def test_pictures_that_are_not_square_are_padded_as_in_training(
             pixels_of(bot.processor, [image], bot.data)["pixel_values"] for bot in (trained, own)
         )
         torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["llava", "adapter"])
+def test_the_reference_is_asked_on_the_processor_where_there_is_a_gpu_too(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    moved: list[str] = []
+    monkeypatch.setattr(foreign.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        LlavaForConditionalGeneration, "to", lambda model, where: (moved.append(where), model)[1]
+    )
+    assert command.main(["export", str(tiny_run), str(tmp_path / kind), "--format", kind]) == 0
+    told = verify.read_sidecar(tmp_path / kind)
+    verify._of_run(str(tiny_run), told)
+    assert moved == ["cpu", "cpu"]
 
 
 def test_that_process_can_import_nothing_of_ours() -> None:

@@ -114,6 +114,28 @@ def test_what_ends_an_answer_goes_along_with_the_adapters(
     assert code == 0, out
 
 
+@pytest.mark.parametrize(
+    ("base", "named"),
+    [
+        ("llava-hf/llava-1.5-7b-hf", ("llava-hf/llava-1.5-7b-hf", "a" * 40)),
+        ("llava-hf/llava-1.5-7b-hf@main", ("llava-hf/llava-1.5-7b-hf", "a" * 40)),
+        ("other/llava", ("other/llava", None)),
+        ("/home/somebody/llava", ("llava", None)),
+    ],
+)
+def test_a_base_of_the_hub_is_named_as_peft_finds_it(
+    tiny_run: Path, tmp_path: Path, said: Said, base: str, named: tuple[str, str | None]
+) -> None:
+    model = shutil.copytree(tiny_run / "tune" / "model", tmp_path / "model")
+    record = json.loads((model / "stage.json").read_text())
+    origin = {"source": "llava-hf/llava-1.5-7b-hf", "revision": "a" * 40, "licence": "llama2"}
+    record |= {"base": {"source": base}, "origins": [origin]}
+    (model / "stage.json").write_text(json.dumps(record))
+    assert said("export", model, tmp_path / "adapter", "--format", "adapter")[0] == 0
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == named
+
+
 def test_a_tampered_adapter_is_found(tiny_run: Path, tmp_path: Path, said: Said) -> None:
     run, folder = tiny_run, tmp_path / "adapter"
     assert said("export", run, folder, "--format", "adapter")[0] == 0

@@ -13,10 +13,12 @@ import pytest
 import torch
 from pydantic import ValidationError
 from test_distributed import ended, started
-from test_talks import llava_row, sheet
+from test_talks import batches_of, llava_row, sheet, written
 
 from aimv2_mllm import feature_pass
 from aimv2_mllm import run as runs
+from aimv2_mllm.data import files
+from aimv2_mllm.data.batches import Share
 from aimv2_mllm.data.feature_store import GIB, FeatureStore
 from aimv2_mllm.engine import metrics
 from aimv2_mllm.engine.distributed import Ranks
@@ -244,6 +246,28 @@ def test_what_was_damaged_is_told_and_computed_again(
     assert [line for line in said if line.startswith(f"{first}: removed")] != []
     assert results(world / "again") == results(world / "run")
     assert not second.exists() or second.read_bytes()[-3:] != b"abc"
+
+
+def test_ranks_share_what_they_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feature_pass, "ROWS", 2)
+    rows = [llava_row("<image>\nRed?", "yes", image=f"{n % 4}.jpg") for n in range(11)]
+    source, read, content = written(tmp_path, rows), list[Path](), files.read_whole
+
+    def counted(path: Path, most: int) -> bytes:
+        read.append(path)
+        return content(path, most)
+
+    monkeypatch.setattr(files, "read_whole", counted)
+    keys = list[set[bytes]]()
+    for size in (1, 2, 3, 8):
+        read.clear()
+        for rank in range(size):
+            store = FeatureStore(tmp_path / "cache", "tower", 1.0)
+            work = feature_pass.Pass(batches_of(source, share=Share(rank, size)), store, 11)
+            made = [batch for number in range(work.num_chunks) for batch in work(number)]
+            keys.append({key for batch in made for key in batch["all"]})
+        assert len(read) == 11
+        assert len(set().union(*keys[-size:])) == 4 + 1
 
 
 def align_on_ranks(folder: Path, ranks: Ranks, cache: str) -> None:

@@ -1,9 +1,11 @@
 """Features on disk: what comes back, what is damaged, how much there is, who shares it."""
 
+import errno
 import json
 import multiprocessing
 import os
 import pickle
+import resource
 import signal
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from aimv2_mllm.data.feature_shards import picture_key
 from aimv2_mllm.data.feature_store import GIB, FeatureStore, Took
-from aimv2_mllm.errors import UsageError
+from aimv2_mllm.errors import RunFailed, UsageError
 
 ROW = 5 * 8 * 4  # bytes of a row of `rows` in float32
 
@@ -144,11 +146,42 @@ def test_what_another_removed_is_not_there_and_no_error(tmp_path: Path) -> None:
     store = opened(tmp_path)
     store.add(rows(0, 2))
     store.add(rows(2, 2))
-    assert same(store, rows(0, 2))  # mapped, and so still to be had
+    assert same(store, rows(0, 2))
     for path in shards(tmp_path):
         path.unlink()
-    assert same(store, rows(0, 2))
-    assert all(store.get(key) is None for key in rows(2, 2))
+    assert all(store.get(key) is None for key in rows(0, 4))
+
+
+def test_as_many_shards_as_there_are_take_no_open_file(tmp_path: Path) -> None:
+    store, count = opened(tmp_path), 20
+    for number in range(count):
+        store.add(rows(number, 1))
+    taken = len(os.listdir("/proc/self/fd"))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (taken + 5, limits[1]))
+    try:
+        assert same(store, rows(0, count))
+        assert len(os.listdir("/proc/self/fd")) == taken
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_features_that_cannot_be_read_are_not_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = opened(tmp_path)
+    store.add(rows(0, 1))
+    [key] = rows(0, 1)
+
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refuse)
+        with pytest.raises(RunFailed, match=r"safetensors: cannot be read \(Too many open files\)"):
+            store.get(key)
+    assert key in store
+    assert same(store, rows(0, 1))
 
 
 def test_there_is_never_more_than_the_bound(tmp_path: Path) -> None:

@@ -1,11 +1,17 @@
 """The arithmetic of a step: counted as the formulas of the layers have it."""
 
+import sys
+from types import ModuleType
+
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aimv2_mllm.engine.flops import PEAKS, FlopCounter, peak
 from aimv2_mllm.model.encoder import AIMv2Encoder, EncoderConfig
+from aimv2_mllm.model.packed import Packing
+from aimv2_mllm.model.rows import Rows
 
 
 def counted(module: nn.Module, *inputs: Tensor) -> int:
@@ -44,6 +50,24 @@ def test_products_written_in_any_way_are_counted() -> None:
     with FlopCounter() as counter:
         F.linear(weight=torch.randn(5, 4), input=a)
     assert counter.flops == 2 * 2 * 3 * 4 * 5
+
+
+def test_attention_of_many_lengths_costs_what_that_of_each_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kernel = ModuleType("torch.nn.attention.varlen")  # the real one runs on CUDA only
+    kernel.varlen_attn = lambda query, *_, **__: query + 0  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, kernel.__name__, kernel)
+    lengths, heads, width = [2, 3, 4], 4, 8
+    query, key = (torch.randn(9, n, width, requires_grad=n == heads) for n in (heads, 2))
+    rows = Rows(lengths, torch.device("cpu"))
+    with FlopCounter() as counter:
+        rows._by_variable_lengths(query, key, key, None, None)
+    assert counter.flops == 2 * 4 * heads * width * (2 * 2 + 3 * 3 + 4 * 4)
+    qkv, prefixes = torch.randn(9, 3, heads, width), [1, 2, 2]
+    with FlopCounter() as counter:
+        Packing(lengths, prefixes).attend_by_variable_lengths(qkv)
+    assert counter.flops == 4 * heads * width * (1 + 1 * 2 + 2 * 2 + 1 * 3 + 2 * 2 + 2 * 4)
 
 
 def test_what_is_computed_is_the_same_under_the_counter() -> None:

@@ -290,6 +290,16 @@ def test_towers_run_on_the_python_of_llavas_users() -> None:
     assert done.returncode == 0, done.stdout
 
 
+def test_what_the_extras_bring_is_pinned_and_reads_tokenizers_of_sentencepiece() -> None:
+    config = tomllib.loads((HOUSE.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    extras = config["project"]["optional-dependencies"]
+    names = {extra: {re.split(r"[^\w-]", one)[0] for one in extras[extra]} for extra in extras}
+    assert {"sentencepiece", "protobuf"} <= names["train"]  # Vicuna has a tokenizer.model alone
+    lines = (HOUSE.parent / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pinned = {line.partition("==")[0].lower() for line in lines}
+    assert set().union(*names.values()) - {"aimv2-mllm", "llava"} <= pinned
+
+
 def test_the_hub_is_reached_only_where_it_is_asked_for() -> None:
     tree = ast.parse(modules()["model.hub"].read_text(encoding="utf-8"))
     at_the_top = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]

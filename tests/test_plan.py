@@ -167,6 +167,28 @@ def test_sharding_divides_what_is_kept_and_copies_keep_all(tmp_path: Path) -> No
     assert sharded.optimiser == alone.optimiser // 4
 
 
+def test_the_whole_model_that_each_process_loads_is_told_also_where_it_is_quantised(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    words = ("stages.tune.train.strategy=fsdp2", "stages.tune.train.precision=bf16")
+
+    def loaded(*more: str) -> int:
+        found = plan(tiny_recipe(tmp_path, *words, *more), LARGE, 4)
+        [tune] = [stage for stage in found.stages if stage.name == "tune"]
+        trained = sum(count for _, count, is_trained in tune.table if is_trained)
+        frozen = sum(count for _, count, is_trained in tune.table if not is_trained)
+        assert tune.loaded == 4 * trained + 2 * frozen
+        return tune.loaded
+
+    assert loaded() == loaded("stages.tune.quantise=nf4")
+    recipe, output = str(RECIPES / "quickstart.yaml"), f"output={tmp_path / 'run'}"
+    code, out, err = dry_run(capsys, recipe, output, *words, "--devices", "4")
+    assert (code, err) == (0, "")
+    sizes = f"{loaded() / 2**20:.1f} MiB of its machine's memory for each process, "
+    assert f"while it loads, {sizes}{loaded() / 2**18:.1f} MiB for 4\n" in out
+
+
 def test_half_precision_and_checkpointing_take_less(tmp_path: Path) -> None:
     def activations(*words: str) -> int:
         more = ["stages.pretrain.train.batch_size=64", "stages.pretrain.encoder.image_size=112"]

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from aimv2_mllm import run as runs
 from aimv2_mllm import run_folder
 from aimv2_mllm.engine.metrics import TIMED_FIELDS
 from aimv2_mllm.errors import RunFailed, UsageError
+from aimv2_mllm.model import hub
+from aimv2_mllm.model.llms import TINY_LLM, load_llm, load_tokenizer, sizes_of
+from aimv2_mllm.model.mllm import llava_config
 from aimv2_mllm.recipe import dump_recipe
 
 STAGES = ("pretrain", "align", "tune")
@@ -121,9 +125,67 @@ def test_a_finished_stage_that_was_spoilt_is_refused(
 def test_a_stage_made_from_another_llm_is_refused(
     tiny_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_folder, "_digest", lambda folder: "another")
+    monkeypatch.setattr(run_folder, "_digest", lambda *_: "another")
     with pytest.raises(UsageError, match="made from another LLM, tower or stage"):
         runs.run(tiny_recipe(tiny_run), lambda _: None)
+
+
+def test_an_llm_of_the_hub_is_told_by_commit_and_licence_and_stays_the_same_in_a_run(
+    tiny_run: Path, tmp_path: Path, publish: Callable[..., Path]
+) -> None:
+    first, second = "a" * 40, "b" * 40
+    recipe = tiny_recipe(tmp_path / "run", "stages.align.llm=org/llm")
+
+    def run_anew() -> list[str]:
+        said: list[str] = []
+        hub.COMMITS.clear()  # as in a process of its own
+        runs.run(recipe, said.append)
+        return said
+
+    folder = publish(TINY_LLM, "org/llm", first)
+    (folder / "README.md").write_text("---\nlicense: llama3\n---\n")
+    run_anew()
+    for stage in ("align", "tune"):
+        theirs = files(tiny_run, stage).items()
+        changed = {name for name, _ in files(tmp_path / "run", stage).items() ^ theirs}
+        assert changed <= {"tokenizer_config.json"}  # transformers' `is_local`
+        told = record(tmp_path / "run", stage)
+        assert {"source": "org/llm", "revision": first, "licence": "llama3"} in told["origins"]
+        assert told["licence"] == "Apache-2.0 and llama3"
+    publish(TINY_LLM, "org/llm", second)
+    finished = [f"stage {name}: finished" for name in STAGES]
+    assert [line.split(",")[0] for line in run_anew()] == finished
+    (tmp_path / "run" / "hub.json").write_text("[")
+    with pytest.raises(UsageError, match="is not a run's list of commits"):
+        run_anew()
+    (tmp_path / "run" / "hub.json").unlink()
+    with pytest.raises(UsageError, match="made from another LLM, tower or stage"):
+        run_anew()
+
+
+@pytest.mark.parametrize("load", [load_tokenizer, load_llm, sizes_of, llava_config])
+def test_a_revision_of_a_hub_model_is_the_one_that_is_loaded(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    publish: Callable[..., Path],
+    load: Callable[[str], Any],
+) -> None:
+    asked: list[Any] = []
+
+    def snapshot(repository: str, **words: Any) -> str:
+        asked.append((repository, words["revision"], words["allow_patterns"]))
+        return str(tmp_path / "snapshots" / ("c" * 40))
+
+    def from_pretrained(name: str, **words: Any) -> None:
+        asked.append((name, words["revision"]))
+        raise OSError("enough")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    for kind in ("AutoTokenizer", "AutoModelForCausalLM", "AutoConfig"):
+        monkeypatch.setattr(f"transformers.{kind}.from_pretrained", from_pretrained)
+    with pytest.raises(UsageError, match="enough"):
+        load("org/other@v2")
+    assert asked == [("org/other", "v2", hub.FACTS), ("org/other", "c" * 40)]
 
 
 def test_a_result_tells_where_it_comes_from_and_nothing_of_this_machine(tiny_run: Path) -> None:

@@ -80,7 +80,7 @@ def test_what_is_given_back_is_as_it_was_given(tiny_run: Path) -> None:
     before = {name: id(p) for name, p in job.model.named_parameters()}
     placed = place(job.model, config, Ranks())
     assert all("forward" in vars(block) for block in blocks(job.model))
-    give_back(placed, job.model, {})
+    give_back(placed, job.model, Ranks())
     assert not any("forward" in vars(block) for block in blocks(job.model))
     assert {name: id(p) for name, p in job.model.named_parameters()} == before
 

@@ -2,6 +2,7 @@
 order."""
 
 import csv
+import errno
 import io
 import json
 import os
@@ -449,3 +450,19 @@ def test_a_large_jpeg_is_padded_from_no_more_of_it_than_is_needed() -> None:
 def test_a_conversation_of_the_world_that_does_not_fit_is_refused() -> None:
     with pytest.raises(UsageError, match=r"data.sources.0: .* max_tokens"):
         batches_of({"kind": "handwriting"}, max_tokens=5)(0)
+
+
+def test_a_process_that_may_open_no_more_files_ends_and_forgets_no_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.open
+
+    def opened(path: Path, flags: int) -> int:
+        if path.suffix == ".jpg":
+            raise OSError(errno.EMFILE, "Too many open files")
+        return real(path, flags)
+
+    batches = batches_of(written(tmp_path, [llava_row("<image>\nq", "a", image="0.jpg")]))
+    monkeypatch.setattr("aimv2_mllm.data.files.os.open", opened)
+    with pytest.raises(RunFailed, match=r"Too many open files\): .* ulimit -n 65536"):
+        batches(0)

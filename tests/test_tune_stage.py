@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +234,21 @@ def test_a_run_of_bf16_leaves_bfloat16_and_another_stage_starts_from_it(
     assert {p.dtype for p in bot.model.parameters()} == {torch.float32}
     question = {"role": "user", "content": [{"type": "text", "text": "Say a digit."}]}
     assert isinstance(answer(bot, [question], [], max_new_tokens=2), str)
+
+
+def test_a_llava_of_the_hub_is_tuned_as_its_folder_is(
+    tmp_path: Path, start: Path, publish: Callable[..., Path]
+) -> None:
+    publish(start, "org/llava", "a" * 40)
+    for output, base in (("folder", start), ("hub", Path("org/llava"))):
+        run(tmp_path, base, output, "train.steps=2")
+    assert lines(tmp_path / "hub") == lines(tmp_path / "folder")
+    told, other = (record(tmp_path / name) for name in ("hub", "folder"))
+    changed = {name for name, digest in told["files"].items() if other["files"][name] != digest}
+    # One names the base; to the other transformers adds `is_local`.
+    assert changed == {"adapter/adapter_config.json", "tokenizer_config.json"}
+    origin = {"source": "org/llava", "revision": "a" * 40, "licence": "unknown"}
+    assert told["origins"] == [origin]
 
 
 def test_one_stage_assembles_and_tunes(tmp_path: Path, tiny_run: Path) -> None:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -34,18 +33,17 @@ class Shard(NamedTuple):
     shape: tuple[int, ...]  # of a row
     rows: dict[bytes, tuple[int, int]]  # by key: where its bytes begin, and their checksum
 
-    def mapped(self) -> np.ndarray:
-        """The file's bytes, read from the disk when they are looked at; OSError without it."""
-        # Copied when written to, which nobody does, but torch wants it to be possible.
-        return np.memmap(self.path, np.uint8, mode="c")
-
-    def row(self, key: bytes, mapped: np.ndarray) -> Tensor:
-        """The features (N, D) of a picture, still in the file; `Damaged` where they are not."""
+    def row(self, key: bytes) -> Tensor:
+        """The features (N, D) of a picture; `Damaged` where they are not as they were written,
+        OSError without the file."""
         begin, checksum = self.rows[key]
-        values = mapped[begin : begin + self.dtype.itemsize * math.prod(self.shape)]
-        if zlib.crc32(values.data) != checksum:
+        count = self.dtype.itemsize * math.prod(self.shape)
+        # Nothing stays open, for there may be more shards than a process may have files.
+        with regular_file(self.path) as descriptor:
+            values = bytearray(read_at(descriptor, begin, count))  # torch wants to write to it
+        if zlib.crc32(values) != checksum:
             raise Damaged("a checksum does not agree")
-        return torch.from_numpy(values).view(self.dtype).view(self.shape)
+        return torch.frombuffer(values, dtype=self.dtype).view(self.shape)
 
 
 def picture_key(content: bytes, aspect: str) -> bytes:

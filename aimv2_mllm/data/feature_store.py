@@ -15,12 +15,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from torch import Tensor
 
 from aimv2_mllm.data.feature_shards import Damaged, Shard, read_shard, remove, serialised
 from aimv2_mllm.disk import replace_file
-from aimv2_mllm.errors import UsageError
+from aimv2_mllm.errors import RunFailed, UsageError
 from aimv2_mllm.formats import GIB
 from aimv2_mllm.narration import Narrate, note
 
@@ -52,7 +51,6 @@ class FeatureStore:
         self.own, self.most_gib = self.folder / tower, gib
         self._shards: dict[str, Shard] = {}  # by the name of the file
         self._where: dict[bytes, str] = {}
-        self._mapped: dict[str, np.ndarray] = {}
         self._held: Any = None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -108,21 +106,24 @@ class FeatureStore:
     def get(self, key: bytes) -> Tensor | None:
         """The features (N, D) of a picture, or None where they are not there or damaged.
 
-        They lie in the file, mapped into memory, until they are copied.
+        RunFailed where the system does not let them be read.
         """
         name = self._where.get(key)
         if name is None:
             return None
         shard = self._shards[name]
         try:
-            if name not in self._mapped:
-                self._mapped[name] = shard.mapped()
-            return shard.row(key, self._mapped[name])
-        except (OSError, ValueError):  # dropped since by who needed room, or emptied
+            return shard.row(key)
+        except FileNotFoundError:  # dropped since by who needed room
             self._forget(name)
         except Damaged as error:
             self._forget(name)
             remove(shard.path, error, note)
+        except OSError as error:
+            raise RunFailed(
+                f"{shard.path}: cannot be read ({error.strerror}); mend that and run the same"
+                " command again"
+            ) from None
         return None
 
     def add(
@@ -185,7 +186,6 @@ class FeatureStore:
         for key in self._shards.pop(name).rows:
             if self._where.get(key) == name:
                 del self._where[key]
-        self._mapped.pop(name, None)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

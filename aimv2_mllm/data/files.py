@@ -4,6 +4,7 @@ Owns how a corpus file is opened, how a path inside a corpus is held below its r
 of shards is written in short. Never waits: a pipe or device is refused without being read.
 """
 
+import errno
 import glob
 import os
 import re
@@ -14,7 +15,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from aimv2_mllm.errors import UsageError, nearest
+from aimv2_mllm.errors import RunFailed, UsageError, nearest
 
 MAX_PICTURE_BYTES = 256 * 2**20  # of one encoded picture
 MAX_TEXT_BYTES = 2**20  # of one caption with what stands beside it
@@ -62,7 +63,10 @@ def read_at(descriptor: int, offset: int, size: int) -> bytes:
 
 
 def read_whole(path: Path, most: int) -> bytes:
-    """A file's content; `Unusable` where it is missing, no regular file, or above `most` bytes."""
+    """A file's content; `Unusable` where it is missing, no regular file, or above `most` bytes.
+
+    RunFailed where this process may open no more files.
+    """
     with _readable(path, most) as (descriptor, size):
         return read_at(descriptor, 0, size)
 
@@ -85,6 +89,11 @@ def _readable(path: Path, most: int) -> Iterator[tuple[int, int]]:
     except UsageError as error:
         raise Unusable("unreadable", str(error)) from None
     except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):  # another row would do no better
+            raise RunFailed(
+                f"{path}: cannot be read ({error.strerror}): let this process have more, as by"
+                " ulimit -n 65536, and run the same command again"
+            ) from None
         raise Unusable("unreadable", f"{path}: cannot be read ({error.strerror})") from None
     except ValueError as error:
         if isinstance(error, Unusable):

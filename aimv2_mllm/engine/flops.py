@@ -68,8 +68,8 @@ def _measured(device: torch.device, dtype: torch.dtype) -> float:
 class FlopCounter(TorchFunctionMode):
     """While entered, adds up in `flops` what is computed forward and, later, backward.
 
-    It sees linear layers, quantised too, convolutions, products of matrices and scaled-dot-product
-    attention; other kernels count nothing.
+    It sees linear layers, quantised too, convolutions, products of matrices and attention, also of
+    samples of many lengths; other kernels count nothing.
     """
 
     def __init__(self) -> None:
@@ -85,14 +85,20 @@ class FlopCounter(TorchFunctionMode):
     ) -> Any:
         """The operation as it is, counted."""
         result = func(*args, **(kwargs or {}))
-        cost = COSTS.get(func)
+        cost, name = COSTS.get(func), getattr(func, "__name__", None)
         if cost is not None:
             factors = [*args, *(kwargs or {}).values()]
             first, second = [factor for factor in factors if isinstance(factor, Tensor)][:2]
             # Backward: one more such product for each factor that has a gradient.
             times = 1 + first.requires_grad + second.requires_grad
             self.flops += times * cost(result, first, second)
-        elif getattr(func, "__name__", None) in QUANTISED:
+        elif name == BY_LENGTHS:
+            query, key, _, own, seen = args
+            # Two products in each sample, of (L, d) by (d, keys) numbers per head.
+            pairs = sum(a * b for a, b in zip(own.lengths, seen.lengths, strict=True))
+            times = 1 + query.requires_grad + key.requires_grad
+            self.flops += times * 4 * query.shape[-2:].numel() * pairs
+        elif name in QUANTISED:
             product = result[0] if isinstance(result, tuple) else result
             # Such a weight has no gradient, and what it is multiplied with has one.
             self.flops += 2 * _product(product, args[0], args[1])
@@ -112,6 +118,7 @@ def _attention(result: Tensor, query: Tensor, key: Tensor) -> int:
     return 4 * result.numel() * key.shape[-2]
 
 
+BY_LENGTHS = "attend_by_lengths"  # of model.packed
 # bitsandbytes' products with quantised weights.
 QUANTISED = ("gemm_4bit.default", "int8_scaled_mm.default", "int8_mixed_scaled_mm.default")
 COSTS: dict[Callable[..., Any], Callable[[Tensor, Tensor, Tensor], int]] = {

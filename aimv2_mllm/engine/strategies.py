@@ -82,8 +82,9 @@ def _added(bucket: Any) -> Any:
 def fsdp2(model: nn.Module, config: TrainConfig, device: torch.device) -> Placed:
     """A copy of the model of which every rank has some rows of each parameter.
 
-    What is quantised is whole on every rank. The model itself is left as it is: what shards a
-    module also changes its class.
+    What is quantised is whole on every rank. The model itself, which must not change its class as
+    what is sharded does, keeps the shapes of the rest alone, until rank 0 is given it back: as many
+    whole models as ranks would lie in the memory of the machine.
     """
     # The copy begins with the same memory, so that there are never two models. What is quantised is
     # of a class of its own, with its scales beside it, and stays itself.
@@ -102,6 +103,9 @@ def fsdp2(model: nn.Module, config: TrainConfig, device: torch.device) -> Placed
     policy = bf16 if config.precision == "bf16" and has_bf16(device) else MixedPrecisionPolicy()
     for part in (*blocks(module), module):
         fully_shard(part, mesh=mesh, mp_policy=policy, ignored_params=kept)
+    for parameter in model.parameters():
+        if type(parameter) is nn.Parameter:
+            parameter.data = parameter.new_empty(()).expand(parameter.shape)
     for part in module.modules():
         if isinstance(part, FSDPModule):
             # In place of the mean; without `force` it asks for an operation that gloo has not.
@@ -126,17 +130,19 @@ STRATEGIES: dict[str, Callable[[nn.Module, TrainConfig, torch.device], Placed]] 
 }
 
 
-def give_back(placed: Placed, model: nn.Module, changed: dict[str, Tensor]) -> None:
-    """Bring what was trained, `changed` by name, into `model` on the CPU, on every rank."""
+def give_back(placed: Placed, model: nn.Module, ranks: Ranks) -> None:
+    """Bring what was placed back into `model` on the CPU; of what is sharded on rank 0 alone."""
     for block in blocks(model):
         block.__dict__.pop("forward", None)
     if placed.module is model:
         model.to("cpu")
         return
-    own = {**dict(model.named_buffers()), **dict(model.named_parameters())}
-    with torch.no_grad():
-        for name, tensor in changed.items():
-            own[name].copy_(whole(tensor))
+    there = {**dict(placed.module.named_buffers()), **dict(placed.module.named_parameters())}
+    for name, own in [*model.named_buffers(), *model.named_parameters()]:
+        if type(own) in (Tensor, nn.Parameter):  # and not quantised
+            tensor = whole(there[name].detach())
+            if ranks.is_first:
+                own.data = tensor.to("cpu", copy=True)  # gathered rows are padded, and share memory
 
 
 def whole(tensor: Tensor) -> Tensor:

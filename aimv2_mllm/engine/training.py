@@ -112,13 +112,9 @@ class Training:
         )
 
     def give_back(self) -> None:
-        """Bring what was trained into the model that was given, on the CPU."""
-        changed = {
-            name.removeprefix("model/"): tensor
-            for name, tensor in self._tensors().items()
-            if name.startswith("model/")
-        }
-        give_back(self._placed, self._model, changed)
+        """Bring what was trained into the model that was given, on the CPU; under fsdp2 on rank 0,
+        and the others are left with shapes."""
+        give_back(self._placed, self._model, self._run.ranks)
 
     def gradients(
         self, objective: Objective, micro_batches: Sequence[Mapping[str, Any]]

@@ -18,6 +18,7 @@ from aimv2_mllm.export.options import Options
 from aimv2_mllm.export.source import Source, talking
 from aimv2_mllm.export.writing import copy_files, demand_room
 from aimv2_mllm.folders import CONFIG_FILE, RECIPE_FILE, UNKNOWN, result_of, stage_record, stages_of
+from aimv2_mllm.model.hub import HUB_ID
 from aimv2_mllm.model.shards import num_bytes, read_tensors, write_json
 
 FOLDER, CONFIG, WEIGHTS = "adapter", "adapter_config.json", "adapter_model.safetensors"
@@ -49,11 +50,11 @@ def write_adapter(name: str, folder: Path, options: Options) -> tuple[Source, di
     demand_room(options.destination, sum(num_bytes(tensor) for tensor in state.values()))
     save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
     base = dict(source.record.get("base") or {})
-    named = base.get("source") or base.get("stage") or base.get("llm") or UNKNOWN
-    config |= {"modules_to_save": modules, "base_model_name_or_path": Path(named).name}
+    named = str(base.get("source") or base.get("stage") or base.get("llm") or UNKNOWN)
+    config |= {"modules_to_save": modules, **_base_name(named, source)}
     write_json(folder / CONFIG, config)
     copy_files(source.folder, folder, lambda file: file != CONFIG_FILE)
-    bot = load_model(source.folder)
+    bot = load_model(source.folder, device="cpu")
     return source, {
         "base": base,
         "tower_tuned": "tower" in parts,
@@ -61,6 +62,18 @@ def write_adapter(name: str, folder: Path, options: Options) -> tuple[Source, di
         "pictures_as_trained": write_processor(source, folder),
         "reference": reference(bot.model, bot.processor),
     }
+
+
+def _base_name(named: str, source: Source) -> dict[str, str]:
+    """The base as peft looks for it: a hub id with its commit where that is known, else the last
+    piece of a path of this machine."""
+    if isdir(named) or not HUB_ID.fullmatch(named):
+        return {"base_model_name_or_path": Path(named).name}
+    repository = named.partition("@")[0]
+    commits = {one["source"]: one["revision"] for one in source.origins}
+    commit = commits.get(repository, UNKNOWN)
+    known = {} if commit == UNKNOWN else {"revision": commit}
+    return {"base_model_name_or_path": repository, **known}
 
 
 def _read(source: Source) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:

@@ -64,19 +64,17 @@ def said(
     `columns` of the vocabulary, one row (C,) where each token of `answer` (its own where None) is
     foretold."""
     model = model.float().eval()
-    inputs = {name: value.to(model.device) for name, value in inputs.items()}
     tokens = greedy(model, inputs)
     answer = tokens if answer is None else answer
     length = inputs["input_ids"].shape[1]
-    forced = torch.tensor([answer], device=model.device)
-    ids = torch.cat([inputs["input_ids"], forced], dim=1)
+    ids = torch.cat([inputs["input_ids"], torch.tensor([answer])], dim=1)
     rest = {n: v for n, v in inputs.items() if n not in ("input_ids", "attention_mask")}
     rest.pop("mm_token_type_ids", None)
     with torch.inference_mode():
         logits = model(input_ids=ids, **rest).logits[0]  # (L + A, V)
     last = min(vocabulary, logits.shape[-1]) - 1
     columns = np.linspace(0, last, NUM_COLUMNS).astype(int).tolist()
-    rows = logits[length - 1 : length - 1 + len(answer)][:, columns].double().cpu()
+    rows = logits[length - 1 : length - 1 + len(answer)][:, columns].double()
     return {"tokens": tokens, "columns": columns, "logits": rows.tolist()}
 
 
@@ -109,9 +107,11 @@ def reference(
 ) -> dict[str, Any]:
     """All of it: the picture's digest, the prompt's tokens, some pixel values, and what is said.
 
-    `model` is turned to float32, its weights rounded to `dtype` before; `ids` (1, L) are the
+    `model` lies on the CPU, where float32 is computed as such, and what filled an accelerator has
+    room; it is turned to float32, its weights rounded to `dtype` before. `ids` (1, L) are the
     prompt, by default the processor's own.
     """
+    assert model.device.type == "cpu", model.device
     inputs, image = asked(processor)
     if ids is not None:
         inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -35,7 +35,7 @@ def write_llava(name: str, folder: Path, options: Options) -> tuple[Source, dict
     )
     copy_files(source.folder, folder)
     write_json(folder / CONFIG_FILE, in_dtype(source.config, options.dtype_name))
-    bot = load_model(source.folder)
+    bot = load_model(source.folder, device="cpu")
     options.narrate("asking the model, for the reference")
     told = reference(bot.model, bot.processor, dtype=options.dtype)
     return source, {

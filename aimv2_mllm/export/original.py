@@ -42,7 +42,7 @@ def write_original(name: str, folder: Path, options: Options) -> tuple[Source, d
 
     source = talking(name)
     _demand_known(source, options.destination.name)
-    bot = load_model(source.folder)
+    bot = load_model(source.folder, device="cpu")
     _demand_template(source, bot.processor)
     write_weights(
         renamed(read_tensors(source.folder)),

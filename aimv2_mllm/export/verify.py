@@ -96,7 +96,7 @@ def _of_run(run: str, told: Mapping[str, Any]) -> dict[str, Any]:
     from aimv2_mllm.chat import load_model
     from aimv2_mllm.export.llava import as_trained
 
-    bot = load_model(run)
+    bot = load_model(run, device="cpu")
     return answers.reference(
         bot.model,
         bot.processor,

@@ -52,7 +52,7 @@ def load_image_text(
     refusal: str,
     *,
     dtype: torch.dtype | str = "auto",
-    device: torch.device | None = None,
+    device: torch.device | str | None = None,
     **words: Any,
 ) -> tuple[Any, Any]:
     """The image-text model of transformers in a folder or of a hub id (org/name[@revision]), in

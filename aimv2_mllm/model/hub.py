@@ -1,11 +1,13 @@
 """Where weights lie: a folder, or a repository of the Hugging Face hub, downloaded.
 
-Only configs, safetensors, the card and the licence are ever downloaded; no code is.
+Only configs, safetensors, the card and the licence are ever downloaded; no code is. What has been
+found once stays the same commit in this process, whatever happens on the hub meanwhile.
 """
 
 import os
 import re
 import socket
+from collections.abc import Sequence
 from os.path import exists, isdir  # pathlib's raise on a name that is too long
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -23,12 +25,17 @@ HUB_FILES = [
     "README.md",
     "LICENSE*",
 ]
+# Those that say what a repository has and under what licence, where others load its weights.
+FACTS = ["config.json", "stage.json", "README.md", "LICENSE*"]
+COMMITS: dict[str, str] = {}  # of what was found, by org/name or org/name@revision
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 TIMEOUT = 10  # seconds until the hub must have answered
 
 
-def locate(source: str | Path, revision: str | None = None) -> Path:
-    """The folder of `source`: itself, or what was downloaded from the hub for it.
+def locate(
+    source: str | Path, revision: str | None = None, files: Sequence[str] = HUB_FILES
+) -> Path:
+    """The folder of `source`: itself, or what was downloaded of such `files` from the hub for it.
 
     A text `org/name` or `org/name@revision` that is no folder here is the hub's; a Path never is.
     What was downloaded before serves when the hub cannot be reached. Raises UsageError when there
@@ -50,7 +57,25 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
     repository, _, named = source.partition("@")
     if named and revision is not None and named != revision:
         raise UsageError(f"{source} names a revision, and another is asked for: {revision}")
-    return _download(repository, revision or named or None)
+    wanted = revision or named or None
+    key = f"{repository}@{wanted}" if wanted else repository
+    folder = _download(repository, COMMITS.get(key, wanted), files)
+    COMMITS[key] = folder.name
+    return folder
+
+
+def facts_folder(source: str | Path) -> Path:
+    """The folder that says what `source` is: itself, or of a hub id what was downloaded without its
+    weights."""
+    is_on_hub = not isdir(source) and HUB_ID.fullmatch(str(source))
+    return locate(str(source), files=FACTS) if is_on_hub else Path(source)
+
+
+def pinned(source: str | Path) -> tuple[str, dict[str, str]]:
+    """What transformers' loaders are to be given for `source`, a folder or a hub id: its name, and
+    as `revision` the commit where it is the hub's. UsageError when that is not to be had."""
+    commit = commit_of(source, facts_folder(source))
+    return (str(source).partition("@")[0], {"revision": commit}) if commit else (str(source), {})
 
 
 def stay_offline_unless_reached() -> None:
@@ -74,11 +99,7 @@ def commit_of(source: str | Path, folder: Path) -> str | None:
     return folder.name if downloaded else None
 
 
-def _wanted() -> list[str]:
-    return [name for name in HUB_FILES if not (shapes_only() and name.endswith(".safetensors"))]
-
-
-def _download(repository: str, revision: str | None) -> Path:
+def _download(repository: str, revision: str | None, files: Sequence[str]) -> Path:
     try:
         from huggingface_hub import errors, snapshot_download
     except ImportError:
@@ -87,9 +108,10 @@ def _download(repository: str, revision: str | None) -> Path:
             "pip install 'aimv2-mllm[hub]'"
         ) from None
     page = f"https://huggingface.co/{repository}"
+    wanted = [name for name in files if not (shapes_only() and name.endswith(".safetensors"))]
     try:
         path = snapshot_download(
-            repository, revision=revision, allow_patterns=_wanted(), etag_timeout=TIMEOUT
+            repository, revision=revision, allow_patterns=wanted, etag_timeout=TIMEOUT
         )
         return Path(path)
     # It raises types of the network libraries below it too, others with every release.

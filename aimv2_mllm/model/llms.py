@@ -11,6 +11,7 @@ import torch
 
 from aimv2_mllm.errors import UsageError, first_line
 from aimv2_mllm.model.foreign import demand_whole
+from aimv2_mllm.model.hub import pinned
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -20,7 +21,8 @@ IMAGE_TOKEN = "<image>"
 
 
 def llm_source(name: str) -> str:
-    """Where the LLM called `name` lies: our own tiny one, or a folder or hub id as given."""
+    """Where the LLM called `name` lies: our own tiny one, or a folder or hub id (org/name or
+    org/name@revision) as given."""
     return str(TINY_LLM) if name == "tiny_llm" else name
 
 
@@ -32,8 +34,9 @@ def load_tokenizer(name: str, *, talks: bool = True, chat_template: str | None =
     """
     from transformers import AutoTokenizer
 
+    source, words = pinned(llm_source(name))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(llm_source(name), trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **words)
     except (OSError, ValueError, ImportError) as error:
         raise UsageError(
             f"{name}: no tokenizer can be loaded from there ({first_line(error)})"
@@ -68,13 +71,15 @@ def load_llm(name: str, dtype: torch.dtype = torch.float32) -> "PreTrainedModel"
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    source, words = pinned(llm_source(name))
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            llm_source(name),
+            source,
             dtype=dtype,
             trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are in the report
+            **words,
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise UsageError(
@@ -99,8 +104,9 @@ def room_of(config: Any) -> int:
 def _config(name: str) -> Any:
     from transformers import AutoConfig
 
+    source, words = pinned(llm_source(name))
     try:
-        return AutoConfig.from_pretrained(llm_source(name), trust_remote_code=False)
+        return AutoConfig.from_pretrained(source, trust_remote_code=False, **words)
     except (OSError, ValueError) as error:
         raise UsageError(
             f"{name}: no causal LLM can be loaded from there ({first_line(error)})"

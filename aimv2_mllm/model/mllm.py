@@ -17,6 +17,7 @@ from aimv2_mllm.errors import UsageError, first_line
 from aimv2_mllm.model.connectors import build_connector
 from aimv2_mllm.model.families import side_of
 from aimv2_mllm.model.foreign import load_image_text
+from aimv2_mllm.model.hub import pinned
 from aimv2_mllm.model.joining import draw_connector, take_weights
 from aimv2_mllm.model.llms import IMAGE_TOKEN, forget_how_it_was_loaded
 from aimv2_mllm.model.preprocessing import Preprocessing
@@ -146,7 +147,8 @@ def load_llava(source: str | Path, dtype: Any = torch.float32) -> tuple[Any, Any
     stored), and its processor; UsageError if there is none, or not all of it."""
     llava_config(source)
     refusal, here = "no Llava can be loaded from there", torch.get_default_device()
-    model, processor = load_image_text(source, refusal, dtype=dtype, device=here)
+    name, words = pinned(source)
+    model, processor = load_image_text(name, refusal, dtype=dtype, device=here, **words)
     forget_how_it_was_loaded(processor.tokenizer)
     return model, processor
 
@@ -157,8 +159,9 @@ def llava_config(source: str | Path) -> Any:
 
     import aimv2_mllm.model.llava
 
+    name, words = pinned(source)
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **words)
     except (OSError, ValueError) as error:
         raise UsageError(
             f"{source}: no Llava can be loaded from there ({first_line(error)})"

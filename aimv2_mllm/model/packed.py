@@ -9,10 +9,12 @@ Letters in shapes: B samples, N tokens of one of them, S tokens of all, h heads,
 from collections.abc import Sequence
 from importlib.util import find_spec
 from itertools import groupby
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import wrap_torch_function
 
 
 def prefix_mask(prefix_length: Tensor, num_patches: int) -> Tensor:
@@ -89,49 +91,54 @@ class Packing:
     def attend_by_variable_lengths(self, qkv: Tensor) -> Tensor:
         """As `attend`, by torch's flash attention for variable lengths."""
         query, key, value = qkv.unbind(1)
-        every = self.lengths
+        device, causal, whole = qkv.device, (-1, 0), (-1, -1)
+        every = Lengths(self.lengths, device)
         if self.prefix_lengths is None:
-            return _flash(query, key, value, every, every, is_causal=self.is_causal)
+            window = causal if self.is_causal else whole
+            return attend_by_lengths(query, key, value, every, every, window_size=window)
         # A token of the prefix sees the prefix; a later one sees what does not come later than
         # itself. Causal attention of the last queries to all keys is aligned at the end.
         prefix = self.prefix_lengths
-        rest = [length - seen for length, seen in zip(every, prefix, strict=True)]
+        rest = [length - seen for length, seen in zip(self.lengths, prefix, strict=True)]
         inside = torch.cat(
-            [torch.arange(n) < m for n, m in zip(every, prefix, strict=True)]
+            [torch.arange(n) < m for n, m in zip(self.lengths, prefix, strict=True)]
         ).nonzero()  # (prefix tokens, 1)
         outside = torch.ones(len(qkv), dtype=torch.bool).index_fill_(0, inside[:, 0], False)
         rows = torch.cat([inside, outside.nonzero()])[:, 0].to(qkv.device)
         first, last = torch.split(query.index_select(0, rows), [sum(prefix), sum(rest)])
         own = [x.index_select(0, rows[: sum(prefix)]) for x in (key, value)]
+        ahead, behind = Lengths(prefix, device), Lengths(rest, device)
         mixed = torch.cat(
             [
-                _flash(first, own[0], own[1], prefix, prefix, is_causal=False),
-                _flash(last, key, value, rest, every, is_causal=True),
+                attend_by_lengths(first, *own, ahead, ahead, window_size=whole),
+                attend_by_lengths(last, key, value, behind, every, window_size=causal),
             ]
         )
         return mixed.index_select(0, rows.argsort())
 
 
-def _flash(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    query_lengths: list[int],
-    key_lengths: list[int],
-    *,
-    is_causal: bool,
+class Lengths:
+    """How many tokens samples have that lie one after the other, and where each begins."""
+
+    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
+        self.lengths, self.longest = list(lengths), max(lengths)
+        starts = F.pad(torch.tensor(self.lengths).cumsum(0), (1, 0))  # (B + 1,)
+        self.starts = starts.to(device, torch.int32)
+
+
+# One operation for what counts operations: which of torch's own it is, depends on torch.
+@wrap_torch_function(lambda query, *_, **__: (query,))
+def attend_by_lengths(
+    query: Tensor, key: Tensor, value: Tensor, own: Lengths, seen: Lengths, **words: Any
 ) -> Tensor:
+    """Torch's flash attention of samples of the `own` lengths to keys and values of those `seen`;
+    `words` are its own."""
     from torch.nn.attention.varlen import varlen_attn
 
-    starts = [
-        F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(query.device, torch.int32)
-        for lengths in (query_lengths, key_lengths)
-    ]
-    window = (-1, 0 if is_causal else -1)
     mixed = varlen_attn(
         query.contiguous(), key.contiguous(), value.contiguous(),
-        starts[0], starts[1], max(query_lengths), max(key_lengths),
-        window_size=window,
+        own.starts, seen.starts, own.longest, seen.longest,
+        **words,
     )  # fmt: skip
     assert isinstance(mixed, Tensor)  # and no log-sum-exp beside it
     return mixed

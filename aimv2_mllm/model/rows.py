@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from aimv2_mllm.model.packed import has_varlen
+from aimv2_mllm.model.packed import Lengths, attend_by_lengths, has_varlen
 
 PACKED = "aimv2_mllm_packed"
 MOST_PADDING = 1.25  # rows of a group by their tokens, at most
@@ -50,10 +50,8 @@ class Rows:
     conversation that are not later."""
 
     def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
-        self.lengths = list(lengths)
-        self.groups = [
-            _group(self.lengths, first, end, device) for first, end in _runs(self.lengths)
-        ]
+        self.lengths = Lengths(lengths, device)
+        self.groups = [_group(lengths, first, end, device) for first, end in _runs(lengths)]
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, *, window: int | None, **words: Any
@@ -76,20 +74,12 @@ class Rows:
     def _by_variable_lengths(
         self, query: Tensor, key: Tensor, value: Tensor, window: int | None, scale: float | None
     ) -> Tensor:
-        from torch.nn.attention.varlen import varlen_attn
-
-        ends = torch.tensor(self.lengths).cumsum(0)
-        starts = F.pad(ends, (1, 0)).to(query.device, torch.int32)
-        longest = max(self.lengths)
-        mixed = varlen_attn(
-            query.contiguous(), key.contiguous(), value.contiguous(),
-            starts, starts, longest, longest,
+        return attend_by_lengths(
+            query, key, value, self.lengths, self.lengths,
             scale=scale,
             window_size=(-1 if window is None else window - 1, 0),
             enable_gqa=query.shape[1] != key.shape[1],
         )  # fmt: skip
-        assert isinstance(mixed, Tensor)  # and no log-sum-exp beside it
-        return mixed
 
 
 def _runs(lengths: Sequence[int]) -> list[tuple[int, int]]:
