@@ -9,6 +9,7 @@ from torch import nn
 
 from aimv2_mllm.data.batches import world_seed
 from aimv2_mllm.data.drawing import Skipped
+from aimv2_mllm.data.own_shapes import OwnShapes, demand_native
 from aimv2_mllm.data.settled import settled
 from aimv2_mllm.data.talk_batches import TalkBatches, conversation_batches
 from aimv2_mllm.data.talks import TalkCorpus
@@ -104,6 +105,7 @@ def conversation_job(
         processor.save_pretrained(folder)
 
     llava: Any = model
+    shapes = OwnShapes.of(processor) if stage.data.image_aspect == "native" else None
     most = min(stage.data.max_tokens, llms.room_of(llava.config.text_config))
     batches = conversation_batches(
         stage.data.model_copy(update={"max_tokens": most}),
@@ -112,6 +114,7 @@ def conversation_job(
         tokenizer=processor.tokenizer,
         preprocessing=preprocessing,
         num_image_tokens=num_image_tokens,
+        shapes=shapes,
         share=place.share,
     )
     inside = {part: [(f"llava.{n}", p) for n, p in named] for part, named in parts.items()}
@@ -170,6 +173,7 @@ def _facts(stage: AlignStage | TuneStage | LanguageStage, batches: TalkBatches) 
 def check_connector(stage: AlignStage | TuneStage, place: Place) -> None:
     """UsageError unless the stage's tower can be loaded, where it comes from outside, and its
     connector serves the grid of that tower and the width of the LLM, which has room for that."""
+    check_aspect(stage, str(stage.tower), place)
     grid, width, _ = tower_sizes(str(stage.tower), place)
     read = place.recipe.stages.get(str(stage.llm))
     if isinstance(read, LanguageStage):
@@ -187,6 +191,18 @@ def check_connector(stage: AlignStage | TuneStage, place: Place) -> None:
             " a connector that makes fewer (pixel_shuffle, average_pool, resampler), a tower for"
             " smaller pictures, or another LLM"
         )
+
+
+def check_aspect(stage: AlignStage | TuneStage, tower: str, place: Place) -> None:
+    """UsageError where the stage's pictures shall keep their shape, and the tower called `tower`
+    takes squares alone."""
+    if stage.data.image_aspect == "native":
+        see = place.recipe.stages.get(tower)
+        if isinstance(see, PretrainStage):
+            demand_native(see.encoder.native, see.encoder.image_size)
+        else:
+            preprocessing = load_tower(tower).preprocessing
+            demand_native(preprocessing.native, preprocessing.image_size)
 
 
 def tower_sizes(name: str, place: Place) -> tuple[Grid, int, int]:

@@ -47,6 +47,7 @@ class ConversationBatch(TypedDict):
     position_ids: Tensor  # (1, T) int64, from 0 on in each
     labels: Tensor  # (1, T) int64
     pixel_values: NotRequired[Tensor]  # (K, 3, H, W), in the order of the text
+    image_sizes: NotRequired[Tensor]  # (K, 2), height and width of each where they differ
     features: NotRequired[Tensor]  # (C, N, D), of the pictures that are kept; pixels of the others
     is_cached: NotRequired[Tensor]  # (K,) bool: which of all pictures, in the order of the text
 

@@ -80,6 +80,9 @@ def _planned(
     """The whole of an outlined plan, and why the stage could not be built, if so."""
     name, micro = outline.name, outline.micro_batch
     stage = sketch.recipe.stages[name]
+    if getattr(stage.data, "image_aspect", "") == "native":  # as many patches as any may have
+        squares: Any = stage.data.model_copy(update={"image_aspect": "pad"})
+        stage = stage.model_copy(update={"data": squares})
     try:
         job = sketched(name, stage, sketch, wrong=wrong, micro=micro)
         batches = job.batches(0)

@@ -149,8 +149,7 @@ def pixels_of(
     those of its training; None: it is not ours, and they are as its `processor` has them.
     """
     prepare = processor.image_processor
-    # Who takes pictures in their own shape trains on them so.
-    if data is None or "image_sizes" in prepare.model_input_names:
+    if data is None or data["image_aspect"] == "native":
         return prepare(list(images), return_tensors="pt")
     size = int(prepare.crop_size["height"])
     if all(source["kind"] == "handwriting" for source in data.get("sources", ())):

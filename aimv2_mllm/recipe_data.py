@@ -223,8 +223,10 @@ class ConversationData(Section):
     too_long: Literal["cut", "skip"] = Field(
         default="cut", description="a longer one loses its last turns, or is left out"
     )
-    image_aspect: Literal["pad", "crop"] = Field(
-        default="pad", description="a picture is made square by a rim, or by its middle alone"
+    image_aspect: Literal["pad", "crop", "native"] = Field(
+        default="pad",
+        description="a picture is made square by a rim (pad) or by its middle alone (crop), or, for"
+        " a native tower, keeps its shape (native)",
     )
     max_skipped: Skipped = 0.05
     workers: Workers = 0
@@ -242,4 +244,6 @@ class ConversationData(Section):
         sources = info.data.get("sources", ())
         if value and any(isinstance(source, HandwritingTalks) for source in sources):
             raise ValueError("must be null with a source of handwriting: its pictures have no end")
+        if value and info.data.get("image_aspect") == "native":
+            raise ValueError("must be null with image_aspect native: squares alone are kept")
         return value

@@ -13,6 +13,7 @@ from aimv2_mllm.folders import talking_source
 from aimv2_mllm.job import Job, Place
 from aimv2_mllm.llm_stages import (
     assembled,
+    check_aspect,
     check_connector,
     conversation_job,
     let_talk,
@@ -137,6 +138,8 @@ def check_tune(stage: TuneStage, place: Place) -> None:
     else:
         if root is stage:
             check_connector(stage, place)
+        else:
+            check_aspect(stage, str(root.tower), place)
         source = None if root.llm in place.recipe.stages else str(root.llm)
         layers = [] if source is None else llms.layer_names(source)
         depth = tower_sizes(root.tower, place)[2] if stage.tower_blocks else 0

@@ -13,6 +13,7 @@ from aimv2_mllm.data.conversations import IGNORED
 from aimv2_mllm.data.drawing import Skipped
 from aimv2_mllm.data.feature_shards import picture_key
 from aimv2_mllm.data.feature_store import FeatureStore
+from aimv2_mllm.data.own_shapes import OwnShapes
 from aimv2_mllm.data.packing import Talk, plan
 from aimv2_mllm.data.talks import Draft, Seen, TalkCorpus, TalkSample
 from aimv2_mllm.data.templates import Encoded, Writer
@@ -103,12 +104,26 @@ class TalkBatches:
         kept = [picture for picture in pictures if isinstance(picture, Tensor)]
         others = [picture for picture in pictures if not isinstance(picture, Tensor)]
         if others:
-            batch["pixel_values"] = self.preprocessing.normalise(np.stack(others))
+            batch["pixel_values"] = self._laid(others)
+            if self.corpus.image_aspect == "native":
+                batch["image_sizes"] = torch.tensor([one.shape[:2] for one in others])
         if kept:
             batch["features"] = torch.stack(kept)
         if self.features is not None:
             batch["is_cached"] = torch.tensor([isinstance(one, Tensor) for one in pictures])
         return batch
+
+    def _laid(self, pictures: Sequence[np.ndarray]) -> Tensor:
+        """Pictures (H, W, 3) as pixel_values (K, 3, H, W), smaller ones in the corner of zeros."""
+        assert self.preprocessing is not None
+        if len({picture.shape for picture in pictures}) == 1:
+            return self.preprocessing.normalise(np.stack(pictures))
+        height, width = np.max([picture.shape[:2] for picture in pictures], axis=0)
+        values = torch.zeros(len(pictures), 3, int(height), int(width))
+        for value, picture in zip(values, pictures, strict=True):
+            own = self.preprocessing.normalise(picture[None])[0]
+            value[:, : own.shape[1], : own.shape[2]] = own
+        return values
 
     def _see(self, content: bytes) -> Seen:
         """An encoded picture, or BLANK, as pixels, or its features where they are kept."""
@@ -120,7 +135,7 @@ class TalkBatches:
         return self.pixels(content)
 
     def pixels(self, content: bytes) -> np.ndarray:
-        """An encoded picture, or BLANK, as (S, S, 3) uint8; `Unusable` where it is neither."""
+        """An encoded picture, or BLANK, as (H, W, 3) uint8; `Unusable` where it is neither."""
         assert self.preprocessing is not None
         if content == BLANK:
             size = self.preprocessing.image_size
@@ -140,17 +155,18 @@ def conversation_batches(
     tokenizer: Any,
     preprocessing: Preprocessing | None,
     num_image_tokens: int = 0,
+    shapes: OwnShapes | None = None,
     share: Share = EVERYTHING,
 ) -> TalkBatches:
     """The conversation batches by step: about pictures, or, without `preprocessing`, in words
-    alone. Each picture stands for `num_image_tokens` tokens.
+    alone. Each picture stands for `num_image_tokens` tokens, or with `shapes` for its own.
 
     Opens the sources of `data`; UsageError where one cannot be read, or where the tokenizer's
     template does not tell what the assistant says. A rank gets its `share` of every step: with
     `micro_batch_size` a contiguous one.
     """
     writer = Writer(tokenizer, data.template, num_image_tokens=num_image_tokens)
-    corpus = TalkCorpus(data, world_seed(seed, data), preprocessing)
+    corpus = TalkCorpus(data, world_seed(seed, data), preprocessing, shapes)
     return TalkBatches(corpus, train, writer, preprocessing, share)
 
 

@@ -13,6 +13,7 @@ from aimv2_mllm.data.conversations import Message, conversation, num_pictures
 from aimv2_mllm.data.decode import decode, decode_padded, middle_square, rim_of
 from aimv2_mllm.data.drawing import Drawing, Skipped
 from aimv2_mllm.data.files import Later, Unusable
+from aimv2_mllm.data.own_shapes import OwnShapes
 from aimv2_mllm.data.talk_sources import Talk, open_talk_sources
 from aimv2_mllm.data.templates import Encoded, Writer
 from aimv2_mllm.errors import UsageError
@@ -22,7 +23,7 @@ from aimv2_mllm.recipe_data import ConversationData, HandwritingTalks
 TURNS = "turns"  # last turns of rows that were too long, counted beside rows (engine.skipping)
 
 
-# A picture as (S, S, 3) uint8, or what a tower made of it (N, D).
+# A picture as (H, W, 3) uint8, or what a tower made of it (N, D).
 Seen = np.ndarray | Tensor
 See = Callable[[bytes], Seen]  # of an encoded picture
 
@@ -82,13 +83,18 @@ class TalkCorpus:
     """The conversations of a recipe's `data`, by number; they have no end.
 
     Without `preprocessing` they are for a model without eyes: the embedded world is told in words,
-    and rows with pictures are unusable.
+    and rows with pictures are unusable. With `shapes` pictures from files keep theirs.
     """
 
     def __init__(
-        self, data: ConversationData, seed: int, preprocessing: Preprocessing | None
+        self,
+        data: ConversationData,
+        seed: int,
+        preprocessing: Preprocessing | None,
+        shapes: OwnShapes | None = None,
     ) -> None:
         self._data, self.seed, self._preprocessing = data, seed, preprocessing
+        self._shapes = shapes
         self._sources = open_talk_sources(data)
         opened = [None if isinstance(s, HandwritingTalks) else s for s in self._sources]
         self._drawing = Drawing(opened, [config.weight for config in data.sources], seed)
@@ -102,7 +108,7 @@ class TalkCorpus:
 
     @property
     def image_aspect(self) -> str:
-        """How a picture is made square."""
+        """How a picture is made square, or that it is not."""
         return self._data.image_aspect
 
     def sample(self, number: int, writer: Writer, skipped: Skipped) -> TalkSample:
@@ -120,8 +126,13 @@ class TalkCorpus:
             return Draft(self._of_world(world, turn, position, writer), skipped)
 
         def use(turn: int, row: int, place: int) -> Said:
-            talk = self._read(turn, row)
-            encoded, turns = self._fitted(talk.messages, writer)
+            talk, counts = self._read(turn, row), None
+            if self._shapes is not None:
+                # How many tokens they become stands in their headers: they are read now.
+                contents = [read() for read in talk.pictures]
+                counts = [self._shapes.num_tokens(content) for content in contents]
+                talk = talk._replace(pictures=[partial(_given, content) for content in contents])
+            encoded, turns = self._fitted(talk.messages, writer, counts)
             kept = num_pictures(talk.messages[: len(talk.messages) - 2 * turns])
             return Said(encoded, [partial(_seen, read) for read in talk.pictures[:kept]], turns)
 
@@ -171,10 +182,12 @@ class TalkCorpus:
             raise Unusable("picture", "is about a picture, and an LLM alone is trained")
         return talk
 
-    def _fitted(self, messages: list[Message], writer: Writer) -> tuple[Encoded, int]:
+    def _fitted(
+        self, messages: list[Message], writer: Writer, counts: list[int] | None = None
+    ) -> tuple[Encoded, int]:
         """The conversation in tokens, cut if need be, and how many turns that took."""
         cut = self._data.too_long == "cut"
-        return writer.fitted(messages, self._data.max_tokens, cut=cut)
+        return writer.fitted(messages, self._data.max_tokens, cut=cut, counts=counts)
 
     def num_places(self, samples: int) -> int:
         """How many rows so many samples are made of, each counted once."""
@@ -195,10 +208,13 @@ class TalkCorpus:
             first += len(own)
 
     def pixels(self, content: bytes) -> np.ndarray:
-        """An encoded picture as (S, S, 3) uint8; `Unusable` where it is none."""
+        """An encoded picture as (S, S, 3) uint8, or in its own shape; `Unusable` where it is
+        none."""
         assert self._preprocessing is not None
         if not content:
             raise Unusable("empty", "the picture is empty")
+        if self._shapes is not None:
+            return self._shapes.pixels(content)
         size = self._preprocessing.image_size
         if self._data.image_aspect == "crop":
             return decode(content, size, middle_square)
@@ -207,3 +223,7 @@ class TalkCorpus:
 
 def _seen(read: Later, see: See) -> Seen:
     return see(read())
+
+
+def _given(content: bytes) -> bytes:
+    return content

@@ -110,20 +110,25 @@ class Writer:
         self.end = None if template == "plain" else self._end(template)
 
     def fitted(
-        self, messages: Sequence[Message], most: int, *, cut: bool = True
+        self,
+        messages: Sequence[Message],
+        most: int,
+        *,
+        cut: bool = True,
+        counts: Sequence[int] | None = None,
     ) -> tuple[Encoded, int]:
         """The conversation in at most `most` tokens, and how many of its last turns that cost.
 
         `Unusable` where not even one turn fits, or, without `cut`, not all of them.
         """
-        encoded = self(messages)
+        encoded = self(messages, counts)
         if len(encoded.ids) <= most:
             return encoded, 0
         first = 1 if messages[0]["role"] == "system" else 0
         turns = (len(messages) - first) // 2
 
         def first_turns(count: int) -> Encoded:
-            return self(messages[: first + 2 * count])
+            return self(messages[: first + 2 * count], counts)
 
         lengths = range(1, turns)
         kept = bisect_right(lengths, most, key=lambda n: len(first_turns(n).ids)) if cut else 0
@@ -132,9 +137,9 @@ class Writer:
             raise Unusable("too_long", said)
         return first_turns(kept), turns - kept
 
-    def __call__(self, messages: Sequence[Message]) -> Encoded:
-        """The conversation in tokens; `Unusable` for one that cannot be written or teaches
-        nothing."""
+    def __call__(self, messages: Sequence[Message], counts: Sequence[int] | None = None) -> Encoded:
+        """The conversation in tokens, its first pictures of `counts` where they differ; `Unusable`
+        for one that cannot be written or teaches nothing."""
         self._check(messages)
         try:
             text, spans = self._write(messages)
@@ -147,7 +152,12 @@ class Writer:
         supervised = np.zeros(len(ids), dtype=bool)
         for begin, end in spans:
             supervised |= (places[:, 0] < end) & (places[:, 1] > begin)
-        repeats = np.where(ids == self.image_token_id, self._num_image_tokens, 1)
+        repeats = np.ones(len(ids), dtype=np.int64)
+        shown = ids == self.image_token_id
+        if shown.sum() != (pictures := num_pictures(messages)):
+            said = f"{shown.sum()} of its {pictures} pictures are written by the chat template"
+            raise Unusable("template", said)
+        repeats[shown] = self._num_image_tokens if counts is None else counts[:pictures]
         labels = np.where(supervised, ids, IGNORED)
         encoded = Encoded(np.repeat(ids, repeats), np.repeat(labels, repeats))
         if not (encoded.labels[1:] != IGNORED).any():
