@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from aimv2_mllm import heap
 from aimv2_mllm.data.batches import Share
 from aimv2_mllm.disk import new_folder
 from aimv2_mllm.engine.distributed import ALONE, Ranks, joined
@@ -67,10 +68,12 @@ def run_stage(
     if is_finished:
         narrate(f"stage {name}: finished, see {result}")
         return
-    narrate(f"stage {name}: training {STAGES[stage.kind].trains}")
+    kind = STAGES[stage.kind]
+    narrate(f"stage {name}: training {kind.trains}")
+    heap.keep_freed() if kind.is_even else heap.map_large()
     # By kind: encoders that are compared begin with equal weights, and each kind with its own.
     torch.manual_seed(_number(place.recipe.seed, stage.kind))
-    job = STAGES[stage.kind].build(stage, place)
+    job = kind.build(stage, place)
     table = job.table()
     narrate("\n".join(f"  {part_row(*row)}" for row in table))
     for note in job.data.notes:

@@ -35,15 +35,17 @@ from aimv2_mllm.tune_stage import build_tune, check_tune
 
 @dataclass(frozen=True)
 class StageKind:
-    """A row of the table: how the stage is built, and what of it is trained, in words."""
+    """A row of the table: how the stage is built, what of it is trained, in words, and whether its
+    steps are all of a size."""
 
     build: Callable[[Any, Place], Job]
     trains: str
+    is_even: bool = False
 
 
 STAGES: dict[str, StageKind] = {
-    "pretrain": StageKind(build_pretrain, "encoder and decoder"),
-    "lit": StageKind(build_lit, "pooling head and text tower"),
+    "pretrain": StageKind(build_pretrain, "encoder and decoder", is_even=True),
+    "lit": StageKind(build_lit, "pooling head and text tower", is_even=True),
     "align": StageKind(build_align, "connector"),
     "tune": StageKind(build_tune, "LLM or adapters on it, connector, tower, as the recipe says"),
     "language": StageKind(build_language, "LLM"),

@@ -30,8 +30,9 @@ def test_what_was_freed_below_something_that_lives_goes_back() -> None:
 
 
 @of_glibc
-def test_glibc_takes_both_settings() -> None:
+def test_glibc_takes_all_settings() -> None:
     assert heap.keep_freed() is True
+    assert heap.map_large() is True
 
 
 @of_glibc
@@ -53,6 +54,25 @@ def test_what_was_kept_goes_back_to_the_system_when_asked() -> None:
     kept, released = map(int, said.stdout.split())  # MiB
     assert kept < 8
     assert 120 < released < 140
+
+
+@of_glibc
+def test_large_tensors_leave_no_holes() -> None:
+    code = (
+        "import torch\n"
+        "from pathlib import Path\n"
+        "from aimv2_mllm.heap import map_large\n"
+        "def resident(): return int(Path('/proc/self/statm').read_text().split()[1]) >> 8\n"
+        "map_large()\n"
+        "before, held = resident(), []\n"
+        "for _ in range(40):\n"  # what is held lies beside what was freed, as in a forward pass
+        "    freed = torch.ones(2**20)\n"
+        "    held.append(torch.ones(2**20))\n"
+        "    del freed\n"
+        "print(resident() - before)\n"
+    )
+    said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert 155 < int(said.stdout) < 200  # MiB, 160 of them held
 
 
 def test_other_systems_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,7 +66,6 @@ def train(
     run's checkpoint, unknown part, no such device), and on all ranks, after a signal to any and a
     saved checkpoint, `KeyboardInterrupt` (SIGINT) or `SystemExit(143)` (SIGTERM).
     """
-    heap.keep_freed()
     run = Run(config, folder, fingerprint, ranks)
     with StopRequest(ranks) as stop:
         training = Training(model.train(), parts, run)

@@ -90,7 +90,7 @@ def measured(args: argparse.Namespace, case: str, checkpointing: bool, folder: P
     """GiB that torch allocates at most in a second micro-batch."""
     recipe = recipe_of(args, case, checkpointing, folder)
     stage = recipe.stages["stage"]
-    heap.keep_freed()
+    heap.map_large()  # as a run does
     job = STAGES[stage.kind].build(stage, Place(recipe, recipe.output))
     if job.prepare is not None:
         job.prepare(job, Ranks(), lambda _: None)

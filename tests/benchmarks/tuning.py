@@ -38,6 +38,7 @@ from llava_shaped import LLMS, assembled, write_models, write_rows
 from measure import clock, in_a_child, of_this_process
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from aimv2_mllm import heap
 from aimv2_mllm.data.batches import world_seed
 from aimv2_mllm.data.order import EpochOrder, mixed
 from aimv2_mllm.engine.distributed import Ranks
@@ -147,6 +148,7 @@ def ours(args: argparse.Namespace, folder: Path, first: int, steps: int) -> dict
     recipe = recipe_of(args, folder, first + steps)
     name = "tune" if args.mode == "tune" else "align"
     stage = recipe.stages[name]
+    heap.map_large()  # as a run does
     torch.manual_seed(0)
     job = STAGES[stage.kind].build(stage, Place(recipe, folder / "run"))
     if job.prepare is not None:
