@@ -149,7 +149,7 @@ def pixels_of(
     those of its training; None: it is not ours, and they are as its `processor` has them.
     """
     prepare = processor.image_processor
-    if data is None or data["image_aspect"] == "native":
+    if data is None or data.get("image_aspect") == "native":
         return prepare(list(images), return_tensors="pt")
     size = int(prepare.crop_size["height"])
     if all(source["kind"] == "handwriting" for source in data.get("sources", ())):

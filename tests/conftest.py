@@ -42,8 +42,16 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run(tiny_recipe(tmp_path_factory.mktemp("run") / "quickstart"), lambda _: None)
 
 
+@pytest.fixture(autouse=True)
+def no_commits() -> Iterator[None]:
+    """A process remembers the commits of the hub's models: not from one test to the next."""
+    hub.COMMITS.clear()
+    yield
+    hub.COMMITS.clear()
+
+
 @pytest.fixture
-def publish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Path]]:
+def publish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """A function that puts a copy of a folder among what was downloaded from the hub, which cannot
     be reached: under an org/name, as its newest commit, without the record of its stage."""
     import huggingface_hub.constants as constants
@@ -58,6 +66,4 @@ def publish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    hub.COMMITS.clear()
-    yield put
-    hub.COMMITS.clear()
+    return put

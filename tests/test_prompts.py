@@ -99,7 +99,7 @@ def test_a_picture_is_given_as_training_gave_it(aspect: str) -> None:
     buffer = io.BytesIO()
     PICTURE.save(buffer, "PNG")
     corpus = object.__new__(TalkCorpus)  # its files are of no concern
-    corpus._data, corpus._preprocessing = data, PREPROCESSING
+    corpus._data, corpus._preprocessing, corpus._shapes = data, PREPROCESSING, None
     trained = PREPROCESSING.normalise(corpus.pixels(buffer.getvalue())[None])
     processor = processor_of(llama(CHATML))
     record = data.model_dump(mode="json")

@@ -179,7 +179,7 @@ def test_text_that_spells_a_control_token_is_refused(name: str, tmp_path: Path) 
         with pytest.raises(Unusable) as error:
             writer(messages)
         assert error.value.reason == "special_token"
-        with pytest.raises(UsageError, match="is a mark of this model"):
+        with pytest.raises(UsageError, match="is a special token of this model"):
             prompter(messages[:1], [], limit=999, max_new_tokens=9)
     assert {"<image>", *published.TOKENS[name][0]} <= set(tokenizer.all_special_tokens)
 

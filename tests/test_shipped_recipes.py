@@ -91,7 +91,10 @@ def llm_folder(folder: Path, name: str) -> None:
     import transformers
 
     family, (width, inner, blocks, heads, kv_heads, words) = LLMS[name]
-    load_tokenizer("tiny_llm").save_pretrained(folder)
+    tokenizer = load_tokenizer("tiny_llm")
+    if name == "llava15_vicuna7b":  # whose template v1 ends answers so
+        tokenizer.add_special_tokens({"eos_token": "</s>"})
+    tokenizer.save_pretrained(folder)
     getattr(transformers, f"{family}Config")(
         hidden_size=width,
         intermediate_size=inner,
