@@ -9,7 +9,7 @@ from typing import Any
 
 # Of glibc's malloc.h.
 TRIM_THRESHOLD, MMAP_THRESHOLD, ARENA_MAX = -1, -3, -8
-NEVER, LARGE, MAPPED, TRIMMED = 2**31 - 1, 2**30, 2 * 2**20, 2**20  # bytes
+NEVER, LARGE, MAPPED, TRIMMED = 2**31 - 1, 2**30, 8 * 2**20, 2**20  # bytes
 NUM_POOLS = 2
 
 
@@ -41,7 +41,8 @@ def map_large() -> bool:
     Up to version 2.37 glibc cannot put an aligned tensor into the place of another of its size, and
     by default keeps tensors of up to 32 MiB in one heap: its holes then take more than what is in
     use. Measured on LoRA with AIMv2-L and an LLM of 0.5 B, two conversations at once: of 10.8 GiB
-    3.7 were in use.
+    3.7 were in use; so the process takes 9.4 GiB in place of 13.7, and about a tenth more time of
+    the processor. With 2 MiB in place of 8 it takes 7.3, and a fifth more.
     """
     return _thresholds(MAPPED, TRIMMED)
 
