@@ -1,6 +1,6 @@
 """Measure tuning and alignment against transformers' Trainer on the same model, rows and steps.
 
-    python tests/benchmarks/tuning.py          # LoRA: under 15 minutes on 2 cores, 16 GiB
+    python tests/benchmarks/tuning.py          # LoRA: 16 minutes on 2 cores, 16 GiB
     python tests/benchmarks/tuning.py --mode align-second-epoch
     python tests/benchmarks/tuning.py --quick  # smaller models, 16 rows: under 2 minutes
     python tests/benchmarks/tuning.py --device cuda --precision bf16 --micro-batch 16 --batch 64
