@@ -70,7 +70,10 @@ def run_stage(
         return
     kind = STAGES[stage.kind]
     narrate(f"stage {name}: training {kind.trains}")
-    heap.keep_freed() if kind.is_even else heap.map_large()
+    if kind.is_even:
+        heap.keep_freed()
+    else:
+        heap.map_large()
     # By kind: encoders that are compared begin with equal weights, and each kind with its own.
     torch.manual_seed(_number(place.recipe.seed, stage.kind))
     job = kind.build(stage, place)

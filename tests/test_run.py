@@ -62,6 +62,17 @@ def test_stages_of_a_kind_begin_with_equal_weights(tmp_path: Path) -> None:
     assert first == second
 
 
+def test_steps_of_different_sizes_leave_no_holes_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    for name in ("keep_freed", "map_large"):
+        monkeypatch.setattr(runs.heap, name, lambda name=name: told.append(name))
+    steps = [f"stages.{stage}.train.steps=1" for stage in STAGES]
+    runs.run(tiny_recipe(tmp_path / "run", *steps), lambda _: None)
+    assert told == ["keep_freed", "map_large", "map_large"]
+
+
 @pytest.mark.slow
 def test_killed_in_every_stage_and_run_again_ends_with_equal_metrics(tmp_path: Path) -> None:
     folder, file = tmp_path / "killed", tmp_path / "recipe.yaml"
