@@ -7,7 +7,7 @@ nothing.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .chat import answer, load_model
+    from .chat.chat import answer, load_model
     from .model.connectors import CONNECTORS, build_connector
     from .model.encoder import (
         AIMv2Encoder,
@@ -39,11 +39,11 @@ NAMES = {
     "aimv2_huge": "model.encoder",
     "aimv2_large": "model.encoder",
     "aimv2_nano": "model.encoder",
-    "answer": "chat",
+    "answer": "chat.chat",
     "build_connector": "model.connectors",
     "load_encoder": "model.weights",
     "load_lit": "model.lit_weights",
-    "load_model": "chat",
+    "load_model": "chat.chat",
     "load_tower": "model.towers",
     "save_encoder": "model.weights",
 }

@@ -9,8 +9,8 @@ import sys
 from collections.abc import Sequence
 
 from aimv2_mllm.errors import RunFailed, UsageError, nearest
+from aimv2_mllm.flags.parser import PROGRAM, parse
 from aimv2_mllm.narration import note
-from aimv2_mllm.parser import PROGRAM, parse
 from aimv2_mllm.verbs import judging, looking, talking, training, writing
 
 # Modules that `pip install aimv2-mllm` alone does not bring.

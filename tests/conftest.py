@@ -16,8 +16,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from aimv2_mllm.model import hub
-from aimv2_mllm.recipe import Recipe
-from aimv2_mllm.recipe_file import load_recipe
+from aimv2_mllm.recipe.file import load_recipe
+from aimv2_mllm.recipe.schema import Recipe
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -37,7 +37,7 @@ def tiny_recipe(output: Path, *overrides: str) -> Recipe:
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of a finished quickstart of three steps a stage."""
-    from aimv2_mllm.run import run
+    from aimv2_mllm.stages.run import run
 
     return run(tiny_recipe(tmp_path_factory.mktemp("run") / "quickstart"), lambda _: None)
 

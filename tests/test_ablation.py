@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from conftest import RECIPES
 
-from aimv2_mllm.recipe_file import load_recipe
-from aimv2_mllm.run import run
+from aimv2_mllm.recipe.file import load_recipe
+from aimv2_mllm.stages.run import run
 
 sys.path.append(str(Path(__file__).parent / "benchmarks"))
 

@@ -10,17 +10,17 @@ import pytest
 import torch
 from tiny_towers import picture, saved
 
-from aimv2_mllm.chat import answer, load_model
+from aimv2_mllm.chat.chat import answer, load_model
 from aimv2_mllm.data import held_out
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.evaluation import answers
-from aimv2_mllm.job import Place
 from aimv2_mllm.model.encoder import AIMv2Encoder, EncoderConfig
 from aimv2_mllm.model.preprocessing import Preprocessing
 from aimv2_mllm.model.weights import save_encoder
-from aimv2_mllm.recipe import Recipe
-from aimv2_mllm.run import run
-from aimv2_mllm.stages import check_inputs
+from aimv2_mllm.recipe.schema import Recipe
+from aimv2_mllm.stages.job import Place
+from aimv2_mllm.stages.run import run
+from aimv2_mllm.stages.table import check_inputs
 
 TRAIN = {"steps": 2, "batch_size": 4, "lr": 1e-2, "log_every": 1}
 ASKED = [
@@ -80,12 +80,14 @@ def test_a_run_is_aligned_tuned_judged_and_asked(
     for shape in ((90, 30), (30, 90), (28, 28)):
         assert isinstance(answer(bot, ASKED, [picture(*shape)], max_new_tokens=3), str)
     if tower == "dinov3_vit":  # a new process knows our models of the hub too
-        code = "import sys; from aimv2_mllm.answerers import Foreign; Foreign(sys.argv[1])"
+        code = (
+            "import sys; from aimv2_mllm.evaluation.answerers import Foreign; Foreign(sys.argv[1])"
+        )
         subprocess.run([sys.executable, "-c", code, str(done / "tune" / "model")], check=True)
 
 
 def test_a_native_tower_that_saw_squares_sees_a_chats_picture_as_one(tmp_path: Path) -> None:
-    from aimv2_mllm.prompts import pixels_of
+    from aimv2_mllm.chat.prompts import pixels_of
 
     done = run(recipe(tmp_path, native(tmp_path / "tower"), "mlp"), lambda _: None)
     bot = load_model(done)

@@ -15,12 +15,12 @@ from test_session import (
     tower_counted,
 )
 
-from aimv2_mllm.chat import answer, answer_all
-from aimv2_mllm.chatbot import Chatbot
+from aimv2_mllm.chat.chat import answer, answer_all
+from aimv2_mllm.chat.chatbot import Chatbot
+from aimv2_mllm.chat.prompts import Message, said
+from aimv2_mllm.chat.session import ChatSession
 from aimv2_mllm.errors import UsageError
-from aimv2_mllm.prompts import Message, said
-from aimv2_mllm.sampling import Sampling
-from aimv2_mllm.session import ChatSession
+from aimv2_mllm.model.sampling import Sampling
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from aimv2_mllm.model.blocks import Block
-from aimv2_mllm.model.cache import CachedBlocks, PatchByPatch, WordByWord
 from aimv2_mllm.model.encoder import AIMv2Encoder, EncoderConfig
+from aimv2_mllm.model.incremental import CachedBlocks, PatchByPatch, WordByWord
 from aimv2_mllm.model.pretrainer import AIMv2ForPreTraining, DecoderConfig
 from aimv2_mllm.objective import patchify
 

@@ -12,10 +12,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from aimv2_mllm import chat, prompts, session
 from aimv2_mllm.__main__ import main
-from aimv2_mllm.chat import answer, load_model, stream
-from aimv2_mllm.chatbot import Chatbot, prompt_of
+from aimv2_mllm.chat import chat, prompts, session
+from aimv2_mllm.chat.chat import answer, load_model, stream
+from aimv2_mllm.chat.chatbot import Chatbot, prompt_of
 from aimv2_mllm.data.conversations import turn
 from aimv2_mllm.data.images import square
 from aimv2_mllm.data.tokenizer import train_tokenizer

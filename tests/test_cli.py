@@ -17,7 +17,7 @@ import aimv2_mllm
 from aimv2_mllm import __main__ as cli
 from aimv2_mllm.data import scenes
 from aimv2_mllm.errors import RunFailed
-from aimv2_mllm.parser import parse
+from aimv2_mllm.flags.parser import parse
 
 ROOT = Path(aimv2_mllm.__file__).parents[1]
 RECIPE = """\
@@ -357,7 +357,7 @@ def test_mistakes_in_a_login_file_are_said_but_no_password(
 def test_run_ends_with_the_report_and_what_to_type_next(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from aimv2_mllm import run
+    from aimv2_mllm.stages import run
 
     def pretend(recipe: object, narrate: Callable[[str], None]) -> Path:
         narrate("stage zip: done")

@@ -23,10 +23,10 @@ from aimv2_mllm.comparison.running import LOG, do_all
 from aimv2_mllm.comparison.tasks import DONE, Task, answers_in, tasks_of, undone
 from aimv2_mllm.data.asked import load_asked
 from aimv2_mllm.errors import UsageError
+from aimv2_mllm.flags.parser import build_parser
 from aimv2_mllm.folders import STAGE_FILE
-from aimv2_mllm.parser import build_parser
-from aimv2_mllm.recipe_stages import AlignStage
-from aimv2_mllm.recipe_tune import TuneStage
+from aimv2_mllm.recipe.stages import AlignStage
+from aimv2_mllm.recipe.tune import TuneStage
 
 RECIPE = str(Path(__file__).parents[1] / "recipes" / "compare_towers.yaml")
 ASKED = "0123456789abcdef"

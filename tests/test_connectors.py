@@ -12,7 +12,7 @@ from aimv2_mllm.errors import UsageError
 from aimv2_mllm.model.connectors import CONNECTORS, Linear, Mlp, build_connector
 from aimv2_mllm.model.grids import to_planes, to_tokens
 from aimv2_mllm.model.projectors import LAYERS, rename_projector
-from aimv2_mllm.recipe_connectors import CONNECTOR_SECTIONS
+from aimv2_mllm.recipe.connectors import CONNECTOR_SECTIONS
 
 D, E = 8, 16
 OPTIONS: dict[str, dict[str, Any]] = {

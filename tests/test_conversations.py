@@ -23,9 +23,9 @@ from aimv2_mllm.data.templates import Encoded, Writer
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.model.llms import load_tokenizer
 from aimv2_mllm.model.preprocessing import Preprocessing
-from aimv2_mllm.recipe_data import CaptionData, ConversationData, HandwritingTalks
-from aimv2_mllm.recipe_file import load_recipe
-from aimv2_mllm.recipe_train import TrainConfig
+from aimv2_mllm.recipe.data import CaptionData, ConversationData, HandwritingTalks
+from aimv2_mllm.recipe.file import load_recipe
+from aimv2_mllm.recipe.train import TrainConfig
 
 
 @pytest.fixture(scope="module")

@@ -17,17 +17,17 @@ from test_lit import tiny_lit
 from test_namings import LAYOUTS, assert_same, tiny_encoder
 
 from aimv2_mllm import __main__ as cli
-from aimv2_mllm import convert as converting
-from aimv2_mllm import run as runs
-from aimv2_mllm import run_folder
-from aimv2_mllm.convert import convert
 from aimv2_mllm.errors import UsageError
+from aimv2_mllm.export import convert as converting
+from aimv2_mllm.export.convert import convert
 from aimv2_mllm.folders import licence_of, origins_of, talking_folder
-from aimv2_mllm.job import Place
 from aimv2_mllm.model.lit_weights import save_lit
 from aimv2_mllm.model.preprocessing import Preprocessing
 from aimv2_mllm.model.timm_layout import CLIP_MEAN, CLIP_STD
 from aimv2_mllm.model.weights import load_encoder, save_encoder
+from aimv2_mllm.stages import run as runs
+from aimv2_mllm.stages import run_folder
+from aimv2_mllm.stages.job import Place
 
 CARD = """\
 ---

@@ -28,8 +28,8 @@ from aimv2_mllm.data.drawing import MOST_TRIES, Skipped
 from aimv2_mllm.errors import RunFailed, UsageError
 from aimv2_mllm.model.llms import load_tokenizer
 from aimv2_mllm.model.preprocessing import Preprocessing
-from aimv2_mllm.recipe_data import CaptionData
-from aimv2_mllm.recipe_train import TrainConfig
+from aimv2_mllm.recipe.data import CaptionData
+from aimv2_mllm.recipe.train import TrainConfig
 
 SIZE = 28
 TOKENIZER = load_tokenizer("tiny_llm")

@@ -9,11 +9,11 @@ import pytest
 from corpora import write_shard, write_tar
 
 from aimv2_mllm import __main__ as command
-from aimv2_mllm import run as runs
 from aimv2_mllm.engine import metrics
 from aimv2_mllm.errors import RunFailed, UsageError
 from aimv2_mllm.model.weights import load_encoder
-from aimv2_mllm.recipe_file import load_recipe
+from aimv2_mllm.recipe.file import load_recipe
+from aimv2_mllm.stages import run as runs
 
 RECIPE = """\
 name: corpus

@@ -23,7 +23,7 @@ from aimv2_mllm.engine.loop import train
 from aimv2_mllm.engine.pieces import Stored
 from aimv2_mllm.engine.strategies import give_back, place
 from aimv2_mllm.errors import RunFailed, UsageError
-from aimv2_mllm.recipe_train import TrainConfig
+from aimv2_mllm.recipe.train import TrainConfig
 
 ROWS = 8  # of a step's batch
 

@@ -12,12 +12,12 @@ from test_talks import llava_row, written
 from torch import nn
 
 from aimv2_mllm import __main__ as cli
-from aimv2_mllm.doctor import examine
-from aimv2_mllm.doctor_samples import Report, examine_talks
 from aimv2_mllm.model.encoder import AIMv2Encoder, EncoderConfig
 from aimv2_mllm.model.preprocessing import Preprocessing
 from aimv2_mllm.model.weights import save_encoder
-from aimv2_mllm.recipe import Recipe
+from aimv2_mllm.planning.doctor import examine
+from aimv2_mllm.planning.doctor_samples import Report, examine_talks
+from aimv2_mllm.recipe.schema import Recipe
 
 TRAIN = {"steps": 2, "batch_size": 4, "lr": 1e-2}
 
@@ -157,7 +157,7 @@ class Adapted(nn.Module):
 
 
 def test_lora_in_the_tower_is_a_problem() -> None:
-    from aimv2_mllm.doctor import examine_lora
+    from aimv2_mllm.planning.doctor import examine_lora
 
     for part, count in (("language_model", 0), ("vision_tower", 1)):
         report = Report(lambda _: None)
@@ -169,7 +169,7 @@ def test_lora_in_the_tower_is_a_problem() -> None:
 def test_places_that_the_model_does_not_fill_are_a_problem() -> None:
     from test_talks import batches_of
 
-    from aimv2_mllm.job import DataFacts, Job
+    from aimv2_mllm.stages.job import DataFacts, Job
 
     batches = batches_of({"kind": "handwriting"})  # of four tokens a picture
     job = Job(nn.Module(), {}, None, batches, lambda _: None, DataFacts())

@@ -10,12 +10,12 @@ import torch
 from conftest import tiny_recipe
 
 from aimv2_mllm.errors import UsageError
-from aimv2_mllm.job import Job, Place
 from aimv2_mllm.model.lit_weights import load_lit
 from aimv2_mllm.model.weights import load_encoder, resize_positions
-from aimv2_mllm.recipe import Recipe
-from aimv2_mllm.run import run
-from aimv2_mllm.stages import STAGES, check_inputs, inputs
+from aimv2_mllm.recipe.schema import Recipe
+from aimv2_mllm.stages.job import Job, Place
+from aimv2_mllm.stages.run import run
+from aimv2_mllm.stages.table import STAGES, check_inputs, inputs
 
 TRAIN = {"steps": 2, "batch_size": 4, "lr": 1e-3, "log_every": 1}
 DECODER = {
@@ -150,7 +150,7 @@ def test_a_lit_run_learns_which_caption_belongs_to_which_sheet(
 
 
 def test_what_a_lit_run_contrasts_within_is_part_of_it() -> None:
-    from aimv2_mllm.recipe import deciding
+    from aimv2_mllm.recipe.schema import deciding
 
     for kind, counts in (("lit", True), ("pretrain", False)):
         small, large = ({"kind": kind, "train": {"micro_batch_size": n}} for n in (4, 8))

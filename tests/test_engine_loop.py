@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from aimv2_mllm.engine import loop, metrics, upcoming
 from aimv2_mllm.errors import RunFailed, UsageError
-from aimv2_mllm.recipe_train import TrainConfig
+from aimv2_mllm.recipe.train import TrainConfig
 
 STEPS = 10
 

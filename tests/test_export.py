@@ -71,8 +71,8 @@ def test_an_export_says_the_same_in_a_process_without_this_package(
 def test_pictures_that_are_not_square_are_padded_as_in_training(
     tiny_run: Path, tmp_path: Path, said: Said
 ) -> None:
-    from aimv2_mllm.chat import load_model
-    from aimv2_mllm.prompts import pixels_of
+    from aimv2_mllm.chat.chat import load_model
+    from aimv2_mllm.chat.prompts import pixels_of
 
     model, folder = shutil.copytree(tiny_run / "tune" / "model", tmp_path / "model"), tmp_path / "x"
     record = json.loads((model / "stage.json").read_text())

@@ -15,8 +15,6 @@ from pydantic import ValidationError
 from test_distributed import ended, started
 from test_talks import batches_of, llava_row, sheet, written
 
-from aimv2_mllm import feature_pass
-from aimv2_mllm import run as runs
 from aimv2_mllm.data import files
 from aimv2_mllm.data.batches import Share
 from aimv2_mllm.data.feature_store import GIB, FeatureStore
@@ -30,8 +28,10 @@ from aimv2_mllm.model.frozen_tower import FrozenTower
 from aimv2_mllm.model.mllm import load_llava
 from aimv2_mllm.model.preprocessing import Preprocessing
 from aimv2_mllm.model.weights import save_encoder
-from aimv2_mllm.recipe_file import load_recipe
-from aimv2_mllm.recipe_stages import LanguageStage
+from aimv2_mllm.recipe.file import load_recipe
+from aimv2_mllm.recipe.stages import LanguageStage
+from aimv2_mllm.stages import feature_pass
+from aimv2_mllm.stages import run as runs
 
 PICTURES = 6
 RECIPE = """\

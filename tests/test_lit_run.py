@@ -10,9 +10,9 @@ from test_encoder_stages import lit
 from aimv2_mllm import __main__ as command
 from aimv2_mllm.data import scenes
 from aimv2_mllm.evaluation.zeroshot import handwriting_templates, load_lit_tower
-from aimv2_mllm.recipe import Recipe
-from aimv2_mllm.run import run
-from aimv2_mllm.stages import STAGES
+from aimv2_mllm.recipe.schema import Recipe
+from aimv2_mllm.stages.run import run
+from aimv2_mllm.stages.table import STAGES
 
 
 @pytest.fixture(scope="module")

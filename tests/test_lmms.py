@@ -13,14 +13,14 @@ from PIL import Image
 from test_chat import bot as bot_of_chat
 from test_chat import llava as llava_of_chat
 
-from aimv2_mllm.answerers import Ours
-from aimv2_mllm.chatbot import Chatbot
+from aimv2_mllm.chat.chatbot import Chatbot
+from aimv2_mllm.chat.prompts import said
+from aimv2_mllm.chat.scoring import likelihood
 from aimv2_mllm.data.conversations import turn
 from aimv2_mllm.errors import UsageError
+from aimv2_mllm.evaluation.answerers import Ours
 from aimv2_mllm.lmms.reading import MOST_NEW_TOKENS, settings_of, talk_of_messages, talk_of_text
-from aimv2_mllm.prompts import said
-from aimv2_mllm.sampling import GREEDY, Sampling
-from aimv2_mllm.scoring import likelihood
+from aimv2_mllm.model.sampling import GREEDY, Sampling
 
 llava, bot = llava_of_chat, bot_of_chat  # fixtures: the folder of a tiny Llava of ours, and it
 RED, BLUE = (Image.new("RGB", (28, 14), colour) for colour in ("red", "blue"))
@@ -261,7 +261,7 @@ def test_the_likelihood_of_an_answer_is_transformers_own(bot: Chatbot) -> None:
 
 def likelihood_pixels(bot: Chatbot) -> torch.Tensor:
     """The picture as in the model's training, which its processor alone does not do."""
-    from aimv2_mllm.prompts import pixels_of
+    from aimv2_mllm.chat.prompts import pixels_of
 
     pixels: torch.Tensor = pixels_of(bot.processor, [NOISE], bot.data)["pixel_values"]
     return pixels

@@ -19,8 +19,8 @@ from PIL import Image
 from test_chat import llava as llava_of_chat
 
 from aimv2_mllm import __main__ as cli
-from aimv2_mllm.answerers import Ours
 from aimv2_mllm.errors import UsageError
+from aimv2_mllm.evaluation.answerers import Ours
 from aimv2_mllm.lmms import command, environment
 from aimv2_mllm.lmms.benchmarks import (
     Benchmark,
@@ -500,7 +500,7 @@ def test_two_processes_and_the_simple_class_get_them_too(loop: Path, llava: Path
     given = samples("two", "aimv2_one")
     assert [line["filtered_resps"] for line in given] == Ours(llava)(asked, 6)
     # The least mean cross-entropy is lmms-eval's choice.
-    from aimv2_mllm.scoring import likelihood
+    from aimv2_mllm.chat.scoring import likelihood
 
     bot = Ours(llava).bot
     for sample, (question, picture) in zip(samples("two", "aimv2_choice"), asked, strict=True):

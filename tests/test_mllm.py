@@ -11,7 +11,7 @@ import transformers
 from PIL import Image
 from tiny_towers import MAKE, picture, saved
 
-from aimv2_mllm.chat import load_model
+from aimv2_mllm.chat.chat import load_model
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.model import llms, mllm
 from aimv2_mllm.model.connectors import CONNECTORS

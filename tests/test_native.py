@@ -16,7 +16,6 @@ from test_distributed import ended, started
 from test_encoder_stages import built, pretrain
 
 from aimv2_mllm import __main__ as command
-from aimv2_mllm import run as runs
 from aimv2_mllm.data.batches import EVERYTHING, CaptionBatches, Share, caption_batches
 from aimv2_mllm.data.corpus import Corpus, Skipped
 from aimv2_mllm.engine.distributed import Ranks
@@ -25,11 +24,12 @@ from aimv2_mllm.errors import UsageError
 from aimv2_mllm.model.preprocessing import Preprocessing
 from aimv2_mllm.model.towers import load_tower
 from aimv2_mllm.model.weights import load_encoder
-from aimv2_mllm.recipe import Recipe, deciding
-from aimv2_mllm.recipe_data import CaptionData
-from aimv2_mllm.recipe_file import load_recipe
-from aimv2_mllm.recipe_train import TrainConfig
-from aimv2_mllm.stages import check_shares
+from aimv2_mllm.recipe.data import CaptionData
+from aimv2_mllm.recipe.file import load_recipe
+from aimv2_mllm.recipe.schema import Recipe, deciding
+from aimv2_mllm.recipe.train import TrainConfig
+from aimv2_mllm.stages import run as runs
+from aimv2_mllm.stages.table import check_shares
 
 AREAS = (9, 36)
 RECIPE = """\

@@ -17,7 +17,7 @@ from aimv2_mllm.engine.optimizer import (
 )
 from aimv2_mllm.engine.pieces import Stored, to_write, write
 from aimv2_mllm.errors import UsageError
-from aimv2_mllm.recipe_train import TrainConfig
+from aimv2_mllm.recipe.train import TrainConfig
 
 
 class Tower(nn.Module):

@@ -11,17 +11,17 @@ from PIL import Image
 from test_any_tower import native
 from tiny_towers import saved
 
-from aimv2_mllm.chat import answer, load_model
+from aimv2_mllm.chat.chat import answer, load_model
+from aimv2_mllm.chat.prompts import pixels_of
 from aimv2_mllm.data.own_shapes import OwnShapes
 from aimv2_mllm.engine.accelerators import accelerator
 from aimv2_mllm.errors import UsageError
-from aimv2_mllm.job import Place
 from aimv2_mllm.model import mllm
-from aimv2_mllm.plan import plan
-from aimv2_mllm.prompts import pixels_of
-from aimv2_mllm.recipe import Recipe
-from aimv2_mllm.run import run
-from aimv2_mllm.stages import STAGES, check_inputs
+from aimv2_mllm.planning.plan import plan
+from aimv2_mllm.recipe.schema import Recipe
+from aimv2_mllm.stages.job import Place
+from aimv2_mllm.stages.run import run
+from aimv2_mllm.stages.table import STAGES, check_inputs
 
 # Width and height of the photos; their patches of 14 px: at most 16, multiples of 2.
 SHAPES = [(120, 30), (40, 80), (56, 56), (90, 100)]

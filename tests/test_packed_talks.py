@@ -164,8 +164,8 @@ def test_pictures_in_a_table_are_left_there_until_they_are_looked_at(
 def test_a_language_stage_is_packed_without_blank_pictures() -> None:
     from aimv2_mllm.data.talk_batches import conversation_batches
     from aimv2_mllm.model.llms import load_tokenizer
-    from aimv2_mllm.recipe_data import ConversationData
-    from aimv2_mllm.recipe_train import TrainConfig
+    from aimv2_mllm.recipe.data import ConversationData
+    from aimv2_mllm.recipe.train import TrainConfig
 
     def made(**how: int) -> list[Any]:
         return conversation_batches(

@@ -16,8 +16,8 @@ from test_doctor import tower
 from test_run import files, metrics, record
 
 from aimv2_mllm import __main__ as command
-from aimv2_mllm import run as runs
-from aimv2_mllm.recipe_file import load_recipe
+from aimv2_mllm.recipe.file import load_recipe
+from aimv2_mllm.stages import run as runs
 
 RECIPE = """\
 name: photos

@@ -15,7 +15,8 @@ from test_chat import llava  # noqa: F401 (a fixture)
 from test_templates import BRACKETS, CHATML, ENDLESS, HEADERS, PARTS, TALK, llama
 from transformers import CLIPImageProcessorPil, LlavaProcessor
 
-from aimv2_mllm.chat import load_model
+from aimv2_mllm.chat.chat import load_model
+from aimv2_mllm.chat.prompts import Prompter, num_tokens, pixels_of, said
 from aimv2_mllm.data.conversations import IGNORED, messages_of
 from aimv2_mllm.data.talks import TalkCorpus
 from aimv2_mllm.data.templates import V1_CHAT_TEMPLATE, Asker, Writer
@@ -23,8 +24,7 @@ from aimv2_mllm.errors import UsageError
 from aimv2_mllm.model import llms, mllm
 from aimv2_mllm.model.llava import AnyLlavaProcessor
 from aimv2_mllm.model.preprocessing import Preprocessing
-from aimv2_mllm.prompts import Prompter, num_tokens, pixels_of, said
-from aimv2_mllm.recipe_data import ConversationData
+from aimv2_mllm.recipe.data import ConversationData
 
 FILES = {"kind": "llava", "file": "talks.json"}
 PREPROCESSING = Preprocessing(28, shortest_edge=32)

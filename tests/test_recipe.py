@@ -9,7 +9,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from aimv2_mllm.errors import UsageError
-from aimv2_mllm.recipe import (
+from aimv2_mllm.recipe.data import SOURCE_SECTIONS
+from aimv2_mllm.recipe.file import MAX_BYTES, load_recipe
+from aimv2_mllm.recipe.schema import (
     EXECUTION_KEYS,
     EvaluationConfig,
     Recipe,
@@ -17,10 +19,8 @@ from aimv2_mllm.recipe import (
     deciding,
     dump_recipe,
 )
-from aimv2_mllm.recipe_data import SOURCE_SECTIONS
-from aimv2_mllm.recipe_file import MAX_BYTES, load_recipe
-from aimv2_mllm.recipe_stages import STAGES, DecoderChoice, LitStage, PretrainStage
-from aimv2_mllm.recipe_train import TrainConfig
+from aimv2_mllm.recipe.stages import STAGES, DecoderChoice, LitStage, PretrainStage
+from aimv2_mllm.recipe.train import TrainConfig
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 TRAIN = "{steps: 10, batch_size: 4, lr: 1e-3}"

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from aimv2_mllm import llm_stages, report
 from aimv2_mllm.data import held_out, scenes
 from aimv2_mllm.errors import RunFailed
 from aimv2_mllm.evaluation import answers, summary
-from aimv2_mllm.job import Place
 from aimv2_mllm.model import encoder
-from aimv2_mllm.recipe import Recipe
-from aimv2_mllm.run import run
+from aimv2_mllm.recipe.schema import Recipe
+from aimv2_mllm.reports import report
+from aimv2_mllm.stages import llms
+from aimv2_mllm.stages.job import Place
+from aimv2_mllm.stages.run import run
 
 TINY = {
     "hidden_size": 16,
@@ -70,7 +71,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Place:
     """A run of three tiny stages with its report."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(encoder.SIZES, "aimv2_nano", TINY)
-        patch.setattr(llm_stages, "TOKENIZER_TEXTS", 30)
+        patch.setattr(llms, "TOKENIZER_TEXTS", 30)
         folder = tmp_path_factory.mktemp("run")
         place = Place(recipe(folder), folder)
         run(place.recipe, lambda line: None)

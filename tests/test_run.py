@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 from conftest import tiny_recipe
 
-from aimv2_mllm import run as runs
-from aimv2_mllm import run_folder
 from aimv2_mllm.engine.metrics import TIMED_FIELDS
 from aimv2_mllm.errors import RunFailed, UsageError
 from aimv2_mllm.model import hub
 from aimv2_mllm.model.llms import TINY_LLM, load_llm, load_tokenizer, sizes_of
 from aimv2_mllm.model.mllm import llava_config
-from aimv2_mllm.recipe import dump_recipe
+from aimv2_mllm.recipe.schema import dump_recipe
+from aimv2_mllm.stages import run as runs
+from aimv2_mllm.stages import run_folder
 
 STAGES = ("pretrain", "align", "tune")
 

@@ -17,7 +17,7 @@ import pytest
 from transformers.utils.import_utils import is_serve_available
 
 from aimv2_mllm import __main__ as command
-from aimv2_mllm.chat import answer, load_model
+from aimv2_mllm.chat.chat import answer, load_model
 from aimv2_mllm.export.answers import picture
 
 pytestmark = pytest.mark.skipif(

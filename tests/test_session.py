@@ -12,11 +12,11 @@ import transformers
 from test_mllm import LLMS, SIZES, assembled, tower
 from tiny_towers import picture
 
-from aimv2_mllm.chat import answer
-from aimv2_mllm.chatbot import Chatbot, prompt_of
-from aimv2_mllm.prompts import Message, said
-from aimv2_mllm.sampling import Sampling
-from aimv2_mllm.session import ChatSession
+from aimv2_mllm.chat.chat import answer
+from aimv2_mllm.chat.chatbot import Chatbot, prompt_of
+from aimv2_mllm.chat.prompts import Message, said
+from aimv2_mllm.chat.session import ChatSession
+from aimv2_mllm.model.sampling import Sampling
 
 ROOM = 12
 NATIVE = {"connector": "pixel_shuffle", "options": {"factor": 2}}

@@ -14,21 +14,21 @@ from test_templates import TALK, llama
 from tiny_towers import saved as tower_saved
 from transformers import AutoProcessor, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from aimv2_mllm.chat import load_model
-from aimv2_mllm.chatbot import prompt_of
+from aimv2_mllm.chat.chat import load_model
+from aimv2_mllm.chat.chatbot import prompt_of
+from aimv2_mllm.chat.prompts import Prompter
 from aimv2_mllm.data.chat_template import PARTS, as_text
 from aimv2_mllm.data.conversations import IGNORED, messages_of
 from aimv2_mllm.data.files import Unusable
 from aimv2_mllm.data.settled import settled
 from aimv2_mllm.data.templates import V1_CHAT_TEMPLATE, Asker, Writer
 from aimv2_mllm.errors import UsageError
-from aimv2_mllm.llm_stages import let_talk
 from aimv2_mllm.model.decoding import ends_of
 from aimv2_mllm.model.llms import load_tokenizer
-from aimv2_mllm.prompts import Prompter
-from aimv2_mllm.recipe import Recipe
-from aimv2_mllm.recipe_data import ConversationData
-from aimv2_mllm.run import run
+from aimv2_mllm.recipe.data import ConversationData
+from aimv2_mllm.recipe.schema import Recipe
+from aimv2_mllm.stages.llms import let_talk
+from aimv2_mllm.stages.run import run
 
 COUNT = 16  # tokens of PICTURE
 THOUGHT = "<think>\n\n</think>\n\n"

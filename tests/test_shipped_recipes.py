@@ -17,7 +17,7 @@ from aimv2_mllm.model.llms import load_tokenizer
 from aimv2_mllm.model.preprocessing import Preprocessing
 from aimv2_mllm.model.shapes import only_shapes
 from aimv2_mllm.model.weights import save_encoder
-from aimv2_mllm.recipe_file import load_recipe
+from aimv2_mllm.recipe.file import load_recipe
 
 LLAVA_STEPS = {"align": (558_128, 256, 1e-3), "tune": (665_298, 128, 2e-4)}
 

@@ -13,7 +13,7 @@ from aimv2_mllm.data import json_index
 from aimv2_mllm.data.files import Unusable
 from aimv2_mllm.data.sources import SOURCES, Source, open_sources
 from aimv2_mllm.errors import UsageError
-from aimv2_mllm.recipe_data import SOURCE_SECTIONS, CaptionData
+from aimv2_mllm.recipe.data import SOURCE_SECTIONS, CaptionData
 
 
 def opened(kind: str, **settings: Any) -> Source:

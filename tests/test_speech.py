@@ -8,8 +8,8 @@ from test_templates import llama
 
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.model.llms import load_tokenizer
+from aimv2_mllm.model.sampling import GREEDY, Sampling
 from aimv2_mllm.model.speech import Speech
-from aimv2_mllm.sampling import GREEDY, Sampling
 
 TEXT = "What is it? A 🐈‍⬛ on a  wall, ​中文 naïve…\n\n and so on. "
 

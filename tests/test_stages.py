@@ -11,13 +11,13 @@ from conftest import RECIPES, tiny_recipe
 
 from aimv2_mllm.data import scenes
 from aimv2_mllm.errors import UsageError
-from aimv2_mllm.job import Job, Place
 from aimv2_mllm.model.answering import Answering
 from aimv2_mllm.model.preprocessing import Preprocessing
 from aimv2_mllm.model.towers import Tower
 from aimv2_mllm.model.weights import load_encoder
-from aimv2_mllm.recipe_file import load_recipe
-from aimv2_mllm.stages import STAGES
+from aimv2_mllm.recipe.file import load_recipe
+from aimv2_mllm.stages.job import Job, Place
+from aimv2_mllm.stages.table import STAGES
 
 
 def built(tiny_run: Path, stage: str, *overrides: str) -> Job:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from aimv2_mllm.engine.distributed import Ranks
 from aimv2_mllm.engine.strategies import blocks, give_back, place
-from aimv2_mllm.stages import STAGES, Job, Place
+from aimv2_mllm.stages.table import STAGES, Job, Place
 
 
 def built(tiny_run: Path, stage: str, **changes: Any) -> tuple[Job, Any]:

@@ -24,8 +24,8 @@ from aimv2_mllm.data.talk_batches import TalkBatches, conversation_batches
 from aimv2_mllm.errors import RunFailed, UsageError
 from aimv2_mllm.model.llms import load_tokenizer
 from aimv2_mllm.model.preprocessing import Preprocessing
-from aimv2_mllm.recipe_data import ConversationData
-from aimv2_mllm.recipe_train import TrainConfig
+from aimv2_mllm.recipe.data import ConversationData
+from aimv2_mllm.recipe.train import TrainConfig
 
 PREPROCESSING = Preprocessing(28)
 TOKENIZER = load_tokenizer("tiny_llm")

@@ -12,13 +12,13 @@ import fsspec
 import pytest
 from corpora import sheet, write_shard, write_tar
 
-from aimv2_mllm.data import shards as shards_module
-from aimv2_mllm.data.cache import COPY, GIB
+from aimv2_mllm.data import tars
 from aimv2_mllm.data.columns import INDEX_ENDING
 from aimv2_mllm.data.files import Unusable, expanded
-from aimv2_mllm.data.shards import Shards
+from aimv2_mllm.data.local_copies import COPY, GIB
+from aimv2_mllm.data.tars import Shards
 from aimv2_mllm.errors import RunFailed, UsageError
-from aimv2_mllm.recipe_data import ShardsSource
+from aimv2_mllm.recipe.data import ShardsSource
 
 
 def opened(*urls: str | Path, **settings: Any) -> Shards:
@@ -177,13 +177,13 @@ def test_braces_count_and_list() -> None:
 def indexed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the shards that are indexed from now on."""
     built: list[str] = []
-    build = shards_module.build_index
+    build = tars.build_index
 
     def counting(path: Path, name: str) -> Any:
         built.append(name)
         return build(path, name)
 
-    monkeypatch.setattr(shards_module, "build_index", counting)
+    monkeypatch.setattr(tars, "build_index", counting)
     return built
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from aimv2_mllm.engine.loop import train
 from aimv2_mllm.model.encoder import AIMv2Encoder, EncoderConfig
-from aimv2_mllm.recipe_train import TrainConfig
+from aimv2_mllm.recipe.train import TrainConfig
 
 DEPTH = 24  # of AIMv2-L
 LR = 2e-6  # at which published recipes train their towers

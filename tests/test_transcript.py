@@ -10,9 +10,9 @@ from PIL import Image
 from test_images import png_header
 from tiny_towers import picture
 
+from aimv2_mllm.chat.prompts import Message, said
+from aimv2_mllm.chat.transcript import as_json, from_json
 from aimv2_mllm.errors import UsageError
-from aimv2_mllm.prompts import Message, said
-from aimv2_mllm.transcript import as_json, from_json
 
 PICTURES = [picture(60, 40), picture(30, 30)]
 TALK: list[Message] = [

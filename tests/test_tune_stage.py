@@ -12,17 +12,17 @@ import torch
 from test_corpus_run import Killed, die_in_step_5
 from test_plan import LARGE
 
-from aimv2_mllm import run as runs
 from aimv2_mllm.engine import metrics
 from aimv2_mllm.engine.flops import FlopCounter
 from aimv2_mllm.errors import UsageError
-from aimv2_mllm.job import Job, Place
 from aimv2_mllm.model.answering import Answering
 from aimv2_mllm.model.llms import TINY_LLM
 from aimv2_mllm.model.quantising import num_bytes
-from aimv2_mllm.plan import plan
-from aimv2_mllm.recipe_file import load_recipe
-from aimv2_mllm.stages import STAGES
+from aimv2_mllm.planning.plan import plan
+from aimv2_mllm.recipe.file import load_recipe
+from aimv2_mllm.stages import run as runs
+from aimv2_mllm.stages.job import Job, Place
+from aimv2_mllm.stages.table import STAGES
 
 RECIPE = """\
 name: tuned
@@ -228,7 +228,7 @@ def test_a_run_of_bf16_leaves_bfloat16_and_another_stage_starts_from_it(
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     # A run folder stands for its last result; and its answers are those of its model.
     run(tmp_path, tmp_path / "first", "second", "train.steps=1", "trains=llm")
-    from aimv2_mllm.chat import answer, load_model
+    from aimv2_mllm.chat.chat import answer, load_model
 
     bot = load_model(tmp_path / "second")
     assert {p.dtype for p in bot.model.parameters()} == {torch.float32}

@@ -7,7 +7,7 @@ import yaml
 
 from aimv2_mllm.errors import UsageError, nearest
 from aimv2_mllm.folders import TALKING
-from aimv2_mllm.recipe import Recipe
+from aimv2_mllm.recipe.schema import Recipe
 
 SHORT = ("tower", "connector", "llm")  # keys of the first stage that has them
 IMAGE_SIZE = "image_size"  # of the tower, whose positions are resized to it

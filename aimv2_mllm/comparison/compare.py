@@ -20,12 +20,12 @@ from aimv2_mllm.comparison.tasks import PROGRAM, Task, tasks_of, undone
 from aimv2_mllm.data.asked import Asked, load_asked, question_identity
 from aimv2_mllm.data.asked_sources import HANDWRITING
 from aimv2_mllm.errors import RunFailed, UsageError
-from aimv2_mllm.evaluate import columns_of, demand_fit, prompt_of
+from aimv2_mllm.evaluation.evaluate import columns_of, demand_fit, prompt_of
 from aimv2_mllm.evaluation.metrics import METRICS
-from aimv2_mllm.job import versions
 from aimv2_mllm.model.hub import HUB_ID
-from aimv2_mllm.report import HTML, MARKDOWN, SUMMARY, fill, write_files
-from aimv2_mllm.run_folder import locked
+from aimv2_mllm.reports.report import HTML, MARKDOWN, SUMMARY, fill, write_files
+from aimv2_mllm.stages.job import versions
+from aimv2_mllm.stages.run_folder import locked
 
 # What of the flags `evaluate` is given too.
 JUDGING = ("metric", "prompt", "root", "split", "limit", "batch_size", "max_new_tokens")

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from aimv2_mllm.comparison.grid import Cell, Grid
-from aimv2_mllm.recipe import deciding
+from aimv2_mllm.recipe.schema import deciding
 
 
 def facts_of(grid: Grid, groups: Sequence[Mapping[str, Any]], num_apart: int) -> list[str]:

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 from aimv2_mllm.comparison.axes import IMAGE_SIZE, Axis, axis_of
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.folders import TALKING
-from aimv2_mllm.recipe import Recipe, deciding
-from aimv2_mllm.recipe_data import HandwritingTalks
-from aimv2_mllm.recipe_file import load_recipe
-from aimv2_mllm.recipe_stages import REFERENCES
+from aimv2_mllm.recipe.data import HandwritingTalks
+from aimv2_mllm.recipe.file import load_recipe
+from aimv2_mllm.recipe.schema import Recipe, deciding
+from aimv2_mllm.recipe.stages import REFERENCES
 
 MOST_RUNS = 1000
 

@@ -6,11 +6,11 @@ Owns every sentence of it; refuses to compute: see `numbers`.
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from aimv2_mllm import charts
-from aimv2_mllm.charts import Picture
 from aimv2_mllm.comparison import plots
 from aimv2_mllm.evaluation.metrics import METRICS
 from aimv2_mllm.formats import percent
+from aimv2_mllm.reports import charts
+from aimv2_mllm.reports.charts import Picture
 
 # A key of a group -> the head of its column, and how it is written.
 COLUMNS = {

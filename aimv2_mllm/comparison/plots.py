@@ -6,7 +6,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from aimv2_mllm.charts import Palette, as_png, calm, new_figure
+from aimv2_mllm.reports.charts import Palette, as_png, calm, new_figure
 
 COLOURS = ("#2f6fb0", "#d1702a", "#3a9a5b", "#8a5fb5", "#c2a020", "#4ba3b8", "#b0476a", "#7a7a7a")
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")

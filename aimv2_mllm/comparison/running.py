@@ -24,7 +24,7 @@ from tqdm import tqdm
 from aimv2_mllm.comparison.tasks import DONE, Task, undone
 from aimv2_mllm.disk import replace_file
 from aimv2_mllm.errors import RunFailed
-from aimv2_mllm.recipe import dump_recipe
+from aimv2_mllm.recipe.schema import dump_recipe
 
 LOG = "log.txt"
 Narrate = Callable[[str], None]

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from aimv2_mllm.answerers import digest
 from aimv2_mllm.comparison.grid import Cell, Grid, Resized, models_of
-from aimv2_mllm.evaluate import RESULTS
-from aimv2_mllm.recipe import Recipe, dump_recipe
+from aimv2_mllm.evaluation.answerers import digest
+from aimv2_mllm.evaluation.evaluate import RESULTS
+from aimv2_mllm.recipe.schema import Recipe, dump_recipe
 
 DONE, ANSWERS = "done.json", "evaluation"
 PROGRAM = (sys.executable, "-m", "aimv2_mllm")

@@ -18,7 +18,7 @@ from aimv2_mllm.data.json_index import open_rows
 from aimv2_mllm.data.question_tables import QuestionTable
 from aimv2_mllm.data.tables import load_table, picture_bytes
 from aimv2_mllm.errors import UsageError, show
-from aimv2_mllm.recipe_data import DatasetsSource
+from aimv2_mllm.recipe.data import DatasetsSource
 
 TABLE, HANDWRITING = "questions.csv", "handwriting"
 GIVE = (

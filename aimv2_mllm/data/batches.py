@@ -24,9 +24,9 @@ from aimv2_mllm.data.decode import Fit
 from aimv2_mllm.data.drawing import Skipped
 from aimv2_mllm.data.order import mixed
 from aimv2_mllm.model.preprocessing import Preprocessing
-from aimv2_mllm.recipe_data import CaptionData, ConversationData
-from aimv2_mllm.recipe_stages import PATCH
-from aimv2_mllm.recipe_train import TrainConfig
+from aimv2_mllm.recipe.data import CaptionData, ConversationData
+from aimv2_mllm.recipe.stages import PATCH
+from aimv2_mllm.recipe.train import TrainConfig
 
 Row = TypeVar("Row")
 

@@ -14,7 +14,7 @@ from aimv2_mllm.data.decode import Fit, decode, middle_square, random_crop, whol
 from aimv2_mllm.data.drawing import Drawing, Skipped
 from aimv2_mllm.data.files import Unusable
 from aimv2_mllm.data.sources import open_sources
-from aimv2_mllm.recipe_data import CaptionData
+from aimv2_mllm.recipe.data import CaptionData
 
 # The longest token of the usual vocabularies that is a word has about 20 characters; what comes
 # after this many times the tokens that are kept cannot be among them.

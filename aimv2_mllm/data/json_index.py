@@ -21,7 +21,6 @@ from typing import Any, BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from aimv2_mllm.data.cache import user_cache
 from aimv2_mllm.data.columns import (
     INDEX_ENDING,
     Columns,
@@ -31,6 +30,7 @@ from aimv2_mllm.data.columns import (
     save_columns,
 )
 from aimv2_mllm.data.files import Unusable, read_at, regular_file
+from aimv2_mllm.data.local_copies import user_cache
 from aimv2_mllm.errors import RunFailed, UsageError
 
 VERSION = "1"

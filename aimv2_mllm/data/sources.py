@@ -23,15 +23,10 @@ from aimv2_mllm.data.files import (
 )
 from aimv2_mllm.data.json_index import LOOKED_AT, open_rows
 from aimv2_mllm.data.pairs import Source
-from aimv2_mllm.data.shards import Shards
 from aimv2_mllm.data.tables import Table
+from aimv2_mllm.data.tars import Shards
 from aimv2_mllm.errors import UsageError, show
-from aimv2_mllm.recipe_data import (
-    CaptionData,
-    FolderSource,
-    HandwritingSource,
-    JsonlSource,
-)
+from aimv2_mllm.recipe.data import CaptionData, FolderSource, HandwritingSource, JsonlSource
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 METADATA = "metadata.jsonl"

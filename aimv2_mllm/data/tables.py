@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from aimv2_mllm.data.files import MAX_PICTURE_BYTES, Later, Unusable, read_later, read_whole
 from aimv2_mllm.data.pairs import Source
 from aimv2_mllm.errors import UsageError, first_line, nearest, show
-from aimv2_mllm.recipe_data import DatasetsSource
+from aimv2_mllm.recipe.data import DatasetsSource
 
 
 class _Named(Protocol):

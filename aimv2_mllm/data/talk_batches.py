@@ -19,8 +19,8 @@ from aimv2_mllm.data.talks import Draft, Seen, TalkCorpus, TalkSample
 from aimv2_mllm.data.templates import Encoded, Writer
 from aimv2_mllm.model.preprocessing import Preprocessing
 from aimv2_mllm.objective import ConversationBatch
-from aimv2_mllm.recipe_data import ConversationData
-from aimv2_mllm.recipe_train import TrainConfig
+from aimv2_mllm.recipe.data import ConversationData
+from aimv2_mllm.recipe.train import TrainConfig
 
 BLANK = b"blank"  # in place of an encoded picture: one that is black
 

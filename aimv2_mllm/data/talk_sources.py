@@ -23,7 +23,7 @@ from aimv2_mllm.data.question_tables import COLUMNS, QuestionTable
 from aimv2_mllm.data.sources import open_source
 from aimv2_mllm.data.tables import Pictures, load_table, picture_later
 from aimv2_mllm.errors import UsageError, show
-from aimv2_mllm.recipe_data import (
+from aimv2_mllm.recipe.data import (
     CaptionTalks,
     ConversationData,
     HandwritingTalks,

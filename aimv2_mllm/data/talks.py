@@ -18,7 +18,7 @@ from aimv2_mllm.data.talk_sources import Talk, open_talk_sources
 from aimv2_mllm.data.templates import Encoded, Writer
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.model.preprocessing import Preprocessing
-from aimv2_mllm.recipe_data import ConversationData, HandwritingTalks
+from aimv2_mllm.recipe.data import ConversationData, HandwritingTalks
 
 TURNS = "turns"  # last turns of rows that were too long, counted beside rows (engine.skipping)
 

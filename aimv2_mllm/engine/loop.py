@@ -29,7 +29,7 @@ from aimv2_mllm.engine.upcoming import Batches, upcoming_steps
 from aimv2_mllm.errors import RunFailed
 
 if TYPE_CHECKING:
-    from aimv2_mllm.recipe_train import TrainConfig
+    from aimv2_mllm.recipe.train import TrainConfig
 
 GO_ON = "the same command goes on from there"
 

@@ -17,7 +17,7 @@ from aimv2_mllm.engine.pieces import Stored, fill
 from aimv2_mllm.errors import UsageError
 
 if TYPE_CHECKING:
-    from aimv2_mllm.recipe_train import TrainConfig
+    from aimv2_mllm.recipe.train import TrainConfig
 
 Parts = dict[str, list[tuple[str, nn.Parameter]]]
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from aimv2_mllm.recipe_train import TrainConfig
+    from aimv2_mllm.recipe.train import TrainConfig
 
 
 def has_bf16(device: torch.device) -> bool:

@@ -31,7 +31,7 @@ from aimv2_mllm.engine.distributed import Ranks
 from aimv2_mllm.engine.precision import has_bf16
 
 if TYPE_CHECKING:
-    from aimv2_mllm.recipe_train import TrainConfig
+    from aimv2_mllm.recipe.train import TrainConfig
 
 
 Contexts = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]

@@ -25,7 +25,7 @@ from aimv2_mllm.engine.strategies import give_back, place, whole
 from aimv2_mllm.errors import UsageError
 
 if TYPE_CHECKING:
-    from aimv2_mllm.recipe_train import TrainConfig
+    from aimv2_mllm.recipe.train import TrainConfig
 
 CHECKPOINTS = "checkpoints"
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from aimv2_mllm.model import llms
-from aimv2_mllm.model.cache import PatchByPatch, WordByWord
 from aimv2_mllm.model.decoder_weights import load_decoder, read_decoder
+from aimv2_mllm.model.incremental import PatchByPatch, WordByWord
 from aimv2_mllm.model.preprocessing import Preprocessing
 from aimv2_mllm.model.pretrainer import AIMv2ForPreTraining
 from aimv2_mllm.model.weights import load_encoder

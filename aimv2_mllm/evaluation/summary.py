@@ -22,11 +22,11 @@ from aimv2_mllm.evaluation.features import see
 from aimv2_mllm.evaluation.intervals import interval
 from aimv2_mllm.evaluation.losses import held_out_losses
 from aimv2_mllm.evaluation.probes import fresh_encoder, probe
-from aimv2_mllm.job import Place
 from aimv2_mllm.model.towers import Tower
 from aimv2_mllm.narration import Narrate
-from aimv2_mllm.recipe_data import HandwritingSource
-from aimv2_mllm.recipe_stages import LitStage, Stage
+from aimv2_mllm.recipe.data import HandwritingSource
+from aimv2_mllm.recipe.stages import LitStage, Stage
+from aimv2_mllm.stages.job import Place
 
 
 @dataclass(frozen=True)

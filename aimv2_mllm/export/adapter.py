@@ -33,7 +33,7 @@ def write_adapter(name: str, folder: Path, options: Options) -> tuple[Source, di
     """Write the adapters of `name` to `folder`; where they came from, and what the sidecar says."""
     from safetensors.torch import save_file
 
-    from aimv2_mllm.chat import load_model
+    from aimv2_mllm.chat.chat import load_model
     from aimv2_mllm.export.answers import reference
 
     source = talking(name)

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from aimv2_mllm.convert import convert
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.export.answers import digest, features, picture, some
+from aimv2_mllm.export.convert import convert
 from aimv2_mllm.export.options import Options
 from aimv2_mllm.export.source import ANY_LLAVA, LLAVA, Source, seeing
 from aimv2_mllm.folders import CONFIG_FILE, STAGE_FILE

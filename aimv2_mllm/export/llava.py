@@ -21,7 +21,7 @@ PROCESSOR_FILE = "processor_config.json"
 
 def write_llava(name: str, folder: Path, options: Options) -> tuple[Source, dict[str, Any]]:
     """Write the Llava of `name` to `folder`; where it came from, and what the sidecar says."""
-    from aimv2_mllm.chat import load_model
+    from aimv2_mllm.chat.chat import load_model
     from aimv2_mllm.export.answers import reference
 
     source = talking(name)
@@ -113,7 +113,7 @@ def as_trained(bot: Any) -> Any:
     """The reference question in the tokens of the training, (1, L)."""
     import torch
 
-    from aimv2_mllm.chatbot import prompt_of
+    from aimv2_mllm.chat.chatbot import prompt_of
     from aimv2_mllm.data.conversations import said
     from aimv2_mllm.export.answers import QUESTION, asked
 

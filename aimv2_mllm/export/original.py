@@ -37,7 +37,7 @@ TOKENIZER_FILE = "tokenizer_config.json"
 
 def write_original(name: str, folder: Path, options: Options) -> tuple[Source, dict[str, Any]]:
     """Write the Llava of `name` to `folder`; where it came from, and what the sidecar says."""
-    from aimv2_mllm.chat import load_model
+    from aimv2_mllm.chat.chat import load_model
     from aimv2_mllm.export.answers import reference
 
     source = talking(name)

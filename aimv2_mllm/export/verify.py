@@ -93,7 +93,7 @@ def _of_run(run: str, told: Mapping[str, Any]) -> dict[str, Any]:
     """What the model in `run` says itself, in the precision in which the export was written."""
     import torch
 
-    from aimv2_mllm.chat import load_model
+    from aimv2_mllm.chat.chat import load_model
     from aimv2_mllm.export.llava import as_trained
 
     bot = load_model(run, device="cpu")

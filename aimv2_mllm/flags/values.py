@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from aimv2_mllm.sampling import RANGES
+from aimv2_mllm.model.sampling import RANGES
 
 SMALLEST_SHEET, LARGEST_SHEET = 28, 4096  # pixels, the sides of images that a recipe allows
 MOST_NEW_TOKENS, MOST_SEED, MOST_PICTURES = 100_000, 2**63 - 1, 10**9

@@ -14,8 +14,8 @@ from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
-from aimv2_mllm.answerers import digest, found
 from aimv2_mllm.errors import RunFailed, UsageError, nearest
+from aimv2_mllm.evaluation.answerers import digest, found
 from aimv2_mllm.evaluation.asking import demand_same
 from aimv2_mllm.files import sha256
 from aimv2_mllm.lmms.benchmarks import Benchmark, Number, benchmarks_of, numbers_of, table

@@ -15,12 +15,12 @@ from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
-from aimv2_mllm.answerers import Ours, Talk, load_answerer
+from aimv2_mllm.chat.scoring import likelihood
 from aimv2_mllm.data.asked import MOST_LEFT_OUT
 from aimv2_mllm.errors import UsageError
+from aimv2_mllm.evaluation.answerers import Ours, Talk, load_answerer
 from aimv2_mllm.lmms.reading import KNOWN, Settings, settings_of, talk_of_messages, talk_of_text
 from aimv2_mllm.model.foreign import best_device
-from aimv2_mllm.scoring import likelihood
 
 DTYPES = ("float32", "bfloat16", "float16")
 

@@ -7,11 +7,11 @@ picture, and beams.
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from aimv2_mllm.answerers import Talk
 from aimv2_mllm.data.conversations import IMAGE_TOKEN
 from aimv2_mllm.data.images import as_rgb, open_image, upright
 from aimv2_mllm.errors import UsageError
-from aimv2_mllm.sampling import Sampling
+from aimv2_mllm.evaluation.answerers import Talk
+from aimv2_mllm.model.sampling import Sampling
 
 # Of a task that sets no limit: what lmms-eval's own LLaVA takes.
 MOST_NEW_TOKENS = 1024

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from aimv2_mllm.model.decoding import Chooser, Decoding, embedded, ends_of, fresh_cache
+from aimv2_mllm.model.sampling import GREEDY, Sampling
 from aimv2_mllm.model.speech import Speech
-from aimv2_mllm.sampling import GREEDY, Sampling
 
 
 class Row(NamedTuple):

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aimv2_mllm.sampling import Sampling
+from aimv2_mllm.model.sampling import Sampling
 
 
 def fresh_cache(model: Any) -> Any:

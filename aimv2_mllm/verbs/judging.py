@@ -4,8 +4,8 @@ import argparse
 import os
 from pathlib import Path
 
+from aimv2_mllm.flags.parser import PROGRAM
 from aimv2_mllm.narration import note
-from aimv2_mllm.parser import PROGRAM
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -14,8 +14,8 @@ def evaluate(args: argparse.Namespace) -> None:
 
     if not os.path.exists(args.model) or not os.path.exists(args.data):
         stay_offline_unless_reached()
-    from aimv2_mllm.evaluate import as_table
-    from aimv2_mllm.evaluate import evaluate as judge
+    from aimv2_mllm.evaluation.evaluate import as_table
+    from aimv2_mllm.evaluation.evaluate import evaluate as judge
 
     print(as_table(judge(args)))
     print(f"\nreport: {Path(args.out) / 'report.md'}")

@@ -19,7 +19,7 @@ def chat(args: argparse.Namespace) -> None:
     """Answer one question about a picture, or as many as are asked."""
     from aimv2_mllm.data.images import open_image
     from aimv2_mllm.folders import talking_folder
-    from aimv2_mllm.sampling import Sampling
+    from aimv2_mllm.model.sampling import Sampling
 
     if args.image is None:
         raise UsageError(
@@ -39,9 +39,9 @@ def chat(args: argparse.Namespace) -> None:
         stop=tuple(args.stop),
     )
     talking_folder(Path(args.model))  # seconds before torch is there to load it
-    from aimv2_mllm.chat import answer, load_model
-    from aimv2_mllm.prompts import said
-    from aimv2_mllm.terminal import talk
+    from aimv2_mllm.chat.chat import answer, load_model
+    from aimv2_mllm.chat.prompts import said
+    from aimv2_mllm.chat.terminal import talk
 
     bot = load_model(args.model)
     if args.prompt is None:

@@ -13,7 +13,7 @@ def run(args: argparse.Namespace) -> None:
     """Run a recipe and print where its report is and what can be done with the result."""
     import shlex
 
-    from aimv2_mllm.recipe_file import load_recipe
+    from aimv2_mllm.recipe.file import load_recipe
 
     try:
         recipe = load_recipe(args.recipe, args.overrides)
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
         raise UsageError("\n".join(f"--{key} only works with --dry-run" for key in given))
     # After the recipe is known to be right: it takes seconds.
     from aimv2_mllm.folders import TALKING
-    from aimv2_mllm.run import run as run_stages
+    from aimv2_mllm.stages.run import run as run_stages
 
     folder = run_stages(recipe, note)
     if folder is None:
@@ -56,8 +56,8 @@ def _dry_run(
     from aimv2_mllm.model.hub import stay_offline_unless_reached
 
     stay_offline_unless_reached()
-    from aimv2_mllm.plan import plan
-    from aimv2_mllm.plan_text import limits, written
+    from aimv2_mllm.planning.plan import plan
+    from aimv2_mllm.planning.text import limits, written
 
     device, num_devices = known(accelerator), devices or 1
     planned = plan(recipe, device, num_devices)
@@ -67,12 +67,12 @@ def _dry_run(
 
 def doctor(args: argparse.Namespace) -> None:
     """Print what is sound of a recipe that is to be run, and end with the problems if any."""
-    from aimv2_mllm.recipe_file import load_recipe
+    from aimv2_mllm.recipe.file import load_recipe
 
     recipe = load_recipe(args.recipe, args.overrides)
     from aimv2_mllm.model.hub import stay_offline_unless_reached
 
     stay_offline_unless_reached()
-    from aimv2_mllm.doctor import examine
+    from aimv2_mllm.planning.doctor import examine
 
     end_with(examine(recipe, print))

@@ -9,7 +9,7 @@ from aimv2_mllm.narration import note
 
 def convert(args: argparse.Namespace) -> None:
     """Write an encoder from a folder or the hub in another layout, size or precision."""
-    from aimv2_mllm.convert import convert as write
+    from aimv2_mllm.export.convert import convert as write
 
     said = write(
         args.source,

@@ -22,13 +22,13 @@ import transformers
 from measure import work_clock
 from PIL import Image
 
-from aimv2_mllm.chatbot import Chatbot
+from aimv2_mllm.chat.chatbot import Chatbot
+from aimv2_mllm.chat.prompts import Message, said
+from aimv2_mllm.chat.session import ChatSession
 from aimv2_mllm.model import llms, mllm
 from aimv2_mllm.model.encoder import SIZES, AIMv2Encoder, EncoderConfig
 from aimv2_mllm.model.preprocessing import Preprocessing
 from aimv2_mllm.model.towers import Tower
-from aimv2_mllm.prompts import Message, said
-from aimv2_mllm.session import ChatSession
 
 # As published: SmolLM-135M's and Qwen2-0.5B's; tiny is for tests.
 LLMS: dict[str, dict[str, Any]] = {

@@ -13,8 +13,8 @@ import time
 
 import torch
 
-from aimv2_mllm.model.cache import PatchByPatch, WordByWord
 from aimv2_mllm.model.encoder import SIZES, AIMv2Encoder, EncoderConfig
+from aimv2_mllm.model.incremental import PatchByPatch, WordByWord
 from aimv2_mllm.model.pretrainer import AIMv2ForPreTraining, DecoderConfig
 from aimv2_mllm.objective import patchify
 

@@ -35,7 +35,7 @@ from aimv2_mllm import heap
 from aimv2_mllm.engine.optimizer import build_optimizer
 from aimv2_mllm.engine.precision import autocast, has_bf16
 from aimv2_mllm.objective import PreTrainingObjective
-from aimv2_mllm.recipe_train import TrainConfig
+from aimv2_mllm.recipe.train import TrainConfig
 
 PHASES = ("forward", "backward", "optimiser")
 # The paper's, L (section 3 and the appendix).

@@ -27,12 +27,12 @@ from aimv2_mllm.engine.accelerators import accelerator
 from aimv2_mllm.engine.distributed import Ranks
 from aimv2_mllm.engine.optimizer import build_optimizer
 from aimv2_mllm.engine.strategies import keep_inputs
-from aimv2_mllm.job import Place
 from aimv2_mllm.model.quantising import num_bytes
-from aimv2_mllm.plan import plan
-from aimv2_mllm.recipe import Recipe
-from aimv2_mllm.run import run
-from aimv2_mllm.stages import STAGES
+from aimv2_mllm.planning.plan import plan
+from aimv2_mllm.recipe.schema import Recipe
+from aimv2_mllm.stages.job import Place
+from aimv2_mllm.stages.run import run
+from aimv2_mllm.stages.table import STAGES
 
 GIB = 2**30
 # name -> what the stage says besides its models, its samples and how it is optimised

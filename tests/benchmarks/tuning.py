@@ -43,11 +43,11 @@ from aimv2_mllm.data.batches import world_seed
 from aimv2_mllm.data.order import EpochOrder, mixed
 from aimv2_mllm.engine.distributed import Ranks
 from aimv2_mllm.engine.loop import train
-from aimv2_mllm.job import Place
 from aimv2_mllm.model.foreign import best_device
-from aimv2_mllm.recipe import Recipe
-from aimv2_mllm.recipe_data import ConversationData
-from aimv2_mllm.stages import STAGES
+from aimv2_mllm.recipe.data import ConversationData
+from aimv2_mllm.recipe.schema import Recipe
+from aimv2_mllm.stages.job import Place
+from aimv2_mllm.stages.table import STAGES
 
 MODES = ("tune", "align-second-epoch")
 SIDES = ("trainer", "ours")

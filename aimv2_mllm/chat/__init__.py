@@ -1,0 +1,1 @@
+"""A model that talks: prompts, answers, what it remembers, at a keyboard and for visitors."""

@@ -1,0 +1,1 @@
+"""What each kind of stage builds and trains, and a recipe's stages in order, in a run folder."""

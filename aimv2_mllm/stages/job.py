@@ -1,0 +1,115 @@
+"""What a stage is, ready to be trained, and where it stands among the others of its recipe."""
+
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from aimv2_mllm.data.batches import EVERYTHING, Share
+from aimv2_mllm.engine.distributed import Ranks
+from aimv2_mllm.engine.optimizer import Parts
+from aimv2_mllm.folders import result_of, stage_record
+from aimv2_mllm.model.quantising import num_weights
+from aimv2_mllm.recipe.schema import Recipe
+
+# What a frozen parameter belongs to, by a piece of its name.
+FROZEN_PARTS = {
+    "image_encoder": "tower",
+    "vision_tower": "tower",
+    "multi_modal_projector": "connector",
+    "language_model": "LLM",
+    "lm_head": "LLM",
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a stage stands: the whole recipe, the run folder with the results of the stages before
+    it, which share of its samples this process trains on, and on what."""
+
+    recipe: Recipe
+    folder: Path
+    share: Share = EVERYTHING
+    has_bf16: bool | None = None  # whether what trains has it; None: as the device here
+
+    def result(self, stage: str) -> Path:
+        """The folder with the result of the stage of that name."""
+        return result_of(self.folder, stage)
+
+    def record(self, stage: str) -> dict[str, Any]:
+        """What the record of that result says, empty where there is none."""
+        return stage_record(self.result(stage))
+
+    def source(self, name: str) -> str:
+        """Where the model called `name` lies: a stage's result, or outside of the recipe as
+        given."""
+        return str(self.result(name)) if name in self.recipe.stages else name
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What of a stage's samples the loop must know, and the user: how many processes prepare them,
+    how many may be unusable, which they are (by a digest), what is odd about them, and how many
+    rows each source has, None for one without end."""
+
+    workers: int = 0
+    max_skipped: float = 1.0
+    digest: str = ""
+    notes: Sequence[str] = ()
+    rows: Sequence[int | None] = ()
+
+
+Ended = Callable[[], dict[str, Any]]
+
+
+@dataclass
+class Job:
+    """A stage ready to be trained: a model, its trainable parts by name, what is minimised, on
+    which batches.
+
+    `save` writes the result into a folder; it may change the model, for nothing comes after it.
+    `record` is what its stage.json says besides.
+    `prepare` is called right before the training, on every rank, with a function that narrates; it
+    may change the job, and returns a function that undoes it after training and returns facts to be
+    recorded.
+    """
+
+    model: nn.Module
+    parts: Parts
+    objective: Any
+    batches: Callable[[int], list[Any]]
+    save: Callable[[Path], None]
+    data: DataFacts = DataFacts()
+    record: dict[str, Any] = field(default_factory=dict)
+    prepare: Callable[["Job", Ranks, Callable[[str], None]], Ended] | None = None
+
+    def table(self) -> list[tuple[str, int, bool]]:
+        """The parts of the model as (name, number of parameters, trainable or not)."""
+        trained = {id(p): part for part, named in self.parts.items() for _, p in named}
+        counts: dict[tuple[str, bool], int] = {}
+        for name, parameter in self.model.named_parameters():
+            frozen = (part for piece, part in FROZEN_PARTS.items() if piece in name.split("."))
+            part = trained.get(id(parameter)) or next(frozen, "model")
+            key = (part, id(parameter) in trained)
+            counts[key] = counts.get(key, 0) + num_weights(parameter)
+        return [(part, count, trainable) for (part, trainable), count in counts.items()]
+
+
+def versions() -> dict[str, str]:
+    """The versions of what computes, as records have them."""
+    packages = {name: version(name) for name in ("torch", "transformers", "aimv2-mllm")}
+    return {**packages, "python": platform.python_version()}
+
+
+def named_parts(model: nn.Module, pieces: dict[str, tuple[str, ...]]) -> Parts:
+    """The parameters of `model` by part: a part has those whose names begin with one of its
+    pieces."""
+    named = list(model.named_parameters())
+    return {
+        part: [(name, p) for name, p in named if name.startswith(begins)]
+        for part, begins in pieces.items()
+    }
