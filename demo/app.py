@@ -2,7 +2,7 @@
 
     python demo/app.py MODEL [MODEL ...]
 
-Gradio alone: what is done stands in `aimv2_mllm.chat`, in `showroom`, `visit` and `insight`. Nothing
+Gradio alone: what is done stands in `aimv2_mllm.chat`: `showroom`, `visit`, `insight`. Nothing
 leaves this machine, and nothing of a visitor stays on it.
 """
 

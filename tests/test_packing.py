@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from aimv2_mllm.data.packing import Talk, plan
+from aimv2_mllm.data.packing import TalkSize, plan
 
-Drawn = Callable[[np.random.Generator, int], list[Talk]]
+Drawn = Callable[[np.random.Generator, int], list[TalkSize]]
 
 
 @pytest.fixture
@@ -18,19 +18,19 @@ def draw(monkeypatch: pytest.MonkeyPatch) -> Drawn:
     monkeypatch.syspath_prepend(str(Path(__file__).parent / "benchmarks"))
     from llava_shaped import SHAPES
 
-    def drawn(random: np.random.Generator, count: int) -> list[Talk]:
+    def drawn(random: np.random.Generator, count: int) -> list[TalkSize]:
         kinds = random.choice(len(SHAPES), count, p=[share for share, *_ in SHAPES])
         found = []
         for _, turns, question, answers, is_seen in (SHAPES[kind] for kind in kinds):
             asked = random.integers(*question, size=random.integers(*turns, endpoint=True)).sum()
             length = asked + random.integers(*answers, endpoint=True) + (576 if is_seen else 0)
-            found.append(Talk(int(length), is_seen))
+            found.append(TalkSize(int(length), is_seen))
         return found
 
     return drawn
 
 
-def weights(talks: list[Talk], ranks: list[list[list[int]]], blank: int = 576) -> np.ndarray:
+def weights(talks: list[TalkSize], ranks: list[list[list[int]]], blank: int = 576) -> np.ndarray:
     """Tokens of each micro-batch: (ranks, micro-batches)."""
     return np.array(
         [
@@ -44,7 +44,7 @@ def weights(talks: list[Talk], ranks: list[list[list[int]]], blank: int = 576) -
     )
 
 
-def in_order(talks: list[Talk], num_ranks: int, size: int) -> list[list[list[int]]]:
+def in_order(talks: list[TalkSize], num_ranks: int, size: int) -> list[list[list[int]]]:
     """What micro_batch_size does: a piece of the step for each rank, sorted by length."""
     share, found = len(talks) // num_ranks, []
     for first in range(0, len(talks), share):
@@ -76,27 +76,27 @@ def test_every_conversation_comes_once_and_no_micro_batch_is_above_the_budget(
 
 
 def test_micro_batches_are_as_few_as_will_do() -> None:
-    talks = [Talk(100)] * 16
+    talks = [TalkSize(100)] * 16
     assert [len(own) for own in plan(talks, num_ranks=2, budget=400)] == [2, 2]
     assert [len(own) for own in plan(talks, num_ranks=2, budget=399)] == [3, 3]
     assert [len(own) for own in plan(talks, num_ranks=2, budget=800)] == [1, 1]
 
 
 def test_what_is_longer_than_the_budget_is_alone() -> None:
-    talks = [Talk(n) for n in (30, 900, 40, 20, 50, 60)]
+    talks = [TalkSize(n) for n in (30, 900, 40, 20, 50, 60)]
     [own] = plan(talks, num_ranks=1, budget=200)
     assert [1] in own
-    assert plan([Talk(9)] * 4, num_ranks=2, budget=1) == [[[3], [0]], [[2], [1]]]
+    assert plan([TalkSize(9)] * 4, num_ranks=2, budget=1) == [[[3], [0]], [[2], [1]]]
 
 
 def test_the_others_are_evened_out_beside_it() -> None:
-    talks = [Talk(n) for n in (500, 30, 30, 20, 20, 20)]
+    talks = [TalkSize(n) for n in (500, 30, 30, 20, 20, 20)]
     [own] = plan(talks, num_ranks=1, budget=60)
     assert own == [[0], [3, 4, 5], [1, 2]]  # and not 30 + 20 + 20 and 30 + 20
 
 
 def test_a_blank_picture_counts_where_no_other_is() -> None:
-    blind, seen = Talk(50, is_seen=False), Talk(50)
+    blind, seen = TalkSize(50, is_seen=False), TalkSize(50)
     assert len(plan([blind] * 2, num_ranks=1, budget=100, blank=10)[0]) == 2
     assert len(plan([blind] * 2, num_ranks=1, budget=110, blank=10)[0]) == 1
     assert len(plan([blind, seen], num_ranks=1, budget=100, blank=10)[0]) == 1

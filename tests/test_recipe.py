@@ -19,7 +19,7 @@ from aimv2_mllm.recipe.schema import (
     deciding,
     dump_recipe,
 )
-from aimv2_mllm.recipe.stages import STAGES, DecoderChoice, LitStage, PretrainStage
+from aimv2_mllm.recipe.stages import SECTIONS, DecoderChoice, LitStage, PretrainStage
 from aimv2_mllm.recipe.train import TrainConfig
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -458,9 +458,9 @@ def test_a_recipe_is_frozen() -> None:
 
 
 def test_every_key_of_the_schema_is_described() -> None:
-    todo: list[type[BaseModel]] = [Recipe, EvaluationConfig, DecoderChoice, *STAGES.values()]
+    todo: list[type[BaseModel]] = [Recipe, EvaluationConfig, DecoderChoice, *SECTIONS.values()]
     todo += SOURCE_SECTIONS.values()
-    for stage in STAGES.values():
+    for stage in SECTIONS.values():
         kinds = [field.annotation for field in stage.model_fields.values()]
         todo += [k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)]
     for section in todo:

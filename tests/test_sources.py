@@ -11,12 +11,12 @@ from PIL import Image
 
 from aimv2_mllm.data import json_index
 from aimv2_mllm.data.files import Unusable
-from aimv2_mllm.data.sources import SOURCES, Source, open_sources
+from aimv2_mllm.data.sources import SOURCES, PairSource, open_sources
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.recipe.data import SOURCE_SECTIONS, CaptionData
 
 
-def opened(kind: str, **settings: Any) -> Source:
+def opened(kind: str, **settings: Any) -> PairSource:
     plain = {key: str(value) for key, value in settings.items()}
     return SOURCES[kind](SOURCE_SECTIONS[kind].model_validate({"kind": kind, **plain}))
 
@@ -38,7 +38,7 @@ def lines(folder: Path, *rows: dict[str, Any] | str, name: str = "pairs.jsonl") 
     return path
 
 
-def reason(source: Source, row: int) -> str:
+def reason(source: PairSource, row: int) -> str:
     with pytest.raises(Unusable) as error:
         source.read(row)
     return error.value.reason

@@ -37,7 +37,7 @@ def talk(
     What is no answer goes to stderr. Ctrl-C stops an answer; at a question it ends the whole.
     """
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
-    here = Talk(
+    here = Keyboard(
         bot,
         pictures,
         system,
@@ -64,7 +64,7 @@ class _Quit(Exception):
     """The conversation is to end."""
 
 
-class Talk:
+class Keyboard:
     """One conversation at the terminal, and what its commands do to it."""
 
     def __init__(
@@ -205,18 +205,18 @@ class Talk:
         raise _Quit
 
 
-COMMANDS: dict[str, tuple[str, Callable[[Talk, str], object]]] = {
-    "/image": ("FILE  begin anew with another picture", Talk.image),
-    "/add": ("FILE  show one more picture with the next question", Talk.add),
-    "/undo": ("      take back the last question and its answer", Talk.undo),
-    "/retry": ("      answer the last question again", Talk.retry),
-    "/edit": ("TEXT  ask the last question in other words", Talk.edit),
-    "/clear": ("      begin anew with the same picture", Talk.clear),
-    "/save": ("FILE  write the conversation, pictures too, as JSON", Talk.save),
-    "/load": ("FILE  go on with a saved conversation", Talk.load),
-    "/counts": ("      tokens and seconds of the last answer", Talk.counts),
-    "/help": ("      show these commands", Talk.help),
-    "/quit": ("      end, as Ctrl-D does; Ctrl-C stops an answer", Talk.quit),
+COMMANDS: dict[str, tuple[str, Callable[[Keyboard, str], object]]] = {
+    "/image": ("FILE  begin anew with another picture", Keyboard.image),
+    "/add": ("FILE  show one more picture with the next question", Keyboard.add),
+    "/undo": ("      take back the last question and its answer", Keyboard.undo),
+    "/retry": ("      answer the last question again", Keyboard.retry),
+    "/edit": ("TEXT  ask the last question in other words", Keyboard.edit),
+    "/clear": ("      begin anew with the same picture", Keyboard.clear),
+    "/save": ("FILE  write the conversation, pictures too, as JSON", Keyboard.save),
+    "/load": ("FILE  go on with a saved conversation", Keyboard.load),
+    "/counts": ("      tokens and seconds of the last answer", Keyboard.counts),
+    "/help": ("      show these commands", Keyboard.help),
+    "/quit": ("      end, as Ctrl-D does; Ctrl-C stops an answer", Keyboard.quit),
 }
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from aimv2_mllm.data.asked_sources import GIVE, Source, open_asked
+from aimv2_mllm.data.asked_sources import GIVE, AskedSource, open_asked
 from aimv2_mllm.data.conversations import IMAGE_TOKEN
 from aimv2_mllm.data.files import Unusable
 from aimv2_mllm.data.images import decoded
@@ -101,7 +101,7 @@ def question_identity(questions: Sequence[Question], prompts: Sequence[str]) -> 
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 
-def _first(source: Source, count: int) -> Mapping[str, Any]:
+def _first(source: AskedSource, count: int) -> Mapping[str, Any]:
     """The fields of the first row that can be read."""
     for row in range(count):
         with suppress(Unusable):
@@ -148,7 +148,7 @@ def _names(data: str, first: Mapping[str, Any], columns: Mapping[str, str]) -> d
     return names
 
 
-def _question(source: Source, row: int, names: Mapping[str, str]) -> Question:
+def _question(source: AskedSource, row: int, names: Mapping[str, str]) -> Question:
     fields = source.fields(row)
     said = {field: fields.get(name) for field, name in names.items()}
     choices = tuple(_texts(said.get("choices"), "choices"))

@@ -28,7 +28,7 @@ GIVE = (
 NUM_QUESTIONS, SHEET_SIZE = 1400, 336  # of the embedded world; pixels, the side of a sheet
 
 
-class Source(Protocol):
+class AskedSource(Protocol):
     """Where rows come from."""
 
     digest: str  # changes when other rows would be read
@@ -170,7 +170,7 @@ class Sheets:
         return str(value)
 
 
-def open_asked(data: str, root: str | None, split: str, image: str) -> Source:
+def open_asked(data: str, root: str | None, split: str, image: str) -> AskedSource:
     """The source that `data` names; UsageError where there is none."""
     path = Path(data).expanduser()
     if data == HANDWRITING and not path.exists():

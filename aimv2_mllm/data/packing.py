@@ -16,7 +16,7 @@ from typing import NamedTuple
 MOST_EXCHANGES = 8  # per micro-batch; LLaVA-shaped steps need 1 to 3
 
 
-class Talk(NamedTuple):
+class TalkSize(NamedTuple):
     """What of a conversation a plan must know: its tokens, and whether it has a picture."""
 
     length: int
@@ -26,7 +26,7 @@ class Talk(NamedTuple):
 class _Step(NamedTuple):
     """The conversations of a step, and the tokens that a micro-batch without a picture has more."""
 
-    talks: Sequence[Talk]
+    talks: Sequence[TalkSize]
     blank: int
 
     def weight(self, members: Sequence[int]) -> int:
@@ -40,7 +40,7 @@ class _Step(NamedTuple):
 
 
 def plan(
-    talks: Sequence[Talk], *, num_ranks: int, budget: int, blank: int = 0
+    talks: Sequence[TalkSize], *, num_ranks: int, budget: int, blank: int = 0
 ) -> list[list[list[int]]]:
     """For each rank its micro-batches, each as the indices of its `talks`, the shortest first.
 

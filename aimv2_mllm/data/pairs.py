@@ -5,7 +5,7 @@ from typing import Protocol
 from aimv2_mllm.data.files import Later
 
 
-class Source(Protocol):
+class PairSource(Protocol):
     """Rows by number."""
 
     groups: list[int]  # how many rows lie together, in order; their sum is the number of rows

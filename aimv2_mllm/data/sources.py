@@ -22,7 +22,7 @@ from aimv2_mllm.data.files import (
     read_whole,
 )
 from aimv2_mllm.data.json_index import LOOKED_AT, open_rows
-from aimv2_mllm.data.pairs import Source
+from aimv2_mllm.data.pairs import PairSource
 from aimv2_mllm.data.tables import Table
 from aimv2_mllm.data.tars import Shards
 from aimv2_mllm.errors import UsageError, show
@@ -32,7 +32,7 @@ ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 METADATA = "metadata.jsonl"
 
 
-class JsonLines(Source):
+class JsonLines(PairSource):
     """A JSON mapping a row: a picture's path below `root`, and its caption."""
 
     def __init__(self, file: Path, root: Path, *, image: str, caption: str) -> None:
@@ -74,7 +74,7 @@ class JsonLines(Source):
         return caption, read_later(below(self._root, fields[self._image]), MAX_PICTURE_BYTES)
 
 
-class Folder(Source):
+class Folder(PairSource):
     """Pictures in a folder and those in it, each with its caption in a .txt beside it."""
 
     def __init__(self, folder: Path) -> None:
@@ -111,20 +111,20 @@ def _pictures(folder: Path) -> Iterator[str]:
                 yield os.path.relpath(os.path.join(parent, file), folder)
 
 
-def _open_jsonl(config: JsonlSource) -> Source:
+def _open_jsonl(config: JsonlSource) -> PairSource:
     file = Path(config.file).expanduser()
     root = Path(config.root or file.parent).expanduser()
     return JsonLines(file, root, image=config.image, caption=config.caption)
 
 
-def _open_folder(config: FolderSource) -> Source:
+def _open_folder(config: FolderSource) -> PairSource:
     folder = Path(config.folder).expanduser()
     if (file := folder / METADATA).is_file():
         return JsonLines(file, folder, image="file_name", caption=config.caption)
     return Folder(folder)
 
 
-SOURCES: dict[str, Callable[[Any], Source]] = {
+SOURCES: dict[str, Callable[[Any], PairSource]] = {
     "shards": Shards,
     "datasets": Table,
     "folder": _open_folder,
@@ -132,17 +132,17 @@ SOURCES: dict[str, Callable[[Any], Source]] = {
 }
 
 
-def open_source(config: Any) -> Source:
+def open_source(config: Any) -> PairSource:
     """The source that a section of a recipe names."""
     return SOURCES[config.kind](config)
 
 
-def open_sources(data: CaptionData) -> list[Source | None]:
+def open_sources(data: CaptionData) -> list[PairSource | None]:
     """The sources of `data` in its order, None for the embedded world, which needs no opening.
 
     UsageError where one is not there, is damaged as a whole, or has no rows.
     """
-    found: list[Source | None] = []
+    found: list[PairSource | None] = []
     for number, config in enumerate(data.sources):
         source = None if isinstance(config, HandwritingSource) else open_source(config)
         if source is not None and not sum(source.groups):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from aimv2_mllm.data.files import MAX_PICTURE_BYTES, Later, Unusable, read_later, read_whole
-from aimv2_mllm.data.pairs import Source
+from aimv2_mllm.data.pairs import PairSource
 from aimv2_mllm.errors import UsageError, first_line, nearest, show
 from aimv2_mllm.recipe.data import DatasetsSource
 
@@ -20,7 +20,7 @@ class _Named(Protocol):
     split: str
 
 
-class Table(Source):
+class Table(PairSource):
     """The rows of a data set of the library `datasets`."""
 
     def __init__(self, config: DatasetsSource) -> None:

@@ -14,7 +14,7 @@ from aimv2_mllm.data.drawing import Skipped
 from aimv2_mllm.data.feature_shards import picture_key
 from aimv2_mllm.data.feature_store import FeatureStore
 from aimv2_mllm.data.own_shapes import OwnShapes
-from aimv2_mllm.data.packing import Talk, plan
+from aimv2_mllm.data.packing import TalkSize, plan
 from aimv2_mllm.data.talks import Draft, Seen, TalkCorpus, TalkSample
 from aimv2_mllm.data.templates import Encoded, Writer
 from aimv2_mllm.model.preprocessing import Preprocessing
@@ -79,7 +79,7 @@ class TalkBatches:
         size = self.train.batch_size
         drafts = self._drafts(range(step * size, (step + 1) * size))
         ranks = plan(
-            [Talk(_length(draft), draft.has_pictures) for draft in drafts],
+            [TalkSize(_length(draft), draft.has_pictures) for draft in drafts],
             num_ranks=self.share.size,
             budget=self.train.micro_batch_tokens,
             blank=len(self.writer.blank().ids),

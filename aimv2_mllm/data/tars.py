@@ -28,7 +28,7 @@ from aimv2_mllm.data.files import (
     regular_file,
 )
 from aimv2_mllm.data.local_copies import ShardCache, remote_files, user_cache
-from aimv2_mllm.data.pairs import Source
+from aimv2_mllm.data.pairs import PairSource
 from aimv2_mllm.data.tar_index import (
     BLOCK,
     ShardIndex,
@@ -57,7 +57,7 @@ class Shard:
         return "://" in self.url
 
 
-class Shards(Source):
+class Shards(PairSource):
     """The rows of all shards of one source, in the order in which the recipe names them."""
 
     def __init__(self, config: ShardsSource) -> None:

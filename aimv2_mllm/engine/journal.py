@@ -8,7 +8,7 @@ from contextlib import ExitStack, closing
 import torch
 
 from aimv2_mllm.engine.flops import peak
-from aimv2_mllm.engine.metrics import METRICS, Progress, ProgressBar, Step, append_line
+from aimv2_mllm.engine.metrics import METRICS_FILE, Progress, ProgressBar, Step, append_line
 from aimv2_mllm.engine.trackers import tracked
 from aimv2_mllm.engine.training import Run
 
@@ -48,7 +48,7 @@ class Journal:
         if is_due(progress.step, config.log_every, config.steps):
             line = progress.close_line(rates, peak(self._device, config.precision) * ranks.size)
             if ranks.is_first:
-                append_line(self._run.folder / METRICS, line)
+                append_line(self._run.folder / METRICS_FILE, line)
                 self._trackers.log(line)
 
 

@@ -24,7 +24,7 @@ from aimv2_mllm.errors import RunFailed
 TIMED_FIELDS = frozenset(
     {"samples_per_s", "targets_per_s", "mfu", "memory_gib", "accelerator_gib", "seconds", "flops"}
 )
-METRICS = "metrics.jsonl"
+METRICS_FILE = "metrics.jsonl"
 SECONDS_BETWEEN_PLAIN_LINES = 10.0
 
 

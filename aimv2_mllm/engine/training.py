@@ -92,13 +92,13 @@ class Training:
             restore(self._placed.module, self._parts, self.optimizer, stored)
             progress = metrics.Progress.from_json(state["progress"])
             narrate(f"continuing from step {step}")
-        run.ranks.first(lambda: metrics.cut_back(run.folder / metrics.METRICS, progress.step))
+        run.ranks.first(lambda: metrics.cut_back(run.folder / metrics.METRICS_FILE, progress.step))
         return progress
 
     def save(self, progress: metrics.Progress) -> None:
         """Write a checkpoint; the metrics reach the disk before it does."""
         run = self._run
-        lines = run.folder / metrics.METRICS
+        lines = run.folder / metrics.METRICS_FILE
         if run.ranks.is_first and lines.exists():
             sync(lines)
         state = {"fingerprint": run.fingerprint, "progress": progress.to_json()}

@@ -27,7 +27,7 @@ GIVE = (
     "image-text model"
 )
 Asking = tuple[str, "Image.Image | None"]  # a question, and the picture that it is about
-Talk = tuple["Sequence[Message]", "Sequence[Image.Image]"]  # a picture for each image part
+Conversation = tuple["Sequence[Message]", "Sequence[Image.Image]"]  # a picture for each image part
 
 
 class Answerer(Protocol):
@@ -43,7 +43,7 @@ class Answerer(Protocol):
         """The greedy answers, each to a conversation of its own, without blanks around them."""
 
     def reply(
-        self, talks: Sequence[Talk], max_new_tokens: int, sampling: Sampling = GREEDY
+        self, talks: Sequence[Conversation], max_new_tokens: int, sampling: Sampling = GREEDY
     ) -> list[str]:
         """What it says next in each of `talks`, computed together, without blanks around it."""
 
@@ -89,7 +89,7 @@ class _Asked:
         return self.reply([_talk(text, picture) for text, picture in asked], max_new_tokens)
 
     def reply(
-        self, talks: Sequence[Talk], max_new_tokens: int, sampling: Sampling = GREEDY
+        self, talks: Sequence[Conversation], max_new_tokens: int, sampling: Sampling = GREEDY
     ) -> list[str]:
         raise NotImplementedError
 
@@ -107,7 +107,7 @@ class Ours(_Asked):
         return self.bot.model
 
     def reply(
-        self, talks: Sequence[Talk], max_new_tokens: int, sampling: Sampling = GREEDY
+        self, talks: Sequence[Conversation], max_new_tokens: int, sampling: Sampling = GREEDY
     ) -> list[str]:
         from aimv2_mllm.chat.chat import answer_all
 
@@ -146,7 +146,7 @@ class Foreign(_Asked):
         self.identity = digest(Path(source)) if isdir(source) else f"{source} {commit}"
 
     def reply(
-        self, talks: Sequence[Talk], max_new_tokens: int, sampling: Sampling = GREEDY
+        self, talks: Sequence[Conversation], max_new_tokens: int, sampling: Sampling = GREEDY
     ) -> list[str]:
         answers = [""] * len(talks)
         # Processors take a batch of which each has a picture, or none has.
@@ -158,7 +158,9 @@ class Foreign(_Asked):
                     answers[row] = text
         return answers
 
-    def _answers(self, talks: Sequence[Talk], max_new_tokens: int, sampling: Sampling) -> list[str]:
+    def _answers(
+        self, talks: Sequence[Conversation], max_new_tokens: int, sampling: Sampling
+    ) -> list[str]:
         import torch
 
         sees = bool(talks[0][1])
@@ -190,7 +192,7 @@ class Foreign(_Asked):
         return [_until(text, sampling.stop).strip() for text in texts]
 
 
-def _talk(text: str, picture: "Image.Image | None") -> Talk:
+def _talk(text: str, picture: "Image.Image | None") -> Conversation:
     from aimv2_mllm.data.conversations import said
 
     pictures = [] if picture is None else [picture]

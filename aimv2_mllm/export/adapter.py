@@ -15,7 +15,7 @@ from torch import Tensor
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.export.llava import demand_stock, write_processor
 from aimv2_mllm.export.options import Options
-from aimv2_mllm.export.source import Source, talking
+from aimv2_mllm.export.source import ExportSource, talking
 from aimv2_mllm.export.writing import copy_files, demand_room
 from aimv2_mllm.folders import CONFIG_FILE, RECIPE_FILE, UNKNOWN, result_of, stage_record, stages_of
 from aimv2_mllm.model.hub import HUB_ID
@@ -29,7 +29,7 @@ PEFT = f"{WRAPPER}model."
 MODULES = {"connector": "multi_modal_projector", "tower": "vision_tower"}
 
 
-def write_adapter(name: str, folder: Path, options: Options) -> tuple[Source, dict[str, Any]]:
+def write_adapter(name: str, folder: Path, options: Options) -> tuple[ExportSource, dict[str, Any]]:
     """Write the adapters of `name` to `folder`; where they came from, and what the sidecar says."""
     from safetensors.torch import save_file
 
@@ -64,7 +64,7 @@ def write_adapter(name: str, folder: Path, options: Options) -> tuple[Source, di
     }
 
 
-def _base_name(named: str, source: Source) -> dict[str, str]:
+def _base_name(named: str, source: ExportSource) -> dict[str, str]:
     """The base as peft looks for it: a hub id with its commit where that is known, else the last
     piece of a path of this machine."""
     if isdir(named) or not HUB_ID.fullmatch(named):
@@ -76,7 +76,7 @@ def _base_name(named: str, source: Source) -> dict[str, str]:
     return {"base_model_name_or_path": repository, **known}
 
 
-def _read(source: Source) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
+def _read(source: ExportSource) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
     """The adapters' configuration and tensors, as peft wrote them, and what else was trained, under
     peft's names; UsageError where there are none."""
     from safetensors import SafetensorError

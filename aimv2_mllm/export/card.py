@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from aimv2_mllm.export.source import Source
+from aimv2_mllm.export.source import ExportSource
 from aimv2_mllm.export.usage import TITLES, usage
 from aimv2_mllm.folders import CARD_FILE, UNKNOWN, result_of, stage_record
 from aimv2_mllm.model.hub import HUB_ID
@@ -28,7 +28,7 @@ WARNING = (
 )
 
 
-def write_card(folder: Path, source: Source, told: Mapping[str, Any], *, name: str) -> None:
+def write_card(folder: Path, source: ExportSource, told: Mapping[str, Any], *, name: str) -> None:
     """Write README.md for the export `told` of in the sidecar, called `name`, to `folder`."""
     front = yaml.safe_dump(front_matter(source, told), sort_keys=False, allow_unicode=True)
     parts = [
@@ -41,7 +41,7 @@ def write_card(folder: Path, source: Source, told: Mapping[str, Any], *, name: s
     (folder / CARD_FILE).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
-def front_matter(source: Source, told: Mapping[str, Any]) -> dict[str, Any]:
+def front_matter(source: ExportSource, told: Mapping[str, Any]) -> dict[str, Any]:
     """What the hub reads of a model card."""
     licence = source.licence
     known = licence.lower() in HUB_LICENCES
@@ -60,7 +60,7 @@ def front_matter(source: Source, told: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _stages(source: Source) -> list[str]:
+def _stages(source: ExportSource) -> list[str]:
     """A chapter for each stage of the run up to what is exported: data, figures, recipe."""
     found = []
     for record in _records(source):
@@ -81,7 +81,7 @@ def _stages(source: Source) -> list[str]:
     return found
 
 
-def _records(source: Source) -> list[dict[str, Any]]:
+def _records(source: ExportSource) -> list[dict[str, Any]]:
     """The records of the run's stages up to the exported one; of a lone folder its own."""
     if source.run is None or not source.record:
         return [source.record] if "recipe" in source.record else []
@@ -115,7 +115,7 @@ def _nameless(value: Any) -> Any:
     return PurePath(value).name if is_path else value
 
 
-def _summary(source: Source) -> dict[str, Any]:
+def _summary(source: ExportSource) -> dict[str, Any]:
     """The plain numbers of the run's evaluation, if there is one and it is of what is exported."""
     path = None if source.run is None else source.run / "summary.json"
     if path is None or not isfile(path):
@@ -128,7 +128,7 @@ def _summary(source: Source) -> dict[str, Any]:
     }
 
 
-def _licences(source: Source) -> str:
+def _licences(source: ExportSource) -> str:
     lines = [f"- this model: {source.licence}"]
     lines += [
         f"- {one['source']} (revision {one['revision']}): {one['licence']}"

@@ -15,7 +15,7 @@ from aimv2_mllm.errors import UsageError
 from aimv2_mllm.export.answers import digest, features, picture, some
 from aimv2_mllm.export.convert import convert
 from aimv2_mllm.export.options import Options
-from aimv2_mllm.export.source import ANY_LLAVA, LLAVA, Source, seeing
+from aimv2_mllm.export.source import ANY_LLAVA, LLAVA, ExportSource, seeing
 from aimv2_mllm.folders import CONFIG_FILE, STAGE_FILE
 from aimv2_mllm.model.layouts import MODEL_TYPES
 from aimv2_mllm.model.preprocessing import Preprocessing
@@ -26,7 +26,7 @@ PROCESSOR_FILE = "processor_config.json"
 _TOWER = re.compile(r"(?:model\.)?vision_tower\.(.+)")
 
 
-def write_encoder(name: str, folder: Path, options: Options) -> tuple[Source, dict[str, Any]]:
+def write_encoder(name: str, folder: Path, options: Options) -> tuple[ExportSource, dict[str, Any]]:
     """Write the encoder of `name` to `folder`; where it came from, and what the sidecar says."""
     source = seeing(name)
     apart = folder / "tower"
@@ -47,7 +47,7 @@ def write_encoder(name: str, folder: Path, options: Options) -> tuple[Source, di
     return source, told
 
 
-def write_tower(source: Source, folder: Path, dtype: torch.dtype | None = None) -> None:
+def write_tower(source: ExportSource, folder: Path, dtype: torch.dtype | None = None) -> None:
     """Write the AIMv2 tower of a Llava to `folder`, made anew, with transformers' names, config
     and preprocessing; UsageError for a tower of another family."""
     vision = dict(source.config["vision_config"])
@@ -64,7 +64,7 @@ def write_tower(source: Source, folder: Path, dtype: torch.dtype | None = None) 
     preprocessing_of(source).save(folder)
 
 
-def preprocessing_of(source: Source) -> Preprocessing:
+def preprocessing_of(source: ExportSource) -> Preprocessing:
     """How a Llava's pictures are prepared, by its processor's file."""
     path = source.folder / PROCESSOR_FILE
     try:

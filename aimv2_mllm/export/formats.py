@@ -13,7 +13,7 @@ from aimv2_mllm.export.encoder import write_encoder
 from aimv2_mllm.export.llava import write_llava
 from aimv2_mllm.export.options import Options, size_in_bytes
 from aimv2_mllm.export.original import write_original
-from aimv2_mllm.export.source import Source
+from aimv2_mllm.export.source import ExportSource
 from aimv2_mllm.export.writing import write_sidecar
 from aimv2_mllm.files import new_folder
 from aimv2_mllm.model.shards import DTYPES
@@ -25,7 +25,7 @@ class Format(NamedTuple):
     """`write` puts the format's files into a folder, and returns where they came from and what the
     sidecar says of them; `takes` are the options that mean something to it."""
 
-    write: Callable[[str, Path, Options], tuple[Source, dict[str, Any]]]
+    write: Callable[[str, Path, Options], tuple[ExportSource, dict[str, Any]]]
     takes: tuple[str, ...]
 
 

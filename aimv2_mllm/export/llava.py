@@ -11,7 +11,7 @@ from typing import Any
 
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.export.options import Options
-from aimv2_mllm.export.source import ANY_LLAVA, Source, talking
+from aimv2_mllm.export.source import ANY_LLAVA, ExportSource, talking
 from aimv2_mllm.export.writing import copy_files, write_weights
 from aimv2_mllm.folders import CONFIG_FILE
 from aimv2_mllm.model.shards import read_tensors, write_json
@@ -19,7 +19,7 @@ from aimv2_mllm.model.shards import read_tensors, write_json
 PROCESSOR_FILE = "processor_config.json"
 
 
-def write_llava(name: str, folder: Path, options: Options) -> tuple[Source, dict[str, Any]]:
+def write_llava(name: str, folder: Path, options: Options) -> tuple[ExportSource, dict[str, Any]]:
     """Write the Llava of `name` to `folder`; where it came from, and what the sidecar says."""
     from aimv2_mllm.chat.chat import load_model
     from aimv2_mllm.export.answers import reference
@@ -47,7 +47,7 @@ def write_llava(name: str, folder: Path, options: Options) -> tuple[Source, dict
     }
 
 
-def demand_stock(source: Source) -> None:
+def demand_stock(source: ExportSource) -> None:
     """UsageError, with the reason and what to do, for a Llava that transformers has not."""
     config = source.config
     if config["model_type"] != ANY_LLAVA:
@@ -72,7 +72,7 @@ def demand_stock(source: Source) -> None:
     )
 
 
-def write_processor(source: Source, folder: Path) -> bool | None:
+def write_processor(source: ExportSource, folder: Path) -> bool | None:
     """Let the processor in `folder` make squares of pictures as the training did, by a rim where
     that had one; whether it does so then, None where no training of ours is known."""
     data = source.record.get("recipe", {}).get("data")

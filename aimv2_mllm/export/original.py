@@ -20,7 +20,7 @@ from aimv2_mllm.errors import UsageError
 from aimv2_mllm.export.encoder import write_tower
 from aimv2_mllm.export.llava import as_trained, demand_stock, feature_norm
 from aimv2_mllm.export.options import Options
-from aimv2_mllm.export.source import Source, talking
+from aimv2_mllm.export.source import ExportSource, talking
 from aimv2_mllm.export.writing import copy_files, write_weights
 from aimv2_mllm.folders import CONFIG_FILE
 from aimv2_mllm.model.preprocessing import PREPROCESSOR_FILE
@@ -35,7 +35,9 @@ EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TOKENIZER_FILE = "tokenizer_config.json"
 
 
-def write_original(name: str, folder: Path, options: Options) -> tuple[Source, dict[str, Any]]:
+def write_original(
+    name: str, folder: Path, options: Options
+) -> tuple[ExportSource, dict[str, Any]]:
     """Write the Llava of `name` to `folder`; where it came from, and what the sidecar says."""
     from aimv2_mllm.chat.chat import load_model
     from aimv2_mllm.export.answers import reference
@@ -69,7 +71,7 @@ def write_original(name: str, folder: Path, options: Options) -> tuple[Source, d
     }
 
 
-def _demand_known(source: Source, name: str) -> None:
+def _demand_known(source: ExportSource, name: str) -> None:
     demand_stock(source)
     config = source.config
     kind = config["text_config"].get("model_type")
@@ -94,7 +96,7 @@ def _demand_known(source: Source, name: str) -> None:
         )
 
 
-def _demand_template(source: Source, processor: Any) -> None:
+def _demand_template(source: ExportSource, processor: Any) -> None:
     """LLaVA asks by `vicuna_v1`, or by nothing but the picture; UsageError for other templates."""
     trained = source.record.get("recipe", {}).get("data", {}).get("template")
     if processor.chat_template != V1_CHAT_TEMPLATE and trained != "plain":
@@ -114,7 +116,7 @@ def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {**llm, **rename_projector(projector, "llava")}
 
 
-def llava_config(source: Source) -> dict[str, Any]:
+def llava_config(source: ExportSource) -> dict[str, Any]:
     """LLaVA's config.json for a stock Llava."""
     text = dict(source.config["text_config"])
     kind = text.pop("model_type")

@@ -31,7 +31,7 @@ LLAVA, ANY_LLAVA = LLAVAS
 
 
 @dataclass(frozen=True)
-class Source:
+class ExportSource:
     """A model's folder as it is exported; `name` is what the user calls it, `config` what its
     config.json says, and `record` its stage.json, empty where no stage of ours made it."""
 
@@ -57,7 +57,7 @@ class Source:
         return above if isfile(above / RECIPE_FILE) else None
 
 
-def talking(name: str) -> Source:
+def talking(name: str) -> ExportSource:
     """The Llava in a run folder or model folder; UsageError where there is none."""
     source = _opened(name, talking_folder(Path(name)))
     kind = source.config.get("model_type")
@@ -68,7 +68,7 @@ def talking(name: str) -> Source:
     return source
 
 
-def seeing(name: str) -> Source:
+def seeing(name: str) -> ExportSource:
     """What the encoder of `name` is taken from: of a run, the last finished stage in which an
     encoder was trained, else its last finished pretrain stage; else the folder given."""
     folder = Path(name)
@@ -98,5 +98,5 @@ def _parts(result: Path) -> list[Any]:
     return list(stage_record(result).get("parts", []))
 
 
-def _opened(name: str, folder: Path) -> Source:
-    return Source(name, folder, config_of(folder), stage_record(folder))
+def _opened(name: str, folder: Path) -> ExportSource:
+    return ExportSource(name, folder, config_of(folder), stage_record(folder))

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from aimv2_mllm.chat.scoring import likelihood
 from aimv2_mllm.data.asked import MOST_LEFT_OUT
 from aimv2_mllm.errors import UsageError
-from aimv2_mllm.evaluation.answerers import Ours, Talk, load_answerer
+from aimv2_mllm.evaluation.answerers import Conversation, Ours, load_answerer
 from aimv2_mllm.lmms.reading import KNOWN, Settings, settings_of, talk_of_messages, talk_of_text
 from aimv2_mllm.model.foreign import best_device
 
@@ -107,7 +107,7 @@ class _Model(lmms):
         *_, number, task, split = request.args
         return self.task_dict[task][split][number]
 
-    def _talk(self, request: Instance) -> Talk:
+    def _talk(self, request: Instance) -> Conversation:
         raise NotImplementedError
 
     def _generation(self, request: Instance) -> dict[str, Any]:
@@ -119,7 +119,7 @@ class MessagesModel(_Model):
 
     is_simple = False
 
-    def _talk(self, request: Instance) -> Talk:
+    def _talk(self, request: Instance) -> Conversation:
         return talk_of_messages(request.args[1](self._document(request)))
 
     def _generation(self, request: Instance) -> dict[str, Any]:
@@ -132,7 +132,7 @@ class TextModel(_Model):
 
     is_simple = True
 
-    def _talk(self, request: Instance) -> Talk:
+    def _talk(self, request: Instance) -> Conversation:
         visuals = request.args[2](self._document(request))
         return talk_of_text(request.args[0], visuals or [])
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from aimv2_mllm.data.conversations import IMAGE_TOKEN
 from aimv2_mllm.data.images import as_rgb, open_image, upright
 from aimv2_mllm.errors import UsageError
-from aimv2_mllm.evaluation.answerers import Talk
+from aimv2_mllm.evaluation.answerers import Conversation
 from aimv2_mllm.model.sampling import Sampling
 
 # Of a task that sets no limit: what lmms-eval's own LLaVA takes.
@@ -56,7 +56,7 @@ def settings_of(generation: Mapping[str, Any]) -> Settings:
     return Settings(limit, Sampling(**words, repetition_penalty=penalty))
 
 
-def talk_of_messages(messages: Sequence[Mapping[str, Any]]) -> Talk:
+def talk_of_messages(messages: Sequence[Mapping[str, Any]]) -> Conversation:
     """The conversation in lmms-eval's messages, whose image parts hold their pictures as `url`."""
     talk, pictures = list[dict[str, Any]](), list[Any]()
     for message in messages:
@@ -73,7 +73,7 @@ def talk_of_messages(messages: Sequence[Mapping[str, Any]]) -> Talk:
     return talk, pictures
 
 
-def talk_of_text(text: str, visuals: Sequence[Any]) -> Talk:
+def talk_of_text(text: str, visuals: Sequence[Any]) -> Conversation:
     """One question about `visuals`, which stand where the text has marks for as many pictures, and
     before it otherwise."""
     pictures = [_picture(visual) for visual in visuals]

@@ -84,8 +84,8 @@ class JsonlSource(_Source):
     caption: Text = Field(default="caption", description="field with the caption")
 
 
-Source = HandwritingSource | ShardsSource | DatasetsSource | FolderSource | JsonlSource
-SOURCE_SECTIONS: dict[str, type[Source]] = {
+CaptionSource = HandwritingSource | ShardsSource | DatasetsSource | FolderSource | JsonlSource
+SOURCE_SECTIONS: dict[str, type[CaptionSource]] = {
     "handwriting": HandwritingSource,
     "shards": ShardsSource,
     "datasets": DatasetsSource,
@@ -98,7 +98,7 @@ class CaptionData(Section):
     """Pictures with one caption each, drawn from one or several sources."""
 
     seed: Seed = Field(default=0, description="seed of the samples and of their order")
-    sources: list[Annotated[Source, Field(discriminator="kind")]] = Field(
+    sources: list[Annotated[CaptionSource, Field(discriminator="kind")]] = Field(
         default=[HandwritingSource()], min_length=1, description="where samples come from"
     )
     augment: Switch = Field(

@@ -20,11 +20,11 @@ from aimv2_mllm.recipe.data import (
     ConversationData,
 )
 from aimv2_mllm.recipe.schema import Mistake, Place, Recipe
-from aimv2_mllm.recipe.stages import STAGES
+from aimv2_mllm.recipe.stages import SECTIONS
 
 # keys whose values are of several kinds, which pydantic puts into a place as a mark of its own
 TAGGED: dict[tuple[type[BaseModel], str], Mapping[str, type[BaseModel]]] = {
-    (Recipe, "stages"): STAGES,
+    (Recipe, "stages"): SECTIONS,
     (CaptionData, "sources"): SOURCE_SECTIONS,
     (ConversationData, "sources"): TALK_SECTIONS,
     (CaptionTalks, "pairs"): {k: v for k, v in SOURCE_SECTIONS.items() if k != "handwriting"},

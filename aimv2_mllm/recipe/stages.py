@@ -231,7 +231,7 @@ class LanguageStage(StageSection):
 
 
 Stage = PretrainStage | LitStage | AlignStage | TuneStage | LanguageStage
-STAGES: dict[str, type[Stage]] = {
+SECTIONS: dict[str, type[Stage]] = {
     "pretrain": PretrainStage,
     "lit": LitStage,
     "align": AlignStage,

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from aimv2_mllm.data import scenes
-from aimv2_mllm.engine.metrics import METRICS
+from aimv2_mllm.engine.metrics import METRICS_FILE
 from aimv2_mllm.evaluation import answers
 from aimv2_mllm.evaluation.summary import Findings, Painting, last_stage
 from aimv2_mllm.formats import percent
@@ -156,7 +156,7 @@ def _stage(name: str, place: Place) -> dict[str, Any]:
 
 
 def _curves(name: str, place: Place) -> list[dict[str, Any]]:
-    path = place.folder / name / METRICS
+    path = place.folder / name / METRICS_FILE
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     if not lines:
         return []

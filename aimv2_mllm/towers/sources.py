@@ -38,7 +38,7 @@ class TowerConfig(Protocol):
         """How many blocks it has."""
 
 
-class Source(Protocol):
+class TowerSource(Protocol):
     """A network that can be made without weights, and read with them."""
 
     native: bool  # takes images of any size
@@ -68,7 +68,7 @@ class Source(Protocol):
 
 
 # What stands before the colon of a tower's name.
-SOURCES: dict[str, Callable[[str, int | None], Source]] = {
+SOURCES: dict[str, Callable[[str, int | None], TowerSource]] = {
     "aimv2": AIMv2Source,
     "hf": ForeignSource,
 }
@@ -80,7 +80,7 @@ def is_source(name: object) -> bool:
     return isinstance(name, str) and name.partition(":")[0] in SOURCES and ":" in name
 
 
-def open_source(name: str) -> Source:
+def open_source(name: str) -> TowerSource:
     """The source of a tower's name; UsageError for one that is not right, saying what to type."""
     forms = " or ".join(f"{kind}:FOLDER_OR_HUB_ID" for kind in SOURCES)
     match = _NAME.fullmatch(name)
