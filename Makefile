@@ -1,7 +1,7 @@
 # Two commands for a newcomer; both make their own virtual environment in .venv and leave the system's Python alone.
 #   make quickstart   set up, and run the quickstart from nothing to a report and a chat
 #   make test         set up, and run every check that CI runs
-# With a CUDA machine or a torch of your own: make quickstart TORCH="torch==2.11.0 --index-url https://…"
+# With a CUDA machine or a torch of your own: make quickstart TORCH="torch==2.13.0 --index-url https://…"
 
 PYTHON ?= python3
 VENV ?= .venv
