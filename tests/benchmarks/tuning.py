@@ -43,6 +43,7 @@ from aimv2_mllm.data.batches import world_seed
 from aimv2_mllm.data.order import EpochOrder, mixed
 from aimv2_mllm.engine.distributed import Ranks
 from aimv2_mllm.engine.loop import train
+from aimv2_mllm.engine.metrics import METRICS_FILE
 from aimv2_mllm.model.foreign import best_device
 from aimv2_mllm.recipe.data import ConversationData
 from aimv2_mllm.recipe.schema import Recipe
@@ -69,6 +70,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, help="in its place, of a forward pass of ours")
     parser.add_argument("--rounds", type=int, default=2, help="turns of each side")
     parser.add_argument("--checkpointing", action="store_true", help="of activations, both sides")
+    parser.add_argument("--compile", action="store_true", help="ours, by torch.compile")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--sides", default=",".join(SIDES), help=argparse.SUPPRESS)
@@ -131,6 +133,7 @@ def recipe_of(args: argparse.Namespace, folder: Path, steps: int) -> Recipe:
             "betas": [0.9, 0.95],
             "precision": args.precision,
             "activation_checkpointing": args.checkpointing,
+            "compile": args.compile,
             "device": args.device,
             "log_every": 1,
         },
@@ -167,8 +170,13 @@ def ours(args: argparse.Namespace, folder: Path, first: int, steps: int) -> dict
             folder=Path(written), fingerprint="",
             narrate=lambda _: None,
         )  # fmt: skip
-        lines = (Path(written) / "metrics.jsonl").read_text().splitlines()
-    return {**meter.found(), "losses": [json.loads(line)["text"] for line in lines]}
+        text = (Path(written) / METRICS_FILE).read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in text.splitlines()]
+    told = {
+        "losses": [line["text"] for line in lines],
+        "rates": [line["samples_per_s"] for line in lines],
+    }
+    return {**meter.found(), **told}
 
 
 def trainers(args: argparse.Namespace, folder: Path, first: int, steps: int) -> dict[str, Any]:
@@ -238,7 +246,7 @@ def report(args: argparse.Namespace, words: list[str]) -> None:
           f"rows, {args.batch} a step, {args.micro_batch} at once"
           f"{f' (ours: {args.tokens:,} tokens)' if args.tokens else ''}, {args.precision}, "
           f"{args.device}, {torch.get_num_threads()} threads"
-          f"{', checkpointing' * args.checkpointing}")  # fmt: skip
+          f"{', checkpointing' * args.checkpointing}{', compiled' * args.compile}")  # fmt: skip
     print(f"{'':9}{'seconds':>9}{'rows/s':>9}{'processor s':>13}{'GiB':>8}   loss of each step")
     totals = {}
     for side, done in runs.items():
@@ -247,6 +255,8 @@ def report(args: argparse.Namespace, words: list[str]) -> None:
         losses = " ".join(f"{loss:.4f}" for run in done for loss in run["losses"])
         print(f"{side:9}{seconds:9.1f}{args.rows / seconds:9.3f}{processor:13.1f}"
               f"{totals[side][2]:8.2f}   {losses}")  # fmt: skip
+        if rates := [f"{rate:.3f}" for run in done for rate in run.get("rates", [])]:
+            print(f"{'':9}rows/s of each step: {' '.join(rates)}")
     if len(totals) == 2:
         ours, other = totals["ours"], totals["trainer"]
         print(f"ratio    {other[0] / ours[0]:9.2f}{'':9}{other[1] / ours[1]:13.2f}"
