@@ -221,6 +221,7 @@ def _keeps_features(stage: Mapping[str, Any]) -> bool:
         stage["kind"] in TALKING
         and not stage.get("tower_blocks")
         and stage["data"]["features"] is None
+        and stage["data"]["image_aspect"] != "native"
         and all(source["kind"] != handwriting for source in stage["data"]["sources"])
     )
 
