@@ -8,6 +8,7 @@ from typing import Any
 
 from aimv2_mllm.engine.trackers import require
 from aimv2_mllm.errors import RunFailed, UsageError
+from aimv2_mllm.folders import talking_source
 from aimv2_mllm.model import llms, mllm
 from aimv2_mllm.model.hub import locate
 from aimv2_mllm.model.shapes import only_shapes
@@ -77,9 +78,13 @@ def _models(here: str, stage: Stage, place: Place) -> Iterator[Problem]:
         elif key == "tokenizer":
             yield from _tried(f"{here}.{key}", partial(llms.load_tokenizer, value, talks=False))
         elif key == "start":
-            yield from _tried(f"{here}.{key}", partial(mllm.llava_config, value))
+            yield from _tried(f"{here}.{key}", partial(_llava, value))
         else:
             yield from _tried(f"{here}.{key}", partial(_weights, value))
+
+
+def _llava(source: str) -> None:
+    mllm.llava_config(talking_source(source))
 
 
 def _weights(source: str) -> None:
