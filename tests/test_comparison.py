@@ -524,6 +524,11 @@ def test_what_is_made_of_another_tower_behind_the_same_path_is_to_be_made_anew(
     assert to_do(made, "other") == [made.named(cell.values) for cell in made.cells]
     (tower / "config.json").write_text('{"other": 1}')
     assert to_do(made) == [made.named((str(tower),))]
+    (tower / "see" / "model").mkdir(parents=True)  # a run, whose result counts
+    note_done(made)
+    assert to_do(made) == []
+    (tower / "see" / "model" / "config.json").write_text("{}")
+    assert to_do(made) == [made.named((str(tower),))]
 
 
 def test_a_tower_is_resized_anew_where_another_is_behind_the_same_path(tmp_path: Path) -> None:

@@ -12,15 +12,18 @@ from typing import Any
 
 import pytest
 from conftest import tiny_recipe
+from safetensors.torch import load_file, save_file
 
 from aimv2_mllm.engine.metrics import TIMED_FIELDS
 from aimv2_mllm.errors import RunFailed, UsageError
 from aimv2_mllm.model import hub
 from aimv2_mllm.model.llms import TINY_LLM, load_llm, load_tokenizer, sizes_of
 from aimv2_mllm.model.mllm import llava_config
+from aimv2_mllm.planning.problems import find_problems
 from aimv2_mllm.recipe.schema import dump_recipe
 from aimv2_mllm.stages import run as runs
 from aimv2_mllm.stages import run_folder
+from aimv2_mllm.stages.job import Place
 
 STAGES = ("pretrain", "align", "tune")
 
@@ -139,6 +142,27 @@ def test_a_stage_made_from_another_llm_is_refused(
     monkeypatch.setattr(run_folder, "_digest", lambda *_: "another")
     with pytest.raises(UsageError, match="made from another LLM, tower or stage"):
         runs.run(tiny_recipe(tiny_run), lambda _: None)
+
+
+def test_a_run_as_tower_counts_by_its_encoder_and_not_by_its_report(
+    tiny_run: Path, tmp_path: Path
+) -> None:
+    tower = shutil.copytree(tiny_run, tmp_path / "tower")
+    recipe = tiny_recipe(tmp_path / "run", f"stages.align.tower={tower}")
+    recipe = recipe.model_copy(update={"stages": {"align": recipe.stages["align"]}})
+    assert find_problems(Place(recipe, recipe.output), 1) == []
+    runs.run(recipe, lambda _: None)
+    assert record(tmp_path / "run", "align")["licence"] == "Apache-2.0"
+    assert files(tmp_path / "run", "align") == files(tiny_run, "align")
+    (tower / "report.md").write_text("judged again")
+    said: list[str] = []
+    runs.run(recipe, said.append)
+    assert [line.split(",")[0] for line in said] == ["stage align: finished"]
+    weights = load_file(tower / "pretrain" / "model" / "model.safetensors")
+    next(iter(weights.values())).add_(1)
+    save_file(weights, tower / "pretrain" / "model" / "model.safetensors")
+    with pytest.raises(UsageError, match="made from another LLM, tower or stage"):
+        runs.run(recipe, lambda _: None)
 
 
 def test_an_llm_of_the_hub_is_told_by_commit_and_licence_and_stays_the_same_in_a_run(

@@ -8,7 +8,7 @@ from typing import Any
 
 from aimv2_mllm.engine.trackers import require
 from aimv2_mllm.errors import RunFailed, UsageError
-from aimv2_mllm.folders import talking_source
+from aimv2_mllm.folders import pretrained_folder, talking_source
 from aimv2_mllm.model import llms, mllm
 from aimv2_mllm.model.hub import locate
 from aimv2_mllm.model.shapes import only_shapes
@@ -91,4 +91,4 @@ def _weights(source: str) -> None:
     with only_shapes():
         folder = locate(source)
     if isdir(source) and not (folder / "decoder.safetensors").is_file():
-        weight_files(folder)
+        weight_files(pretrained_folder(folder))

@@ -25,6 +25,7 @@ from aimv2_mllm.folders import (
     STAGE_FILE,
     UNKNOWN,
     origins_of,
+    pretrained_folder,
     talking_source,
 )
 from aimv2_mllm.model.hub import COMMITS, commit_of, facts_folder, locate
@@ -188,11 +189,13 @@ def earlier(name: str, place: Place) -> list[str]:
 
 
 def _folder(key: str, source: str) -> Path:
-    """Where the model from outside lies that a stage's `key` names; of an LLM or Llava of the hub,
-    what says which it is."""
+    """Where the model from outside lies that a stage's `key` names, of a run the result that is
+    meant; of an LLM or Llava of the hub, what says which it is."""
     if key == "start":
         return facts_folder(talking_source(source))
-    return facts_folder(llm_source(source)) if key in ("llm", "tokenizer") else locate(source)
+    if key in ("llm", "tokenizer"):
+        return facts_folder(llm_source(source))
+    return pretrained_folder(locate(source)) if key == "tower" else locate(source)
 
 
 def _digest(source: str, folder: Path) -> str | dict[str, str]:
