@@ -1,5 +1,6 @@
 """The run folder: taken up where it was left, to the bit; never mixed with another recipe."""
 
+import hashlib
 import json
 import shutil
 import signal
@@ -20,10 +21,11 @@ from aimv2_mllm.model import hub
 from aimv2_mllm.model.llms import TINY_LLM, load_llm, load_tokenizer, sizes_of
 from aimv2_mllm.model.mllm import llava_config
 from aimv2_mllm.planning.problems import find_problems
-from aimv2_mllm.recipe.schema import dump_recipe
+from aimv2_mllm.recipe.schema import deciding, dump_recipe
 from aimv2_mllm.stages import run as runs
 from aimv2_mllm.stages import run_folder
 from aimv2_mllm.stages.job import Place
+from aimv2_mllm.stages.table import inputs
 
 STAGES = ("pretrain", "align", "tune")
 
@@ -163,6 +165,58 @@ def test_a_run_as_tower_counts_by_its_encoder_and_not_by_its_report(
     save_file(weights, tower / "pretrain" / "model" / "model.safetensors")
     with pytest.raises(UsageError, match="made from another LLM, tower or stage"):
         runs.run(recipe, lambda _: None)
+
+
+def test_a_stage_is_made_from_those_alone_that_it_names(tiny_run: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_run, tmp_path / "run")
+    recipe = tiny_recipe(folder)
+    stages = {"pretrain": recipe.stages["pretrain"], "aside": recipe.stages["pretrain"]}
+    place = Place(recipe.model_copy(update={"stages": {**stages, **recipe.stages}}), folder)
+    aside = {"files": {"model.safetensors": "another"}, "licence": "apple-amlr", "origins": []}
+    (folder / "aside" / "model").mkdir(parents=True)
+    (folder / "aside" / "model" / "stage.json").write_text(json.dumps(aside))
+    for name in ("align", "tune"):
+        assert list(place.recipe.stages).index(name) > 1
+        assert run_folder.to_train(name, place) is None
+        assert run_folder.lineage(name, place)["licence"] == "Apache-2.0"
+
+
+def as_once(name: str, place: Place) -> str:
+    """The fingerprint as it was taken of all stages before, with when a stage is told of too."""
+    stage, before = place.recipe.stages[name], []
+    for other in place.recipe.stages:
+        if other == name:
+            break
+        before.append(place.record(other)["files"])
+    own = deciding(stage.model_dump(mode="json"))
+    own["train"]["log_every"], own["data"]["max_skipped"] = stage.train.log_every, 0.05
+    named = inputs(stage, place).items()
+    outside = [run_folder._digest(one, run_folder._folder(key, one)) for key, one in named]
+    text = json.dumps([name, place.recipe.seed, own, before, outside], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def test_what_was_made_when_more_counted_is_known_again(tiny_run: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_run, tmp_path / "run")
+    place = Place(tiny_recipe(folder), folder)
+    for name in STAGES:
+        made = {**record(folder, name), "fingerprint": as_once(name, place)}
+        assert made["fingerprint"] != record(folder, name)["fingerprint"]
+        (folder / name / "model" / "stage.json").write_text(json.dumps(made))
+    others = [f"stages.{name}.{key}" for name in STAGES for key in ("train.log_every=7",
+              "data.max_skipped=0.5")]  # fmt: skip
+    said: list[str] = []
+    runs.run(tiny_recipe(folder, *others), said.append)
+    assert [line.split(",")[0] for line in said] == [f"stage {name}: finished" for name in STAGES]
+    # A checkpoint does not say more of its recipe than this.
+    shutil.rmtree(folder / "tune" / "model")
+    for path in folder.glob("tune/checkpoints/step-*/state.json"):
+        state = json.loads(path.read_text())
+        state["fingerprint"] = as_once("tune", place) + state["fingerprint"][16:]
+        path.write_text(json.dumps(state))
+    runs.run(tiny_recipe(folder), said.append)
+    assert "continuing from step 3" in said
+    assert files(folder, "tune") == files(tiny_run, "tune")
 
 
 def test_an_llm_of_the_hub_is_told_by_commit_and_licence_and_stays_the_same_in_a_run(
