@@ -4,7 +4,9 @@ Refuses folders that are neither, finds in a run the model that talks, and says 
 from and under what licence.
 """
 
+import hashlib
 import json
+from collections.abc import Mapping
 from os.path import isdir, isfile  # pathlib's raise on a name that is too long or out of reach
 from pathlib import Path
 from typing import Any
@@ -156,6 +158,11 @@ def stage_record(folder: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise UsageError(f"{path}: is not a stage's record ({error!r}); {GIVE}") from None
+
+
+def digest_of(record: Mapping[str, Any]) -> str:
+    """What tells the result that a stage's `record` is of from others: a digest of its files."""
+    return hashlib.sha256(json.dumps(record["files"]).encode()).hexdigest()
 
 
 def licence_of(folder: Path) -> str | None:

@@ -196,6 +196,11 @@ def test_values_may_stand_among_flags(verb: str) -> None:
     assert parse(["demo", "a", "--port", "80", "b"]).models == ["a", "b"]
 
 
+def test_values_may_stand_behind_what_a_comparison_varies() -> None:
+    args = parse(["compare", "tiny.yaml", "seed=1", "--vary", "tower=a,b", "name=a", "--jobs", "2"])
+    assert (args.overrides, args.vary) == (["seed=1", "name=a"], ["tower=a,b"])
+
+
 def test_mistakes_among_flags_are_one_line(refused: Refused) -> None:
     said = refused("run", "tiny.yaml", "--dry-run", "stages.words.train.step=3")
     assert "did you mean steps?" in said

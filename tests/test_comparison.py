@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -122,6 +123,19 @@ def test_features_are_kept_where_pictures_have_an_end(tmp_path: Path) -> None:
     align, tune = (made.cells[0].recipe.stages[name].data for name in ("align", "tune"))
     assert align.features.folder == str(tmp_path / "features")  # type: ignore[union-attr]
     assert tune.features is None  # type: ignore[union-attr]
+    native = (photos, "stages.align.data.image_aspect=native")
+    align = grid(tmp_path, "connector=linear,mlp", overrides=native).cells[0].recipe.stages["align"]
+    assert align.data.features is None  # squares alone are kept
+
+
+def test_the_connector_of_a_tune_stage_that_says_none_varies_too(tmp_path: Path) -> None:
+    plain = yaml.safe_load(Path(RECIPE).read_text())
+    del plain["stages"]["align"]
+    plain["stages"]["tune"] |= {"start": None, "tower": "both", "llm": "tiny_llm"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
+    made = grid_of(str(tmp_path / "recipe.yaml"), (), ["connector=linear,mlp"], 1, tmp_path)
+    tunes = [cell.recipe.stages["tune"] for cell in made.cells]
+    assert [tune.connector.name for tune in tunes] == ["linear", "mlp"]  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
@@ -509,6 +523,11 @@ def test_what_is_made_of_another_tower_behind_the_same_path_is_to_be_made_anew(
     assert to_do(made) == []
     assert to_do(made, "other") == [made.named(cell.values) for cell in made.cells]
     (tower / "config.json").write_text('{"other": 1}')
+    assert to_do(made) == [made.named((str(tower),))]
+    (tower / "see" / "model").mkdir(parents=True)  # a run, whose result counts
+    note_done(made)
+    assert to_do(made) == []
+    (tower / "see" / "model" / "config.json").write_text("{}")
     assert to_do(made) == [made.named((str(tower),))]
 
 

@@ -113,13 +113,15 @@ def test_unusable_rows_are_in_the_metrics_and_too_many_end_the_run(corpus: Path)
     said = lines(corpus / "few")
     assert said[-1]["skipped_undecodable"] >= 3
     assert said[-1]["samples"] == 24
-    longer = ("train.steps=60", "train.checkpoint_every=60", "train.log_every=60")
+    longer = ("train.steps=60", "train.checkpoint_every=20", "train.log_every=60")
     with pytest.raises(RunFailed) as error:
         run(corpus, "many", *longer)
     message = str(error.value)
     assert "undecodable), more than the 5.0% that data.max_skipped allows, such as" in message
     assert "a-002.tar, row " in message
     assert "is not a picture" in message
+    more = run(corpus, "many", *longer[:2], "train.log_every=25", "data.max_skipped=0.5")
+    assert "continuing from step 20" in more
 
 
 def test_a_missing_corpus_is_told_before_anything_is_trained(

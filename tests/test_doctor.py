@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import RECIPES
 from test_talks import llava_row, written
+from tiny_towers import saved
 from torch import nn
 
 from aimv2_mllm import __main__ as cli
@@ -120,6 +121,27 @@ def test_weights_that_are_no_numbers_are_a_problem(tmp_path: Path) -> None:
     assert problem.startswith("stages.align.tower: the vision tower from")
     assert "not finite" in problem
     assert "strictly loaded" not in said
+
+
+def tuned(folder: Path, **base: str) -> Recipe:
+    """A recipe that tunes what `base` names, on the embedded world."""
+    stages = {"tune": {"kind": "tune", "train": TRAIN, **base}}
+    return Recipe.model_validate({"name": "doctor", "output": folder / "run", "stages": stages})
+
+
+def test_a_tune_stage_may_begin_with_a_tower_of_another_family(tmp_path: Path) -> None:
+    saved("siglip", tmp_path / "tower")
+    said, problems = examined(tuned(tmp_path, tower=str(tmp_path / "tower"), llm="tiny_llm"))
+    assert not problems
+    assert "finite, strictly loaded from" in said
+
+
+def test_a_tune_stage_may_start_from_a_run(tiny_run: Path, tmp_path: Path) -> None:
+    said, problems = examined(tuned(tmp_path, start=str(tiny_run)))
+    assert not problems
+    assert "LoRA: 28 modules, none in the vision tower" in said
+    _, [problem] = examined(tuned(tmp_path, start=str(tiny_run / "pretrain")))
+    assert problem.startswith("stages.tune.start: ")
 
 
 def test_a_damaged_picture_is_told_beside_what_else_is_sound(tmp_path: Path) -> None:

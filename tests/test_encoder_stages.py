@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from conftest import tiny_recipe
 
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.model.lit_weights import load_lit
+from aimv2_mllm.model.preprocessing import Preprocessing
 from aimv2_mllm.model.weights import load_encoder, resize_positions
+from aimv2_mllm.planning.problems import find_problems
 from aimv2_mllm.recipe.schema import Recipe
 from aimv2_mllm.stages.job import Job, Place
 from aimv2_mllm.stages.run import run
@@ -85,19 +88,47 @@ def test_positions_are_resized_for_another_image_size(tiny_run: Path, tmp_path: 
     [
         ({"encoder": {"size": "aimv2_base", "image_size": 56}}, "another encoder than aimv2_base"),
         ({"decoder": {**DECODER, "num_hidden_layers": 3}}, "num_hidden_layers 2 instead of 3"),
+        ({"decoder": {**DECODER, "hidden_size": 64}}, "hidden_size 128 instead of 64"),
     ],
 )
 def test_weights_of_another_size_are_refused(
     tiny_run: Path, tmp_path: Path, keys: dict[str, Any], words: str
 ) -> None:
     folder = str(tiny_run / "pretrain" / "model")
+    wrong = pretrain(tmp_path, start={"encoder": folder, "decoder": folder}, **keys)
     with pytest.raises(UsageError, match=words):
-        built(pretrain(tmp_path, start={"encoder": folder, "decoder": folder}, **keys))
+        built(wrong)
+    # As early as that, and in a plan, where nothing is read.
+    with pytest.raises(UsageError, match=f"stage next: .*{words}"):
+        check_inputs(wrong)
+    [problem] = find_problems(wrong, 1)
+    assert words in problem.text
 
 
 def test_a_start_that_is_not_there_is_told_before_anything_is_trained(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="stage next: "):
         check_inputs(pretrain(tmp_path, start={"encoder": "./nowhere/at/all"}))
+
+
+def test_what_a_stage_starts_from_is_read_to_its_last_file_before_anything_is_trained(
+    tiny_run: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_run / "pretrain" / "model", tmp_path / "model")
+    on = pretrain(tmp_path, start={"encoder": str(folder), "decoder": str(folder)})
+    beside = lit(tiny_run, tmp_path, tower=str(folder))
+    for place in (on, beside):
+        check_inputs(place)
+        assert find_problems(place, 1) == []
+    cut = (folder / "decoder.safetensors").read_bytes()[:-4]
+    (folder / "decoder.safetensors").write_bytes(cut)
+    (folder / "preprocessor_config.json").unlink()
+    with pytest.raises(UsageError, match=r"stage next: .*preprocessor_config.json"):
+        check_inputs(beside)
+    Preprocessing(56).save(folder)
+    with pytest.raises(UsageError, match=r"stage next: .* is no decoder of a pretrain stage"):
+        check_inputs(on)
+    [problem] = find_problems(on, 1)
+    assert problem.key == "stages.next.start.decoder"
 
 
 def test_full_prefixes_hide_nothing_and_uniform_ones_something(tmp_path: Path) -> None:
@@ -114,8 +145,8 @@ def lit(tiny_run: Path, folder: Path, **keys: Any) -> Place:
         "num_attention_heads": 2,
         "max_position_embeddings": 65,
     }
-    tower = str(tiny_run / "pretrain" / "model")
-    return place(folder, kind="lit", tower=tower, text=text, projection_dim=24, **keys)
+    keys = {"tower": str(tiny_run / "pretrain" / "model"), **keys}
+    return place(folder, kind="lit", text=text, projection_dim=24, **keys)
 
 
 def test_lit_trains_all_but_the_tower(tiny_run: Path, tmp_path: Path) -> None:

@@ -18,8 +18,9 @@ from transformers import LlavaForConditionalGeneration
 from aimv2_mllm import __main__ as command
 from aimv2_mllm import disk
 from aimv2_mllm.export import answers, verify, writing
-from aimv2_mllm.export.card import front_matter
-from aimv2_mllm.export.source import talking
+from aimv2_mllm.export.card import front_matter, write_card
+from aimv2_mllm.export.source import ExportSource, seeing, talking
+from aimv2_mllm.folders import digest_of, stage_record
 from aimv2_mllm.model import foreign
 
 Said = Callable[..., tuple[int, str, str]]
@@ -224,6 +225,28 @@ def test_a_card_names_what_went_in_and_nothing_of_this_machine(
     for file in exported.iterdir():
         if file.suffix in (".json", ".md"):
             assert str(tiny_run.parent) not in file.read_text(), file
+
+
+def test_a_card_has_the_scores_of_what_is_exported_and_of_no_other(
+    tiny_run: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    results = {name: digest_of(stage_record(run / name / "model")) for name in
+               ("pretrain", "align", "tune")}  # fmt: skip
+
+    def card(source: ExportSource, **more: str) -> str:
+        numbers = {"vqa_accuracy": 0.5, "made_from": {"results": results}}
+        (run / "summary.json").write_text(json.dumps(numbers))
+        told = {"made_by": "us", "min_transformers": "5.18", **more}
+        write_card(tmp_path, source, told, name="mine")
+        return (tmp_path / "README.md").read_text()
+
+    assert "| vqa_accuracy | 0.5 |" in card(talking(str(run)), format="llava")
+    assert "vqa_accuracy" not in card(talking(str(run / "align" / "model")), format="llava")
+    for folder in (run, run / "tune" / "model"):
+        assert "vqa_accuracy" not in card(seeing(str(folder)), format="encoder", layout="original")
+    results["tune"] = "another"  # than is there by now
+    assert "vqa_accuracy" not in card(talking(str(run)), format="llava")
 
 
 def test_apples_licence_goes_along_where_its_weights_went_in(

@@ -128,6 +128,21 @@ def test_a_finished_run_is_not_judged_again(
     assert [line for line in said if line.startswith("report: finished")] == said != []
 
 
+def test_a_finished_run_that_is_to_be_asked_more_is_only_judged_anew(
+    place: Place, findings: summary.Findings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "evaluate", lambda where, _: judged.append(where) or findings)
+    judged: list[Place] = []
+    for questions in (QUESTIONS, QUESTIONS, QUESTIONS + 1):
+        asked = place.recipe.evaluation.model_copy(update={"questions": questions})
+        words = {"output": place.folder, "evaluation": asked}
+        said: list[str] = []
+        run(place.recipe.model_copy(update=words), said.append)
+        assert [line for line in said if ": training" in line] == []
+    assert [one.recipe.evaluation.questions for one in judged] == [QUESTIONS, QUESTIONS + 1]
+    assert numbers(place)["made_from"]["evaluation"]["questions"] == QUESTIONS + 1
+
+
 @pytest.mark.parametrize("change", ["no summary", "no page", "questions", "result", "cut off"])
 def test_a_run_is_judged_again_when_what_it_was_judged_by_changed(
     finished: Place, findings: summary.Findings, place: Place, change: str,

@@ -1,5 +1,6 @@
 """The run folder: taken up where it was left, to the bit; never mixed with another recipe."""
 
+import hashlib
 import json
 import shutil
 import signal
@@ -12,15 +13,19 @@ from typing import Any
 
 import pytest
 from conftest import tiny_recipe
+from safetensors.torch import load_file, save_file
 
 from aimv2_mllm.engine.metrics import TIMED_FIELDS
 from aimv2_mllm.errors import RunFailed, UsageError
 from aimv2_mllm.model import hub
 from aimv2_mllm.model.llms import TINY_LLM, load_llm, load_tokenizer, sizes_of
 from aimv2_mllm.model.mllm import llava_config
-from aimv2_mllm.recipe.schema import dump_recipe
+from aimv2_mllm.planning.problems import find_problems
+from aimv2_mllm.recipe.schema import deciding, dump_recipe
 from aimv2_mllm.stages import run as runs
 from aimv2_mllm.stages import run_folder
+from aimv2_mllm.stages.job import Place
+from aimv2_mllm.stages.table import inputs
 
 STAGES = ("pretrain", "align", "tune")
 
@@ -139,6 +144,79 @@ def test_a_stage_made_from_another_llm_is_refused(
     monkeypatch.setattr(run_folder, "_digest", lambda *_: "another")
     with pytest.raises(UsageError, match="made from another LLM, tower or stage"):
         runs.run(tiny_recipe(tiny_run), lambda _: None)
+
+
+def test_a_run_as_tower_counts_by_its_encoder_and_not_by_its_report(
+    tiny_run: Path, tmp_path: Path
+) -> None:
+    tower = shutil.copytree(tiny_run, tmp_path / "tower")
+    recipe = tiny_recipe(tmp_path / "run", f"stages.align.tower={tower}")
+    recipe = recipe.model_copy(update={"stages": {"align": recipe.stages["align"]}})
+    assert find_problems(Place(recipe, recipe.output), 1) == []
+    runs.run(recipe, lambda _: None)
+    assert record(tmp_path / "run", "align")["licence"] == "Apache-2.0"
+    assert files(tmp_path / "run", "align") == files(tiny_run, "align")
+    (tower / "report.md").write_text("judged again")
+    said: list[str] = []
+    runs.run(recipe, said.append)
+    assert [line.split(",")[0] for line in said] == ["stage align: finished"]
+    weights = load_file(tower / "pretrain" / "model" / "model.safetensors")
+    next(iter(weights.values())).add_(1)
+    save_file(weights, tower / "pretrain" / "model" / "model.safetensors")
+    with pytest.raises(UsageError, match="made from another LLM, tower or stage"):
+        runs.run(recipe, lambda _: None)
+
+
+def test_a_stage_is_made_from_those_alone_that_it_names(tiny_run: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_run, tmp_path / "run")
+    recipe = tiny_recipe(folder)
+    stages = {"pretrain": recipe.stages["pretrain"], "aside": recipe.stages["pretrain"]}
+    place = Place(recipe.model_copy(update={"stages": {**stages, **recipe.stages}}), folder)
+    aside = {"files": {"model.safetensors": "another"}, "licence": "apple-amlr", "origins": []}
+    (folder / "aside" / "model").mkdir(parents=True)
+    (folder / "aside" / "model" / "stage.json").write_text(json.dumps(aside))
+    for name in ("align", "tune"):
+        assert list(place.recipe.stages).index(name) > 1
+        assert run_folder.to_train(name, place) is None
+        assert run_folder.lineage(name, place)["licence"] == "Apache-2.0"
+
+
+def as_once(name: str, place: Place) -> str:
+    """The fingerprint as it was taken of all stages before, with when a stage is told of too."""
+    stage, before = place.recipe.stages[name], []
+    for other in place.recipe.stages:
+        if other == name:
+            break
+        before.append(place.record(other)["files"])
+    own = deciding(stage.model_dump(mode="json"))
+    own["train"]["log_every"], own["data"]["max_skipped"] = stage.train.log_every, 0.05
+    named = inputs(stage, place).items()
+    outside = [run_folder._digest(one, run_folder._folder(key, one)) for key, one in named]
+    text = json.dumps([name, place.recipe.seed, own, before, outside], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def test_what_was_made_when_more_counted_is_known_again(tiny_run: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_run, tmp_path / "run")
+    place = Place(tiny_recipe(folder), folder)
+    for name in STAGES:
+        made = {**record(folder, name), "fingerprint": as_once(name, place)}
+        assert made["fingerprint"] != record(folder, name)["fingerprint"]
+        (folder / name / "model" / "stage.json").write_text(json.dumps(made))
+    others = [f"stages.{name}.{key}" for name in STAGES for key in ("train.log_every=7",
+              "data.max_skipped=0.5")]  # fmt: skip
+    said: list[str] = []
+    runs.run(tiny_recipe(folder, *others), said.append)
+    assert [line.split(",")[0] for line in said] == [f"stage {name}: finished" for name in STAGES]
+    # A checkpoint does not say more of its recipe than this.
+    shutil.rmtree(folder / "tune" / "model")
+    for path in folder.glob("tune/checkpoints/step-*/state.json"):
+        state = json.loads(path.read_text())
+        state["fingerprint"] = as_once("tune", place) + state["fingerprint"][16:]
+        path.write_text(json.dumps(state))
+    runs.run(tiny_recipe(folder), said.append)
+    assert "continuing from step 3" in said
+    assert files(folder, "tune") == files(tiny_run, "tune")
 
 
 def test_an_llm_of_the_hub_is_told_by_commit_and_licence_and_stays_the_same_in_a_run(

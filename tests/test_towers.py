@@ -237,6 +237,21 @@ def test_our_own_encoder_is_a_tower(tmp_path: Path) -> None:
     torch.testing.assert_close(tower(pixels), encoder(pixels))
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="tells what is mapped")
+@pytest.mark.parametrize("kind", ["aimv2", "siglip"])
+def test_a_loaded_tower_lies_in_its_file_of_which_nothing_was_read(
+    kind: str, tmp_path: Path
+) -> None:
+    # So that a run's checks may load it on every rank before anything is trained.
+    ours(tmp_path) if kind == "aimv2" else saved(kind, tmp_path)
+    tower = load_tower(tmp_path)
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    file = str(tmp_path / "model.safetensors")
+    mapped = [[int(end, 16) for end in line[0].split("-")] for line in lines if line[-1] == file]
+    for name, parameter in tower.module.named_parameters():
+        assert any(low <= parameter.data_ptr() < high for low, high in mapped), name
+
+
 @pytest.mark.parametrize("native", [False, True])
 def test_our_own_encoder_can_look_at_another_size(native: bool, tmp_path: Path) -> None:
     ours(tmp_path, native)

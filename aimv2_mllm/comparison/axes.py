@@ -89,8 +89,10 @@ def _split(text: str) -> Iterator[str]:
 
 
 def _stage_with(key: str, base: Recipe, word: str) -> str:
-    """The name of the first stage that talks and has the key."""
+    """The name of the first stage that talks and has the key: a connector where it has a tower, for
+    it has the default one if none is said."""
+    has = "tower" if key == "connector" else key
     for name, stage in base.stages.items():
-        if stage.kind in TALKING and getattr(stage, key, None) is not None:
+        if stage.kind in TALKING and getattr(stage, has, None) is not None:
             return name
     raise UsageError(f"--vary {word}: no align or tune stage of the recipe has a {key}")

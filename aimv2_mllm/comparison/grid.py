@@ -17,7 +17,7 @@ from aimv2_mllm.errors import UsageError
 from aimv2_mllm.folders import TALKING
 from aimv2_mllm.recipe.data import HandwritingTalks
 from aimv2_mllm.recipe.file import load_recipe
-from aimv2_mllm.recipe.schema import Recipe, deciding
+from aimv2_mllm.recipe.schema import Recipe, deciding, made_from
 from aimv2_mllm.recipe.stages import REFERENCES
 
 MOST_RUNS = 1000
@@ -168,12 +168,8 @@ def _named(stage: Mapping[str, Any]) -> set[str]:
 
 def _needed(recipe: Recipe) -> set[str]:
     """The names of the last stage and of those that it is made from."""
-    stages = recipe.model_dump(mode="json")["stages"]
-    needed = {list(stages)[-1]}
-    for name in reversed(stages):  # what a stage names comes earlier
-        if name in needed:
-            needed |= _named(stages[name]) & stages.keys()
-    return needed
+    last = list(recipe.stages)[-1]
+    return {last, *made_from(recipe, last)}
 
 
 def _alike(recipes: Sequence[Recipe], sizes: Sequence[int | None]) -> list[str]:
@@ -221,6 +217,7 @@ def _keeps_features(stage: Mapping[str, Any]) -> bool:
         stage["kind"] in TALKING
         and not stage.get("tower_blocks")
         and stage["data"]["features"] is None
+        and stage["data"]["image_aspect"] != "native"
         and all(source["kind"] != handwriting for source in stage["data"]["sources"])
     )
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from aimv2_mllm.comparison.grid import Cell, Grid, Resized, models_of
 from aimv2_mllm.evaluation.answerers import digest
 from aimv2_mllm.evaluation.evaluate import RESULTS
+from aimv2_mllm.folders import RESULT
 from aimv2_mllm.recipe.schema import Recipe, dump_recipe
 
 DONE, ANSWERS = "done.json", "evaluation"
@@ -44,7 +45,10 @@ class Task:
         recipe = dump_recipe(self.recipe) if self.recipe else ""
         folders = [source for source in self.sources if "/" in source and Path(source).is_dir()]
         models = [(source, digest(Path(source))) for source in folders]
-        said = [words, recipe, self.asked, *models]
+        inside = [
+            result for source in folders for result in sorted(Path(source).glob(f"*/{RESULT}"))
+        ]
+        said = [words, recipe, self.asked, *models, *map(digest, inside)]  # of a run, its results
         return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
     def is_done(self) -> bool:

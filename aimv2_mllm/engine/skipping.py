@@ -39,5 +39,6 @@ class Skipping:
         raise RunFailed(
             f"{left_out:,} of {tried:,} rows could not be used ({counts}), more than the"
             f" {self._most:.1%} that data.max_skipped allows, such as{examples}\n"
-            "mend or remove them, or allow more in a new run; the same command would end here again"
+            "allow more, with which the run goes on, or mend or remove them; the same command would"
+            " end here again"
         )

@@ -12,7 +12,14 @@ import yaml
 
 from aimv2_mllm.export.source import ExportSource
 from aimv2_mllm.export.usage import TITLES, usage
-from aimv2_mllm.folders import CARD_FILE, UNKNOWN, result_of, stage_record
+from aimv2_mllm.folders import (
+    CARD_FILE,
+    TALKING,
+    UNKNOWN,
+    digest_of,
+    result_of,
+    stage_record,
+)
 from aimv2_mllm.model.hub import HUB_ID
 
 # Licences that the hub knows by these words; any other is written out as license_name.
@@ -34,7 +41,7 @@ def write_card(folder: Path, source: ExportSource, told: Mapping[str, Any], *, n
     parts = [
         f"---\n{front}---\n\n# {name}",
         f"{TITLES[told['format']]} Made by {told['made_by']}.",
-        "\n\n".join(_stages(source)) or "How it was trained is not known here.",
+        "\n\n".join(_stages(source, told["format"])) or "How it was trained is not known here.",
         f"## How to use it\n\n{usage(name, told)}",
         f"## Licences\n\n{_licences(source)}",
     ]
@@ -60,8 +67,9 @@ def front_matter(source: ExportSource, told: Mapping[str, Any]) -> dict[str, Any
     }
 
 
-def _stages(source: ExportSource) -> list[str]:
-    """A chapter for each stage of the run up to what is exported: data, figures, recipe."""
+def _stages(source: ExportSource, format_: str) -> list[str]:
+    """A chapter for each stage of the run that what is exported was made by: data, figures, recipe;
+    and one for its evaluation."""
     found = []
     for record in _records(source):
         recipe, last = record["recipe"], record.get("last") or {}
@@ -74,7 +82,7 @@ def _stages(source: ExportSource) -> list[str]:
         lines.append(f"Figures: {figures}; {record.get('seconds', '?')} s.")
         lines.append(f"```yaml\n{yaml.safe_dump(_nameless(recipe), sort_keys=False)}```")
         found.append("\n\n".join(lines))
-    summary = _summary(source)
+    summary = _summary(source, format_)
     if summary:
         rows = "\n".join(f"| {key} | {value} |" for key, value in summary.items())
         found.append(f"## Evaluation of the run\n\n| measure | value |\n|---|---|\n{rows}")
@@ -82,12 +90,12 @@ def _stages(source: ExportSource) -> list[str]:
 
 
 def _records(source: ExportSource) -> list[dict[str, Any]]:
-    """The records of the run's stages up to the exported one; of a lone folder its own."""
+    """The records of the run's stages that the exported one was made from, and its own."""
     if source.run is None or not source.record:
         return [source.record] if "recipe" in source.record else []
     raw = yaml.safe_load((source.run / "recipe.yaml").read_text(encoding="utf-8"))
-    names = list(raw["stages"])
-    names = names[: names.index(source.record["stage"]) + 1]
+    made_by = {*source.record.get("parents", []), source.record["stage"]}
+    names = [name for name in raw["stages"] if name in made_by]
     records = [stage_record(result_of(source.run, name)) for name in names]
     return [record for record in records if "recipe" in record]
 
@@ -115,12 +123,19 @@ def _nameless(value: Any) -> Any:
     return PurePath(value).name if is_path else value
 
 
-def _summary(source: ExportSource) -> dict[str, Any]:
-    """The plain numbers of the run's evaluation, if there is one and it is of what is exported."""
+def _summary(source: ExportSource, format_: str) -> dict[str, Any]:
+    """The plain numbers of the run's evaluation, if there is one and it is of what is exported: the
+    result of the run's last stage, and no encoder out of a model that talks."""
     path = None if source.run is None else source.run / "summary.json"
-    if path is None or not isfile(path):
+    if path is None or not isfile(path) or "files" not in source.record:
+        return {}
+    record = source.record
+    if format_ == "encoder" and record["kind"] in TALKING:
         return {}
     numbers = json.loads(path.read_text(encoding="utf-8"))
+    judged = list(numbers.get("made_from", {}).get("results", {}).items())
+    if judged[-1:] != [(record["stage"], digest_of(record))]:
+        return {}
     return {
         key: round(value, 4)
         for key, value in numbers.items()

@@ -25,7 +25,6 @@ ACCELERATORS = (
     "rtx3090",
 )  # fmt: skip
 FORMATS = ("llava", "adapter", "original-llava", "encoder")
-MANY = {"run": "overrides", "doctor": "overrides", "demo": "models"}  # what may be given many times
 LAYOUTS = ("original", "transformers", "timm")
 
 
@@ -66,7 +65,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """
     parser = build_parser()
     args, left = parser.parse_known_args(argv)
-    many = MANY.get(args.verb)
+    many = getattr(args, "many", None)
     while many is not None and left and not left[0].startswith("-"):
         getattr(args, many).append(left.pop(0))
     if left:
@@ -161,6 +160,7 @@ def _add_demo(verbs: Any) -> None:
         nargs="*",
         help="run folders, or folders with a Llava (runs/quickstart)",
     )
+    words.set_defaults(many="models")
     words.add_argument(
         "--host", metavar="ADDRESS", default="127.0.0.1", help="where to listen (127.0.0.1)"
     )

@@ -46,7 +46,7 @@ def setting(flag: str, kind: type[int] | type[float]) -> Callable[[str], Any]:
 
 
 def add_recipe(words: argparse.ArgumentParser) -> None:
-    """Add what names a recipe, and the words that override it."""
+    """Add what names a recipe, and the words that override it, of which there may be `many`."""
     words.add_argument("recipe", metavar="RECIPE", help="a YAML file, see recipes/")
     words.add_argument(
         "overrides",
@@ -54,3 +54,4 @@ def add_recipe(words: argparse.ArgumentParser) -> None:
         nargs="*",
         help="replaces a value, as in stages.tune.train.steps=100 or output=FOLDER",
     )
+    words.set_defaults(many="overrides")

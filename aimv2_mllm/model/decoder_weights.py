@@ -43,9 +43,8 @@ def read_decoder(folder: Path) -> tuple[DecoderConfig, dict[str, Tensor]]:
 
 
 def load_decoder(model: AIMv2ForPreTraining, folder: Path) -> None:
-    """Put the decoder in `folder` into `model`; UsageError where it is another one."""
-    if shapes_only():
-        return
+    """Put the decoder in `folder` into `model`; UsageError where it is another one. A model on the
+    meta device is told apart too, and no weight is read for it."""
     config, weights = read_decoder(folder)
     if config != model.decoder_config:
         was, now = asdict(config), asdict(model.decoder_config)
@@ -54,7 +53,8 @@ def load_decoder(model: AIMv2ForPreTraining, folder: Path) -> None:
         )
         raise UsageError(f"{folder / DECODER_FILE} is another decoder: it has {odd}")
     own = {k: v for k, v in model.state_dict().items() if k.startswith(ENCODER)}
+    is_sketch = model.start.is_meta
     try:
-        model.load_state_dict({**weights, **own}, strict=True)
+        model.load_state_dict({**weights, **own}, strict=True, assign=is_sketch)
     except RuntimeError as error:
         raise UsageError(f"{folder / DECODER_FILE} does not fit the encoder: {error}") from error

@@ -16,7 +16,7 @@ from aimv2_mllm.data.batches import CaptionBatches
 from aimv2_mllm.data.talk_batches import TalkBatches
 from aimv2_mllm.errors import RunFailed, UsageError
 from aimv2_mllm.files import sha256
-from aimv2_mllm.folders import pretrained_folder
+from aimv2_mllm.folders import TALKING, pretrained_folder
 from aimv2_mllm.formats import part_row
 from aimv2_mllm.model.hub import commit_of, locate
 from aimv2_mllm.model.mllm import connector_inputs
@@ -82,8 +82,8 @@ def _examine_weights(name: str, stage: Stage, place: Place, report: Report) -> N
         return
     source = place.source(value)
     try:
-        # As the stage itself does.
-        tower = load_tower(source) if stage.kind == "align" else load_encoder(source)
+        # As the stage itself does: what talks takes towers of any family.
+        tower = load_tower(source) if stage.kind in TALKING else load_encoder(source)
         network: nn.Module = getattr(tower, "module", tower)
         demand_finite(network, source)
         told = _told(source)

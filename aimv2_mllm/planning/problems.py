@@ -4,11 +4,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from os.path import isdir
+from pathlib import Path
 from typing import Any
 
 from aimv2_mllm.engine.trackers import require
 from aimv2_mllm.errors import RunFailed, UsageError
+from aimv2_mllm.folders import pretrained_folder, talking_source
 from aimv2_mllm.model import llms, mllm
+from aimv2_mllm.model.decoder_weights import read_decoder
 from aimv2_mllm.model.hub import locate
 from aimv2_mllm.model.shapes import only_shapes
 from aimv2_mllm.model.shards import weight_files
@@ -77,13 +80,19 @@ def _models(here: str, stage: Stage, place: Place) -> Iterator[Problem]:
         elif key == "tokenizer":
             yield from _tried(f"{here}.{key}", partial(llms.load_tokenizer, value, talks=False))
         elif key == "start":
-            yield from _tried(f"{here}.{key}", partial(mllm.llava_config, value))
+            yield from _tried(f"{here}.{key}", partial(_llava, value))
+        elif key == "start.decoder":
+            yield from _tried(f"{here}.{key}", partial(read_decoder, Path(value)))
         else:
             yield from _tried(f"{here}.{key}", partial(_weights, value))
+
+
+def _llava(source: str) -> None:
+    mllm.llava_config(talking_source(source))
 
 
 def _weights(source: str) -> None:
     with only_shapes():
         folder = locate(source)
-    if isdir(source) and not (folder / "decoder.safetensors").is_file():
-        weight_files(folder)
+    if isdir(source):
+        weight_files(pretrained_folder(folder))

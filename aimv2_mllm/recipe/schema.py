@@ -15,10 +15,11 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from aimv2_mllm.errors import nearest, show
-from aimv2_mllm.recipe.stages import REFERENCES, Stage
+from aimv2_mllm.recipe.stages import REFERENCES, Stage, references
 from aimv2_mllm.recipe.types import Count, FolderName, Section, Seed
 
-# Keys of a stage's sections that say how and not what is computed: a run may go on under others.
+# Keys of a stage's sections that say how and not what is computed, when it is told, and when it is
+# given up: a run may go on under others.
 EXECUTION_KEYS = {
     "train": frozenset(
         {
@@ -28,13 +29,16 @@ EXECUTION_KEYS = {
             "strategy",
             "activation_checkpointing",
             "compile",
+            "log_every",
             "checkpoint_every",
             "keep_checkpoints",
             "trackers",
         }
     ),
-    "data": frozenset({"workers", "cache", "cache_gib", "features"}),
+    "data": frozenset({"workers", "cache", "cache_gib", "features", "max_skipped"}),
 }
+# Those of them that counted once: fingerprints of then are known again (`stages.run_folder`).
+ONCE_DECIDING = {"train": ("log_every",), "data": ("max_skipped",)}
 
 Place = tuple[str, ...]  # the keys that lead to a value, outermost first
 Mistake = tuple[Place, str]
@@ -74,6 +78,16 @@ class Recipe(Section):
         return self
 
 
+def made_from(recipe: Recipe, name: str) -> list[str]:
+    """The names of the stages that the one called `name` is made from, itself or by way of others,
+    in their order."""
+    needed = {name}
+    for other, stage in reversed(recipe.stages.items()):  # what a stage names comes earlier
+        if other in needed:
+            needed |= {*references(stage).values()}
+    return [other for other in recipe.stages if other in needed - {name}]
+
+
 def dump_recipe(recipe: Recipe) -> str:
     """Return the recipe as YAML, every default written out; `load_recipe` reads it back equal."""
     plain = recipe.model_dump(mode="json")
@@ -84,7 +98,8 @@ def changed_keys(old: Recipe | Mapping[str, Any], new: Recipe) -> list[str]:
     """Return what differs, a line per key: `key: old -> new`, `key: added new`, `key: removed old`.
 
     A mapping that is a valid recipe counts with its defaults; another is compared as it stands.
-    Where the run folder lies and how it is computed (`EXECUTION_KEYS`) is no difference.
+    Where the run folder lies, how it is computed (`EXECUTION_KEYS`) and how the result is judged,
+    which can be done anew, is no difference.
     """
     if not isinstance(old, Recipe):
         # not a recipe: written by another version
@@ -92,8 +107,7 @@ def changed_keys(old: Recipe | Mapping[str, Any], new: Recipe) -> list[str]:
             old = Recipe.model_validate(old)
     plain = old.model_dump(mode="json") if isinstance(old, Recipe) else old
     before, after = (
-        dict(_leaves({**recipe, "output": None, "stages": _deciding_of_each(recipe)}))
-        for recipe in (plain, new.model_dump(mode="json"))
+        dict(_leaves(_deciding_of_all(recipe))) for recipe in (plain, new.model_dump(mode="json"))
     )
     lines = []
     for key, value in after.items():
@@ -130,11 +144,11 @@ def _without(plain: Any, keys: Set[str]) -> Any:
     return [_without(value, keys) for value in plain] if isinstance(plain, list) else plain
 
 
-def _deciding_of_each(recipe: Mapping[str, Any]) -> Any:
+def _deciding_of_all(recipe: Mapping[str, Any]) -> dict[str, Any]:
     stages = recipe.get("stages")
-    if not isinstance(stages, Mapping):
-        return stages
-    return {n: deciding(s) if isinstance(s, Mapping) else s for n, s in stages.items()}
+    if isinstance(stages, Mapping):
+        stages = {n: deciding(s) if isinstance(s, Mapping) else s for n, s in stages.items()}
+    return {**recipe, "output": None, "evaluation": None, "stages": stages}
 
 
 def reference_mistakes(stages: Any) -> Iterator[Mistake]:

@@ -3,7 +3,6 @@
 Owns when a run is judged again and that its report is whole or not there.
 """
 
-import hashlib
 import json
 import re
 import shutil
@@ -15,6 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from aimv2_mllm.disk import write_synced
 from aimv2_mllm.errors import RunFailed
 from aimv2_mllm.evaluation.summary import Findings, evaluate
+from aimv2_mllm.folders import digest_of
 from aimv2_mllm.narration import Narrate
 from aimv2_mllm.reports.page import describe, pictures
 from aimv2_mllm.stages.job import Place, versions
@@ -45,10 +45,7 @@ def write_report(place: Place, narrate: Narrate) -> None:
 def _made_from(place: Place) -> dict[str, Any]:
     """What decides the numbers: how they are taken, and the hashes of every stage's files."""
     assert place.recipe.evaluation is not None
-    results = {
-        name: hashlib.sha256(json.dumps(place.record(name)["files"]).encode()).hexdigest()
-        for name in place.recipe.stages
-    }
+    results = {name: digest_of(place.record(name)) for name in place.recipe.stages}
     return {"evaluation": place.recipe.evaluation.model_dump(mode="json"), "results": results}
 
 

@@ -14,7 +14,7 @@ import torch
 from aimv2_mllm.data.batches import CaptionBatches, caption_batches
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.model import llms
-from aimv2_mllm.model.decoder_weights import load_decoder, save_decoder
+from aimv2_mllm.model.decoder_weights import load_decoder, read_decoder, save_decoder
 from aimv2_mllm.model.encoder import SIZES, AIMv2Encoder, EncoderConfig
 from aimv2_mllm.model.hub import locate
 from aimv2_mllm.model.lit import AIMv2LiT, LiTConfig, TextConfig
@@ -43,7 +43,7 @@ def build_pretrain(stage: PretrainStage, place: Place) -> Job:
     tokenizer = llms.load_tokenizer(place.source(stage.tokenizer), talks=False)
     encoder, preprocessing, notes = _encoder(stage, place)
     sizes = DecoderConfig(**stage.decoder.model_dump(), vocab_size=len(tokenizer))
-    model = AIMv2ForPreTraining(encoder, sizes)
+    model = AIMv2ForPreTraining(encoder.float(), sizes)
     if stage.start.decoder is not None:
         load_decoder(model, Path(place.source(stage.start.decoder)))
 
@@ -71,18 +71,39 @@ def build_pretrain(stage: PretrainStage, place: Place) -> Job:
     return Job(model, parts, objective, batches, save, _facts(stage, batches, notes))
 
 
+def check_pretrain(stage: PretrainStage, place: Place) -> None:
+    """UsageError for weights or a tokenizer from outside that the stage cannot begin with."""
+    stages, start = place.recipe.stages, stage.start
+    if start.encoder is not None and start.encoder not in stages:
+        _encoder(stage, place)
+    num_words = None
+    if stage.tokenizer not in stages:
+        num_words = len(llms.load_tokenizer(stage.tokenizer, talks=False))
+    if start.decoder is not None and start.decoder not in stages:
+        folder = Path(start.decoder)
+        # A tokenizer that is not made yet may have as many words.
+        num_words = num_words or read_decoder(folder)[0].vocab_size
+        sizes = DecoderConfig(**stage.decoder.model_dump(), vocab_size=num_words)
+        with torch.device("meta"):
+            model = AIMv2ForPreTraining(AIMv2Encoder(_config(stage)), sizes)
+        load_decoder(model, folder)
+
+
+def _config(stage: PretrainStage) -> EncoderConfig:
+    choice = stage.encoder
+    return EncoderConfig(**SIZES[choice.size], image_size=choice.image_size, native=choice.native)
+
+
 def _encoder(
     stage: PretrainStage, place: Place
 ) -> tuple[AIMv2Encoder, Preprocessing, Sequence[str]]:
     """The stage's encoder, new or with the weights it is to start from, how it takes pixels, and
     what of those weights was changed or left aside."""
-    choice = stage.encoder
-    config = EncoderConfig(**SIZES[choice.size], image_size=choice.image_size, native=choice.native)
+    choice, config = stage.encoder, _config(stage)
     if stage.start.encoder is None:
         return AIMv2Encoder(config), Preprocessing(choice.image_size, native=choice.native), ()
     folder = locate(place.source(stage.start.encoder))
     encoder, notes = read_encoder(folder, None if choice.native else choice.image_size)
-    encoder = encoder.float()
     # A native encoder takes any size: the one it was meant for is no difference.
     found = encoder.config
     if choice.native:
@@ -119,13 +140,12 @@ def _without_learned_positions(encoder: AIMv2Encoder) -> AIMv2Encoder:
 def build_lit(stage: LitStage, place: Place) -> Job:
     """A frozen encoder with a pooling head and a text tower, which are trained."""
     tokenizer = llms.load_tokenizer(place.source(stage.tokenizer), talks=False)
-    tower = locate(place.source(stage.tower))
-    encoder, preprocessing = load_encoder(tower).float(), Preprocessing.load(tower)
+    encoder, preprocessing = _tower(stage, place)
     text = TextConfig(
         **stage.text.model_dump(), vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id
     )
     model = AIMv2LiT(LiTConfig(encoder.config, text, stage.projection_dim))
-    state = model.image_encoder.state_dict() | encoder.state_dict()
+    state = model.image_encoder.state_dict() | encoder.float().state_dict()
     model.image_encoder.load_state_dict(state, strict=True)
     for frozen in (model.image_encoder.preprocessor, model.image_encoder.trunk):
         frozen.requires_grad_(False)
@@ -154,6 +174,20 @@ def build_lit(stage: LitStage, place: Place) -> Job:
     )
     objective: Any = ContrastiveObjective(tokenizer.eos_token_id)
     return Job(model, parts, objective, batches, save, _facts(stage, batches))
+
+
+def check_lit(stage: LitStage, place: Place) -> None:
+    """UsageError for a tower or a tokenizer from outside that the stage cannot begin with."""
+    if stage.tower not in place.recipe.stages:
+        _tower(stage, place)
+    if stage.tokenizer not in place.recipe.stages:
+        llms.load_tokenizer(stage.tokenizer, talks=False)
+
+
+def _tower(stage: LitStage, place: Place) -> tuple[AIMv2Encoder, Preprocessing]:
+    """The encoder that the stage leaves frozen, as it is stored, and how it takes pixels."""
+    folder = locate(place.source(stage.tower))
+    return load_encoder(folder), Preprocessing.load(folder)
 
 
 def _facts(

@@ -170,6 +170,13 @@ def _facts(stage: AlignStage | TuneStage | LanguageStage, batches: TalkBatches) 
     )
 
 
+def check_align(stage: AlignStage, place: Place) -> None:
+    """UsageError for a tower, a connector or an LLM that the stage cannot begin with."""
+    check_connector(stage, place)
+    if stage.llm not in place.recipe.stages:
+        Writer(load_talker(stage.llm, stage.data), stage.data.template)
+
+
 def check_connector(stage: AlignStage | TuneStage, place: Place) -> None:
     """UsageError unless the stage's tower can be loaded, where it comes from outside, and its
     connector serves the grid of that tower and the width of the LLM, which has room for that."""

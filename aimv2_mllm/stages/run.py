@@ -25,10 +25,10 @@ from aimv2_mllm.files import sha256
 from aimv2_mllm.folders import STAGE_FILE
 from aimv2_mllm.formats import part_row
 from aimv2_mllm.narration import Narrate
-from aimv2_mllm.recipe.schema import Recipe
+from aimv2_mllm.recipe.schema import Recipe, made_from
 from aimv2_mllm.recipe.stages import Stage
 from aimv2_mllm.stages.job import Job, Place, versions
-from aimv2_mllm.stages.run_folder import claim, earlier, lineage, locked, recall, state
+from aimv2_mllm.stages.run_folder import claim, lineage, locked, recall, to_train
 from aimv2_mllm.stages.table import STAGES, check_inputs, check_shares, inputs
 
 
@@ -64,8 +64,8 @@ def run_stage(
 ) -> None:
     """Build, train and save one stage, unless it is finished."""
     result = place.result(name)
-    fingerprint, is_finished = ranks.first(lambda: state(name, place))
-    if is_finished:
+    fingerprint = ranks.first(lambda: to_train(name, place))
+    if fingerprint is None:
         narrate(f"stage {name}: finished, see {result}")
         return
     kind = STAGES[stage.kind]
@@ -102,7 +102,7 @@ def run_stage(
         "seed": place.recipe.seed,
         "recipe": stage.model_dump(mode="json"),
         "fingerprint": fingerprint,
-        "parents": [*inputs(stage, place).values(), *earlier(name, place)],
+        "parents": [*inputs(stage, place).values(), *made_from(place.recipe, name)],
         "parts": [list(row) for row in table],
         "seconds": round(outcome["seconds"], 1),
         "rows": list(job.data.rows),

@@ -8,7 +8,7 @@ made from other models than now.
 import fcntl
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,18 @@ from aimv2_mllm.folders import (
     STAGE_FILE,
     UNKNOWN,
     origins_of,
+    pretrained_folder,
     talking_source,
 )
 from aimv2_mllm.model.hub import COMMITS, commit_of, facts_folder, locate
 from aimv2_mllm.model.llms import llm_source
-from aimv2_mllm.recipe.schema import changed_keys, deciding, dump_recipe
+from aimv2_mllm.recipe.schema import (
+    ONCE_DECIDING,
+    changed_keys,
+    deciding,
+    dump_recipe,
+    made_from,
+)
 from aimv2_mllm.stages.job import Place
 from aimv2_mllm.stages.table import inputs
 
@@ -130,69 +137,82 @@ def check_begun(name: str, place: Place) -> None:
     result = place.result(name)
     begun = owner(result.parent / CHECKPOINTS)
     is_done = (result / STAGE_FILE).is_file()
-    if not (is_done or begun) or not all(place.result(s).is_dir() for s in earlier(name, place)):
+    parents = made_from(place.recipe, name)
+    if not (is_done or begun) or not all(place.result(s).is_dir() for s in parents):
         return
-    fingerprint = _fingerprint(name, place)
-    if is_done:
-        _is_finished(name, place, fingerprint)
-    elif begun is not None and not begun.startswith(fingerprint):  # a digest of the data follows
+    fingerprint = to_train(name, place)
+    if fingerprint and begun and not begun.startswith(fingerprint):  # a digest of the data follows
         raise UsageError(
             f"{result.parent / CHECKPOINTS}: is of another LLM, tower or stage than now; give"
             f" another folder (output=FOLDER), or remove {result.parent} to start it over"
         )
 
 
-def state(name: str, place: Place) -> tuple[str, bool]:
-    """The stage's fingerprint, and whether its result is there."""
-    fingerprint = _fingerprint(name, place)
-    return fingerprint, _is_finished(name, place, fingerprint)
-
-
-def _is_finished(name: str, place: Place, fingerprint: str) -> bool:
-    """Whether the stage's result is there; UsageError for one that this recipe did not make."""
+def to_train(name: str, place: Place) -> str | None:
+    """The fingerprint under which the stage is to be trained, None where its result is there;
+    UsageError for one that this recipe did not make."""
     result = place.result(name)
+    if (result / STAGE_FILE).is_file():
+        _demand_own(result, name, place)
+        return None
+    stage = place.recipe.stages[name].model_dump(mode="json")
+    now, once = _fingerprints(name, place, stage)
+    begun = owner(result.parent / CHECKPOINTS)
+    return once if begun and begun.startswith(once) else now
+
+
+def _demand_own(result: Path, name: str, place: Place) -> None:
+    """UsageError for a result of the stage that this recipe did not make."""
     path = result / STAGE_FILE
-    if not path.is_file():
-        return False
-    again = f"to train that stage again remove {result.parent}, and those of the stages after it"
+    again = f"to train that stage again remove {result.parent}, and those of stages made from it"
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        made, files = record["fingerprint"], dict(record["files"])
+        made, files, said = record["fingerprint"], dict(record["files"]), dict(record["recipe"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path}: is not a stage's record ({error!r}); {again}") from None
-    if made != fingerprint:
+    if made not in _fingerprints(name, place, said):
         raise UsageError(f"{result}: was made from another LLM, tower or stage than now; {again}")
     for file, digest in files.items():
         if not (result / file).is_file() or sha256(result / file) != digest:
             raise UsageError(f"{result / file}: is not as the stage wrote it; {again}")
-    return True
 
 
-def _fingerprint(name: str, place: Place) -> str:
+def _fingerprints(name: str, place: Place, said: Mapping[str, Any]) -> tuple[str, str]:
     """What decides a stage's numbers: its own part of the recipe (not how that is executed), the
-    seed, the results it starts from, and the models from outside of the recipe."""
-    stage = place.recipe.stages[name]
-    # Their files and not their records, which hold the seconds they took.
-    parents = [place.record(other)["files"] for other in earlier(name, place)]
+    seed, the results it starts from, and the models from outside of the recipe.
+
+    The second is how it was taken once, of all stages before it and of what was `said` of
+    `ONCE_DECIDING`: what has it was made from the same too.
+    """
+    stages, stage = list(place.recipe.stages), place.recipe.stages[name]
     named = inputs(stage, place).items()
     outside = [_digest(source, _folder(key, source)) for key, source in named]
+
+    def digest(own: Mapping[str, Any], parents: Sequence[str]) -> str:
+        # Their files and not their records, which hold the seconds they took.
+        files = [place.record(other).get("files") for other in parents]
+        text = json.dumps([name, place.recipe.seed, own, files, outside], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
     own = deciding(stage.model_dump(mode="json"))
-    text = json.dumps([name, place.recipe.seed, own, parents, outside], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def earlier(name: str, place: Place) -> list[str]:
-    """The names of the stages before that one."""
-    stages = list(place.recipe.stages)
-    return stages[: stages.index(name)]
+    once = {
+        part: {**own[part], **{key: said.get(part, {}).get(key) for key in keys}}
+        for part, keys in ONCE_DECIDING.items()
+    }
+    return (
+        digest(own, made_from(place.recipe, name)),
+        digest({**own, **once}, stages[: stages.index(name)]),
+    )
 
 
 def _folder(key: str, source: str) -> Path:
-    """Where the model from outside lies that a stage's `key` names; of an LLM or Llava of the hub,
-    what says which it is."""
+    """Where the model from outside lies that a stage's `key` names, of a run the result that is
+    meant; of an LLM or Llava of the hub, what says which it is."""
     if key == "start":
         return facts_folder(talking_source(source))
-    return facts_folder(llm_source(source)) if key in ("llm", "tokenizer") else locate(source)
+    if key in ("llm", "tokenizer"):
+        return facts_folder(llm_source(source))
+    return pretrained_folder(locate(source)) if key == "tower" else locate(source)
 
 
 def _digest(source: str, folder: Path) -> str | dict[str, str]:
@@ -209,7 +229,7 @@ def lineage(name: str, place: Place) -> dict[str, Any]:
     """Which models from outside went in, here or earlier, and the licence that this makes: that of
     the world's own weights, and theirs."""
     stage = place.recipe.stages[name]
-    records = [place.record(other) for other in earlier(name, place)]
+    records = [place.record(other) for other in made_from(place.recipe, name)]
     origins = [one for record in records for one in record.get("origins", [])]
     for key, source in inputs(stage, place).items():
         folder = _folder(key, source)

@@ -9,10 +9,7 @@ from typing import Any
 
 from aimv2_mllm.data.sources import open_sources
 from aimv2_mllm.data.talk_sources import open_talk_sources
-from aimv2_mllm.data.templates import Writer
 from aimv2_mllm.errors import UsageError
-from aimv2_mllm.model import llms
-from aimv2_mllm.model.weights import load_encoder
 from aimv2_mllm.recipe.stages import (
     AlignStage,
     LanguageStage,
@@ -22,27 +19,31 @@ from aimv2_mllm.recipe.stages import (
     references,
 )
 from aimv2_mllm.recipe.tune import TuneStage
-from aimv2_mllm.stages.encoders import build_lit, build_pretrain
+from aimv2_mllm.stages.encoders import build_lit, build_pretrain, check_lit, check_pretrain
 from aimv2_mllm.stages.job import Job, Place
-from aimv2_mllm.stages.llms import build_align, build_language, check_connector, load_talker
+from aimv2_mllm.stages.llms import build_align, build_language, check_align
 from aimv2_mllm.stages.tuning import build_tune, check_tune
 
 
 @dataclass(frozen=True)
 class StageKind:
-    """A row of the table: how the stage is built, what of it is trained, in words, and whether its
+    """A row of the table: how the stage is built, what of it is trained, in words, what tells by a
+    UsageError before the first stage that its models from outside will not do, and whether its
     steps are all of a size."""
 
     build: Callable[[Any, Place], Job]
     trains: str
+    check: Callable[[Any, Place], None] = lambda stage, place: None
     is_even: bool = False
 
 
 STAGES: dict[str, StageKind] = {
-    "pretrain": StageKind(build_pretrain, "encoder and decoder", is_even=True),
-    "lit": StageKind(build_lit, "pooling head and text tower", is_even=True),
-    "align": StageKind(build_align, "connector"),
-    "tune": StageKind(build_tune, "LLM or adapters on it, connector, tower, as the recipe says"),
+    "pretrain": StageKind(build_pretrain, "encoder and decoder", check_pretrain, is_even=True),
+    "lit": StageKind(build_lit, "pooling head and text tower", check_lit, is_even=True),
+    "align": StageKind(build_align, "connector", check_align),
+    "tune": StageKind(
+        build_tune, "LLM or adapters on it, connector, tower, as the recipe says", check_tune
+    ),
     "language": StageKind(build_language, "LLM"),
 }
 
@@ -81,19 +82,7 @@ def check_stage(name: str, place: Place) -> None:
         open_sources(stage.data)
     if isinstance(stage, AlignStage | TuneStage | LanguageStage) and not done:
         open_talk_sources(stage.data)
-    if isinstance(stage, TuneStage):
-        check_tune(stage, place)
-        return
-    if isinstance(stage, AlignStage):
-        check_connector(stage, place)
-    for key, source in inputs(stage, place).items():
-        if isinstance(stage, AlignStage):
-            if key == "llm":
-                Writer(load_talker(source, stage.data), stage.data.template)
-        elif key == "tokenizer":
-            llms.load_tokenizer(source, talks=False)
-        elif key in ("tower", "start.encoder"):
-            load_encoder(source)
+    STAGES[stage.kind].check(stage, place)
 
 
 def check_shares(name: str, stage: Stage, num_ranks: int) -> None:
