@@ -21,9 +21,8 @@ from aimv2_mllm.comparison.grid import Cell, Grid, grid_of
 from aimv2_mllm.comparison.numbers import numbers_of
 from aimv2_mllm.comparison.running import LOG, do_all
 from aimv2_mllm.comparison.tasks import DONE, Task, answers_in, tasks_of, undone
-from aimv2_mllm.data.asked import load_asked
 from aimv2_mllm.errors import UsageError
-from aimv2_mllm.flags.parser import build_parser
+from aimv2_mllm.evaluation.questions import Questions
 from aimv2_mllm.folders import STAGE_FILE
 from aimv2_mllm.recipe.stages import AlignStage
 from aimv2_mllm.recipe.tune import TuneStage
@@ -163,13 +162,12 @@ def test_a_tower_that_is_not_there_is_told_before_anything_is_trained(
 
 def test_other_pictures_of_the_same_names_are_other_questions(tmp_path: Path) -> None:
     (tmp_path / "questions.csv").write_text("image,question,answer\na.png,Red?,no\nb.png,Red?,no")
-    args = build_parser().parse_args(["compare", RECIPE, "--vary", "connector=linear,mlp"])
+    questions = Questions(str(tmp_path))
     digests = set()
     for colour in ("red", "red", "blue"):
         for name in ("a.png", "b.png"):
             Image.new("RGB", (8, 8), colour).save(tmp_path / name)
-        asked = load_asked(str(tmp_path), root=None, columns={}, split="test", limit=None)
-        digests.add(digest_of(asked, args))
+        digests.add(digest_of(questions.load(), questions))
     assert len(digests) == 2
 
 

@@ -20,7 +20,8 @@ from aimv2_mllm.data.tokenizer import train_tokenizer
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.evaluation import answerers
 from aimv2_mllm.evaluation.answerers import Foreign, Ours, load_answerer
-from aimv2_mllm.evaluation.evaluate import prompt_of
+from aimv2_mllm.evaluation.evaluate import evaluate as judged
+from aimv2_mllm.evaluation.questions import Questions, prompt_of
 from aimv2_mllm.model.sampling import Sampling
 from aimv2_mllm.stages.run_folder import locked
 
@@ -131,6 +132,20 @@ def test_a_model_is_judged_with_its_controls(
     for picture in ("types.png", "incorrectly-1.png"):
         assert picture in (Path("out") / "report.md").read_text()
         Image.open(Path("out") / picture).verify()
+
+
+def test_what_is_asked_in_python_gives_the_same_files(llava: Path, data: str) -> None:
+    assert evaluate(llava, data, "--out", "out", "--limit", "5") == 0
+    asked = Questions(data, limit=5, max_new_tokens=6)
+    numbers = judged(str(llava), asked, Path("again"))
+    assert numbers["command"].endswith(" --limit 5 --batch-size 8 --max-new-tokens 6 --out again")
+    first, again = files("out"), files("again")
+    assert first.keys() == again.keys()
+    assert {name for name in first if first[name] != again[name]} == {
+        name
+        for name in first
+        if name.startswith(("report", "summary"))  # they name the folder
+    }
 
 
 def interrupted_after(count: int) -> Callable[..., list[str]]:
