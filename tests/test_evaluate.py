@@ -129,6 +129,9 @@ def test_a_model_is_judged_with_its_controls(
     page = (Path("out") / "report.html").read_text()
     assert page.count("<article") == 6  # wrong ones, no more than are shown
     assert "What the features know" not in page
+    for text in (page, (Path("out") / "report.md").read_text()):
+        for control in ("without any picture.", "with another question's picture.", "No model: "):
+            assert text.replace("&#39;", "'").count(control) == 1
     for picture in ("types.png", "incorrectly-1.png"):
         assert picture in (Path("out") / "report.md").read_text()
         Image.open(Path("out") / picture).verify()

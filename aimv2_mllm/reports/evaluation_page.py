@@ -120,7 +120,6 @@ def _table(numbers: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "bars": bars,
         "series": [*(NAMES[name][0] for name in named), *(MORE[key] for key in further)],
-        "controls": [f"{NAMES[name][0]}: {NAMES[name][1]}" for name in named if NAMES[name][1]],
         "rows": [
             {
                 "name": kind.replace("_", " "),
