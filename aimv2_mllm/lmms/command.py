@@ -27,7 +27,7 @@ from aimv2_mllm.lmms.benchmarks import (
 )
 from aimv2_mllm.lmms.environment import Inventory, demand_environment, inventory, python_of
 from aimv2_mllm.lmms.plugin import MODEL
-from aimv2_mllm.model.hub import commit_of, facts_folder
+from aimv2_mllm.model.hub import pinned
 from aimv2_mllm.narration import Narrate
 
 RESULTS, LOG, TABLE = "results.json", "log.txt", "table.md"
@@ -53,11 +53,16 @@ class Benchmarking:
 
 
 def commands(how: Benchmarking) -> str:
-    """What `run_benchmarks` would run, a line for each command."""
-    asked, _ = _checked(how)
+    """What `run_benchmarks` would run, a line for each command; a model of the hub has its commit
+    there where that can be known now."""
+    asked, folder = _checked(how)
+    try:
+        name, _ = _named(how.model, folder)
+    except UsageError:  # the hub cannot be reached, and nothing of it is here
+        name = how.model
     make = [sys.executable, "-m", "aimv2_mllm.lmms.environment", str(how.environment)]
     first = [] if python_of(how.environment).exists() else [make]
-    words = [*first, *(_command(how, one) for one in asked.wanted)]
+    words = [*first, *(_command(how, one, name) for one in asked.wanted)]
     return "\n".join(map(shlex.join, words))
 
 
@@ -67,8 +72,9 @@ def run_benchmarks(how: Benchmarking, narrate: Narrate) -> str:
     asked, folder = _checked(how)
     there = inventory(demand_environment(how.environment, narrate), how.include_path)
     _demand_tasks(asked.wanted, there)
+    name, model = _named(how.model, folder)
     identity = {
-        "model": _commit(how.model) if folder is None else digest(folder),
+        "model": model,
         "limit": how.limit,
         "dtype": how.dtype,
         "simple": how.simple,
@@ -80,7 +86,7 @@ def run_benchmarks(how: Benchmarking, narrate: Narrate) -> str:
     numbers, failed = dict[str, list[Number]](), dict[str, str]()
     for one in asked.wanted:
         try:
-            command = _command(how, one)
+            command = _command(how, one, name)
             numbers[one.name] = _numbers(one, command, how.out / one.name, narrate)
         except (RunFailed, UsageError) as error:
             failed[one.name] = str(error)
@@ -94,16 +100,20 @@ def run_benchmarks(how: Benchmarking, narrate: Narrate) -> str:
 
 
 def _checked(how: Benchmarking) -> tuple[Benchmarks, Path | None]:
-    """What is to be run, and the model's folder, None where it is the hub's."""
+    """What is to be run, and the model's folder, None where it is of the hub."""
     asked, folder = benchmarks_of(how.tasks), found(how.model)
     if wrong := [mark for mark in ",='\"{}" if mark in how.model]:
         raise UsageError(f"{how.model}: lmms-eval takes no {wrong[0]} in a name; link or move it")
     return asked, folder
 
 
-def _commit(source: str) -> str:
-    """What tells a model of the hub from what will have its name later."""
-    return f"{source} {commit_of(source, facts_folder(source))}"
+def _named(model: str, folder: Path | None) -> tuple[str, str]:
+    """What lmms-eval is to load, a model of the hub at its commit of now, and what tells it from
+    others."""
+    if folder is not None:
+        return model, digest(folder)
+    name, words = pinned(model)
+    return "@".join([name, *words.values()]), f"{model} {words.get('revision')}"
 
 
 def _digest_of_tasks(include: str | None) -> str | None:
@@ -115,10 +125,10 @@ def _digest_of_tasks(include: str | None) -> str | None:
     return hashlib.sha256("".join(said).encode()).hexdigest()
 
 
-def _command(how: Benchmarking, one: Benchmark) -> list[str]:
+def _command(how: Benchmarking, one: Benchmark, name: str) -> list[str]:
     """What runs lmms-eval for one benchmark, by a launcher where several processes are wanted."""
     launch = ["-m", "accelerate.commands.launch", "--num_processes", str(how.processes)]
-    model = f"pretrained={how.model}" + (f",dtype={DTYPES[how.dtype]}" if how.dtype else "")
+    model = f"pretrained={name}" + (f",dtype={DTYPES[how.dtype]}" if how.dtype else "")
     python = str(python_of(how.environment))
     words = [python, *(launch if how.processes > 1 else []), "-m", "lmms_eval"]
     words += ["--model", MODEL, "--model_args", model, "--tasks", one.task]

@@ -58,7 +58,7 @@ def lmms_eval(args: argparse.Namespace) -> None:
     from aimv2_mllm.lmms.command import Benchmarking, commands, run_benchmarks
     from aimv2_mllm.model.hub import stay_offline_unless_reached
 
-    if not args.print:
+    if not args.print or not os.path.exists(args.model):
         stay_offline_unless_reached()
     how = _settings(Benchmarking, args)
     print(commands(how) if args.print else run_benchmarks(how, note).rstrip())
