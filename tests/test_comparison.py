@@ -580,7 +580,7 @@ def test_the_report_says_what_was_fair_and_what_was_not(tmp_path: Path) -> None:
     assert told["rows"][3][:5] == ["both", "mlp", "100.0", "51.0 to 100.0", "100.0 to 100.0"]
     assert told["rows"][0][4] == "25.0 to 50.0"
     assert told["effects"][0]["of_seeds"] == "50.0, 37.5"
-    assert [picture.name for picture in page.pictures(told)] == ["scores.png", "costs.png"]
+    assert [picture.name for picture in told["pictures"]] == ["scores.png", "costs.png"]
     table = page.as_table(numbers).splitlines()
     assert table[0].startswith("| tower | connector | exact match, % |")
     assert len({line.count("|") for line in table}) == 1

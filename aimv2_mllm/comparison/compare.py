@@ -13,7 +13,7 @@ from typing import Any
 
 from aimv2_mllm.comparison.grid import Grid, grid_of
 from aimv2_mllm.comparison.numbers import numbers_of
-from aimv2_mllm.comparison.page import describe, pictures
+from aimv2_mllm.comparison.page import describe
 from aimv2_mllm.comparison.running import do_all
 from aimv2_mllm.comparison.speed import measure
 from aimv2_mllm.comparison.tasks import PROGRAM, Task, tasks_of, undone
@@ -24,7 +24,7 @@ from aimv2_mllm.evaluation.metrics import METRICS
 from aimv2_mllm.evaluation.questions import Questions
 from aimv2_mllm.model.hub import HUB_ID
 from aimv2_mllm.narration import Narrate
-from aimv2_mllm.reports.report import HTML, MARKDOWN, SUMMARY, fill, write_files
+from aimv2_mllm.reports.report import files_of, write_files
 from aimv2_mllm.stages.job import versions
 from aimv2_mllm.stages.run_folder import locked
 
@@ -89,7 +89,8 @@ def compare(runs: Runs, questions: Questions, out: Path, narrate: Narrate) -> di
             "command": shlex.join(["aimv2-mllm", "compare", *words]),
             "versions": {**versions(), "cores": str(os.cpu_count())},
         }
-        write_files(out, _files(numbers))
+        page = describe(numbers)
+        write_files(out, files_of("comparison", page, numbers, page["pictures"]))
     return numbers
 
 
@@ -129,15 +130,3 @@ def _own_data(grid: Grid) -> str:
             "them; a recipe of handwriting alone is asked about held-out sheets"
         )
     return HANDWRITING
-
-
-def _files(numbers: dict[str, Any]) -> dict[str, bytes]:
-    """The files of the report by name."""
-    page = describe(numbers)
-    texts = {
-        HTML: fill("comparison.html.jinja", page),
-        MARKDOWN: fill("comparison.md.jinja", page),
-        SUMMARY: json.dumps(numbers, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
-    }
-    files = {name: text.encode() for name, text in texts.items()}
-    return {picture.name: picture.png for picture in pictures(page)} | files

@@ -1,6 +1,6 @@
 """What the verb `evaluate` does: a model asked every question of a data set, judged, reported.
 
-Owns its words on the terminal and what is put to the model; refuses to compute: see `evaluation`.
+Owns its words on the terminal; refuses to compute: see `evaluation`.
 """
 
 import json
@@ -9,15 +9,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from aimv2_mllm.data.asked import Asked, question_identity
+from aimv2_mllm.data.asked import question_identity
 from aimv2_mllm.evaluation.answerers import Ours, load_answerer
 from aimv2_mllm.evaluation.asking import Answers, ask_all, demand_same
 from aimv2_mllm.evaluation.controls import MAJORITY, SHOWN
 from aimv2_mllm.evaluation.judging import Judged, judge, notes, summary
 from aimv2_mllm.evaluation.metrics import METRICS
 from aimv2_mllm.evaluation.questions import Questions
+from aimv2_mllm.formats import percent, percents
 from aimv2_mllm.reports.evaluation_page import MORE, NOT_ALL, describe, pictures
-from aimv2_mllm.reports.report import HTML, MARKDOWN, SUMMARY, fill, write_files
+from aimv2_mllm.reports.report import files_of, write_files
 from aimv2_mllm.stages.job import versions
 from aimv2_mllm.stages.run_folder import locked
 
@@ -69,21 +70,10 @@ def evaluate(source: str, questions: Questions, folder: Path) -> dict[str, Any]:
             "command": shlex.join(["aimv2-mllm", "evaluate", *words]),
             "versions": versions(),
         }
-        write_files(folder, _files(numbers, judged, asked))
+        page = describe(numbers, judged, asked)
+        files = files_of("evaluation", page, numbers, pictures(page))
+        write_files(folder, files | {RESULTS: "".join(_results(judged)).encode()})
     return numbers
-
-
-def _files(numbers: dict[str, Any], judged: Judged, asked: Asked) -> dict[str, bytes]:
-    """The files of the report by name."""
-    page = describe(numbers, judged, asked)
-    texts = {
-        RESULTS: "".join(_results(judged)),
-        HTML: fill("evaluation.html.jinja", page),
-        MARKDOWN: fill("evaluation.md.jinja", page),
-        SUMMARY: json.dumps(numbers, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
-    }
-    files = {name: text.encode() for name, text in texts.items()}
-    return {picture.name: picture.png for picture in pictures(page)} | files
 
 
 def _results(judged: Judged) -> list[str]:
@@ -126,9 +116,8 @@ def as_table(numbers: dict[str, Any]) -> str:
     if "seeing_adds" in numbers:
         rows.append(("what the right picture adds", numbers["seeing_adds"]))
     for name, told in rows:
-        low, high = (100 * end for end in told["interval"])
-        lines.append(f"{name:<34}{100 * told['score']:>9.1f}   {low:.1f} to {high:.1f}")
+        lines.append(f"{name:<34}{percent(told['score']):>9}   {percents(told['interval'])}")
     lines += [
-        f"{text:<34}{100 * numbers[key]:>9.1f}" for key, text in MORE.items() if key in numbers
+        f"{text:<34}{percent(numbers[key]):>9}" for key, text in MORE.items() if key in numbers
     ]
     return "\n".join(lines)
