@@ -11,9 +11,8 @@ import torch
 from tiny_towers import picture, saved
 
 from aimv2_mllm.chat.chat import answer, load_model
-from aimv2_mllm.data import held_out
+from aimv2_mllm.chat.chatbot import look, prompt_of
 from aimv2_mllm.errors import UsageError
-from aimv2_mllm.evaluation import answers
 from aimv2_mllm.model.encoder import AIMv2Encoder, EncoderConfig
 from aimv2_mllm.model.preprocessing import Preprocessing
 from aimv2_mllm.model.weights import save_encoder
@@ -69,10 +68,10 @@ def test_a_run_is_aligned_tuned_judged_and_asked(
         folder = done / stage / "model"
         config = json.loads((folder / "config.json").read_text())
         assert config["model_type"] == model_type
-        speaker = answers.load_mllm(folder)
-        assert speaker.num_image_tokens == num_tokens
-        seen = answers.look(speaker, [held_out.held_out_sheet(0, index) for index in range(2)])
-        assert seen.shape == (2, num_tokens, 128)
+        bot = load_model(folder)
+        [one] = prompt_of(bot, ASKED, [picture(56, 56)], 3, {}).pictures
+        assert one.num_tokens == num_tokens
+        assert look(bot, [one], {})[one.key].shape == (num_tokens, 128)
     align, tune = ((done / stage / "metrics.jsonl").read_text() for stage in ("align", "tune"))
     assert align != tune
     assert (done / "report.md").is_file()

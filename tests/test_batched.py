@@ -44,13 +44,9 @@ def test_answers_in_batches_are_those_given_one_by_one(kind: str) -> None:
         bot.processor.tokenizer.encode(answer(bot, *talks[0], max_new_tokens=ROOM))[-1]
     ]
     alone = [answer(bot, *talk, max_new_tokens=ROOM) for talk in talks]
-    done: list[tuple[int, int]] = []
-    together = answer_all(
-        bot, talks, max_new_tokens=ROOM, batch_size=4, progress=lambda *n: done.append(n)
-    )
+    together = answer_all(bot, talks, max_new_tokens=ROOM)
     assert together == alone
     assert len(set(together)) > 2
-    assert done == [(4, 9), (8, 9), (9, 9)]
     for sampling in (Sampling(**DRAWN, seed=3), Sampling(stop=("e", "a"))):
         words = {"max_new_tokens": ROOM, "sampling": sampling}
         assert answer_all(bot, talks, **words) == [answer(bot, *talk, **words) for talk in talks]
@@ -59,16 +55,18 @@ def test_answers_in_batches_are_those_given_one_by_one(kind: str) -> None:
 def test_a_batch_looks_once_at_a_picture_that_many_ask_about(bot: Chatbot) -> None:
     talks = [([said("user", f"Where is {n}?", pictures=1)], PICTURES[:1]) for n in range(5)]
     with tower_counted(bot) as seen:
-        answer_all(bot, talks, max_new_tokens=2, batch_size=2)
-    assert seen == [1]
+        answer_all(bot, talks, max_new_tokens=2)
+        assert seen == [1]
+        kept = dict[str, Any]()
+        first = answer_all(bot, talks, max_new_tokens=2, seen=kept)
+        assert answer_all(bot, talks, max_new_tokens=2, seen=kept) == first
+    assert seen == [1, 1]
 
 
 def test_of_a_batch_the_conversation_that_is_wrong_is_named(bot: Chatbot) -> None:
     talks = [([said_alone()], []), ([said_alone()], PICTURES[:1])]
     with pytest.raises(UsageError, match="conversation 1: the messages speak of 0 pictures, and 1"):
         answer_all(bot, talks)
-    with pytest.raises(UsageError, match="batch_size is 0, must be 1 or more"):
-        answer_all(bot, talks, batch_size=0)
     for ask in (answer, lambda bot, *talk, **words: answer_all(bot, [talk], **words)):
         with pytest.raises(UsageError, match="max_new_tokens is 0, must be 1 or more"):
             ask(bot, [said_alone()], [], max_new_tokens=0)

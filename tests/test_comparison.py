@@ -22,9 +22,8 @@ from aimv2_mllm.comparison.grid import Cell, Grid, grid_of
 from aimv2_mllm.comparison.numbers import numbers_of
 from aimv2_mllm.comparison.running import LOG, do_all
 from aimv2_mllm.comparison.tasks import DONE, Task, answers_in, tasks_of, undone
-from aimv2_mllm.data.asked import load_asked
 from aimv2_mllm.errors import UsageError
-from aimv2_mllm.flags.parser import build_parser
+from aimv2_mllm.evaluation.questions import Questions
 from aimv2_mllm.folders import STAGE_FILE
 from aimv2_mllm.recipe.stages import AlignStage
 from aimv2_mllm.recipe.tune import TuneStage
@@ -177,13 +176,12 @@ def test_a_tower_that_is_not_there_is_told_before_anything_is_trained(
 
 def test_other_pictures_of_the_same_names_are_other_questions(tmp_path: Path) -> None:
     (tmp_path / "questions.csv").write_text("image,question,answer\na.png,Red?,no\nb.png,Red?,no")
-    args = build_parser().parse_args(["compare", RECIPE, "--vary", "connector=linear,mlp"])
+    questions = Questions(str(tmp_path))
     digests = set()
     for colour in ("red", "red", "blue"):
         for name in ("a.png", "b.png"):
             Image.new("RGB", (8, 8), colour).save(tmp_path / name)
-        asked = load_asked(str(tmp_path), root=None, columns={}, split="test", limit=None)
-        digests.add(digest_of(asked, args))
+        digests.add(digest_of(questions.load(), questions))
     assert len(digests) == 2
 
 
@@ -601,7 +599,7 @@ def test_the_report_says_what_was_fair_and_what_was_not(tmp_path: Path) -> None:
     assert told["rows"][3][:5] == ["both", "mlp", "100.0", "51.0 to 100.0", "100.0 to 100.0"]
     assert told["rows"][0][4] == "25.0 to 50.0"
     assert told["effects"][0]["of_seeds"] == "50.0, 37.5"
-    assert [picture.name for picture in page.pictures(told)] == ["scores.png", "costs.png"]
+    assert [picture.name for picture in told["pictures"]] == ["scores.png", "costs.png"]
     table = page.as_table(numbers).splitlines()
     assert table[0].startswith("| tower | connector | exact match, % |")
     assert len({line.count("|") for line in table}) == 1

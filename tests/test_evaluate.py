@@ -20,7 +20,8 @@ from aimv2_mllm.data.tokenizer import train_tokenizer
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.evaluation import answerers
 from aimv2_mllm.evaluation.answerers import Foreign, Ours, load_answerer
-from aimv2_mllm.evaluation.evaluate import prompt_of
+from aimv2_mllm.evaluation.evaluate import evaluate as judged
+from aimv2_mllm.evaluation.questions import Questions, prompt_of
 from aimv2_mllm.model.sampling import Sampling
 from aimv2_mllm.stages.run_folder import locked
 
@@ -128,9 +129,26 @@ def test_a_model_is_judged_with_its_controls(
     page = (Path("out") / "report.html").read_text()
     assert page.count("<article") == 6  # wrong ones, no more than are shown
     assert "What the features know" not in page
+    for text in (page, (Path("out") / "report.md").read_text()):
+        for control in ("without any picture.", "with another question's picture.", "No model: "):
+            assert text.replace("&#39;", "'").count(control) == 1
     for picture in ("types.png", "incorrectly-1.png"):
         assert picture in (Path("out") / "report.md").read_text()
         Image.open(Path("out") / picture).verify()
+
+
+def test_what_is_asked_in_python_gives_the_same_files(llava: Path, data: str) -> None:
+    assert evaluate(llava, data, "--out", "out", "--limit", "5") == 0
+    asked = Questions(data, limit=5, max_new_tokens=6)
+    numbers = judged(str(llava), asked, Path("again"))
+    assert numbers["command"].endswith(" --limit 5 --batch-size 8 --max-new-tokens 6 --out again")
+    first, again = files("out"), files("again")
+    assert first.keys() == again.keys()
+    assert {name for name in first if first[name] != again[name]} == {
+        name
+        for name in first
+        if name.startswith(("report", "summary"))  # they name the folder
+    }
 
 
 def interrupted_after(count: int) -> Callable[..., list[str]]:

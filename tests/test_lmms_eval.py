@@ -329,7 +329,23 @@ def test_results_of_a_hub_model_s_other_commit_are_not_taken(
     assert asked["repository"] == "org/name"
     assert not [name for name in asked["allow_patterns"] if "safetensors" in name.split(".")[-1]]
     assert "another evaluation, which differs in model" in capsys.readouterr().err
-    assert len(calls()) == 1
+    [call] = calls()
+    assert "--model_args pretrained=org/name@abc --tasks good" in call
+
+
+def test_a_hub_model_is_printed_with_its_commit_where_that_is_known(
+    fake: Callable[..., int], llava: Path, publish: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    publish(llava, "org/name", "0123abcd")
+    for model, named in (
+        ("org/name", "org/name@0123abcd"),
+        ("org/name@main", "org/name@0123abcd"),
+        ("org/other", "org/other"),  # the hub cannot be reached
+    ):
+        assert fake("good", "--print", model=model) == 0
+        assert f" --model_args pretrained={named} --tasks " in capsys.readouterr().out
+    assert not calls()
 
 
 def test_an_environment_that_cannot_be_filled_says_why(

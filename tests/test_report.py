@@ -5,13 +5,22 @@ import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from PIL import Image
+from test_session import tower_counted
 
+from aimv2_mllm.chat.chat import load_model
+from aimv2_mllm.chat.chatbot import Chatbot, prompt_of
+from aimv2_mllm.chat.prompts import said
 from aimv2_mllm.data import held_out, scenes
 from aimv2_mllm.errors import RunFailed
 from aimv2_mllm.evaluation import answers, summary
+from aimv2_mllm.evaluation.answerers import Ours
 from aimv2_mllm.model import encoder
+from aimv2_mllm.model.llms import load_llm, load_tokenizer
 from aimv2_mllm.recipe.schema import Recipe
 from aimv2_mllm.reports import report
 from aimv2_mllm.stages import llms
@@ -282,27 +291,74 @@ def test_a_report_that_was_there_outlives_a_failed_one(
     assert after == before
 
 
+def sheet_of(picture: Image.Image) -> int:
+    """The held-out sheet that it shows."""
+    sheets = (held_out.held_out_sheet(5, index) for index in range(4))
+    pixels = [scenes.render(sheet, picture.width).tobytes() for sheet in sheets]
+    return pixels.index(picture.tobytes())
+
+
 def test_blind_questions_are_the_same_about_other_sheets(
     finished: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
 
-    def answer(speaker, questions, *, about=(), seen=None, **_):
-        calls.append((list(questions), list(about)))
-        return ["7"] * len(questions)
+    def ask(bot, asked, seen, **_):
+        texts, pictures = zip(*asked, strict=True)
+        calls.append((texts, [one and sheet_of(one) for one in pictures]))
+        return ["7"] * len(asked)
 
-    monkeypatch.setattr(answers, "answer", answer)
-    monkeypatch.setattr(answers, "look", lambda *_: None)
-    speaker = answers.load_mllm(finished.result("align"))
+    monkeypatch.setattr(answers, "ask", ask)
+    bot = load_model(finished.result("align"))
     for count in (QUESTIONS, 3):  # 3: about one sheet alone
         calls.clear()
         found = summary.Findings({}, held_out.held_out_questions(5, count))
-        summary._judge_seeing(found, speaker, 5)
-        (texts, about), (blind_texts, elsewhere), (texts_alone, nothing), _ = calls
+        summary._judge_seeing(found, bot, 5)
+        _, (texts, about), (blind_texts, elsewhere), (texts_alone, nothing) = calls
         assert texts == blind_texts == texts_alone
-        assert nothing == []
+        assert set(nothing) == {None}
         assert about == [question.sheet for question in found.asked]
         assert all(here != there for here, there in zip(about, elsewhere, strict=True))
+
+
+def test_answers_are_those_of_evaluate_and_each_sheet_is_looked_at_once(
+    finished: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, told, ask = Ours(finished.result("align")), [], answers.ask
+    torch.manual_seed(0)
+    for parameter in ours.model.parameters():  # after two steps all answers are alike
+        parameter.data += 0.3 * torch.randn_like(parameter)
+
+    def noted(bot, asked, seen, *, max_new_tokens=answers.ANSWER_TOKENS):
+        given = ask(bot, asked, seen, max_new_tokens=max_new_tokens)
+        told.extend((one, max_new_tokens, text) for one, text in zip(asked, given, strict=True))
+        return given
+
+    monkeypatch.setattr(answers, "BATCH_SIZE", 4)
+    monkeypatch.setattr(answers, "ask", noted)
+    found = summary.Findings({}, held_out.held_out_questions(5, QUESTIONS))
+    with tower_counted(ours.bot) as seen:
+        summary._judge_seeing(found, ours.bot, 5)
+    assert sum(seen) == 3  # sheets
+    assert len(told) == 3 + 3 * QUESTIONS
+    assert len({text for *_, text in told}) > 6
+    for one, most, text in told:
+        assert ours([one], most) == [text]
+
+
+def test_an_llm_alone_is_asked_in_words_and_says_what_it_generates(finished: Place) -> None:
+    folder = str(finished.result("llm"))
+    llm, tokenizer = load_llm(folder).eval(), load_tokenizer(folder)
+    for parameter in llm.parameters():
+        parameter.data *= 3
+    bot = Chatbot(llm, SimpleNamespace(tokenizer=tokenizer), {})
+    texts = ["What is red?", "On the sheet: a red 7. Where is it?", "How many?"]
+    given = answers.ask(bot, [(text, None) for text in texts], {})
+    for text, said_of_it in zip(texts, given, strict=True):
+        ids = torch.tensor([prompt_of(bot, [said("user", text)], [], 9, {}).ids])
+        made = llm.generate(ids, do_sample=False, max_new_tokens=answers.ANSWER_TOKENS)
+        words = tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
+        assert said_of_it == words.strip()
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ transformers only when a model is loaded.
 """
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -110,32 +110,24 @@ def answer_all(
     *,
     max_new_tokens: int = 64,
     sampling: Sampling = GREEDY,
-    batch_size: int = 8,
-    progress: Callable[[int, int], object] = lambda done, total: None,
+    seen: "dict[str, Tensor] | None" = None,
 ) -> list[str]:
     """What `bot` says next in each of `conversations`, messages with their images, in their order.
 
-    Each equals what `answer` would return; up to `batch_size` are computed together. `progress` is
-    called with how many of how many are done. Errors are `answer`'s, with the conversation's
-    number, from 0, before them.
+    Each equals what `answer` would return; they are computed together. Whoever passes the same
+    `seen` again has each picture looked at once: it keeps what the LLM gets to see of it. Errors
+    are `answer`'s, with the conversation's number, from 0, before them.
     """
     from aimv2_mllm.model.batched import Row, answer_rows
 
-    if batch_size < 1:
-        raise UsageError(f"batch_size is {batch_size}, must be 1 or more")
     if max_new_tokens < 1:
         raise UsageError(f"max_new_tokens is {max_new_tokens}, must be 1 or more")
-    answers: list[str] = []
-    seen: dict[str, Tensor] = {}
-    for first in range(0, len(conversations), batch_size):
-        asked = []
-        for number, (messages, images) in enumerate(conversations[first : first + batch_size]):
-            try:
-                asked.append(prompt_of(bot, messages, images, max_new_tokens, seen))
-            except UsageError as error:
-                raise UsageError(f"conversation {first + number}: {error}") from None
-        seen = look(bot, [picture for one in asked for picture in one.pictures], seen)
-        rows = [Row(one.ids, [seen[p.key] for p in one.pictures], one.room) for one in asked]
-        answers += answer_rows(bot.model, bot.processor.tokenizer, rows, sampling=sampling)
-        progress(len(answers), len(conversations))
-    return answers
+    seen, asked = {} if seen is None else seen, []
+    for number, (messages, images) in enumerate(conversations):
+        try:
+            asked.append(prompt_of(bot, messages, images, max_new_tokens, seen))
+        except UsageError as error:
+            raise UsageError(f"conversation {number}: {error}") from None
+    seen |= look(bot, [picture for one in asked for picture in one.pictures], seen)
+    rows = [Row(one.ids, [seen[p.key] for p in one.pictures], one.room) for one in asked]
+    return answer_rows(bot.model, bot.processor.tokenizer, rows, sampling=sampling) if rows else []

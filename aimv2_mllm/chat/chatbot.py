@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Chatbot:
-    """A Llava with its processor, as `load_model` returns them."""
+    """A Llava with its processor, as `load_model` returns them; an LLM alone is one without eyes,
+    whose `processor` has no more than the tokenizer."""
 
     model: Any
     processor: Any
@@ -28,7 +29,8 @@ class Chatbot:
     @property
     def limit(self) -> int:
         """The most tokens, pictures and answer included, that the model can hold."""
-        return int(getattr(self.model.config.text_config, "max_position_embeddings", sys.maxsize))
+        config = self.model.config.get_text_config()
+        return int(getattr(config, "max_position_embeddings", sys.maxsize))
 
     @cached_property
     def prompter(self) -> Prompter:

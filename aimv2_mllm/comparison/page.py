@@ -3,12 +3,12 @@
 Owns every sentence of it; refuses to compute: see `numbers`.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from aimv2_mllm.comparison import plots
 from aimv2_mllm.evaluation.metrics import METRICS
-from aimv2_mllm.formats import percent
+from aimv2_mllm.formats import percent, percents
 from aimv2_mllm.reports import charts
 from aimv2_mllm.reports.charts import Picture
 
@@ -66,11 +66,6 @@ def describe(numbers: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def pictures(page: Mapping[str, Any]) -> Iterable[Picture]:
-    """The pictures that `report.md` shows, to lie as files beside it."""
-    yield from page["pictures"]
-
-
 def as_table(numbers: Mapping[str, Any]) -> str:
     """The combinations as Markdown, for a terminal and a README."""
     heads, rows = _table(numbers)
@@ -94,21 +89,17 @@ def _table(numbers: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for group in groups:
         values = {**group, "trained": sum(group["trained_parameters"].values())}
-        row = [*group["values"], percent(group["score"]), _range(*group["interval"])]
-        row += [_range(group["least"], group["most"])] if has_seeds else []
+        row = [*group["values"], percent(group["score"]), percents(group["interval"])]
+        row += [percents((group["least"], group["most"]))] if has_seeds else []
         row += [percent(group["controls"][name]) for name in controls]
         rows.append(row + [COLUMNS[key][1].format(values[key]) for key in columns])
     return heads, rows
 
 
-def _range(low: float, high: float) -> str:
-    return f"{percent(low)} to {percent(high)}"
-
-
 def _behind(effect: Mapping[str, Any]) -> str:
     if effect["behind"] == 0:
         return "best"
-    ends = _range(*effect["behind_interval"])
+    ends = percents(effect["behind_interval"])
     apart = "" if effect["told_apart"] else ", not told apart"
     return f"{percent(effect['behind'])} ({ends}) behind the best{apart}"
 

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +24,10 @@ from tqdm import tqdm
 from aimv2_mllm.comparison.tasks import DONE, Task, undone
 from aimv2_mllm.disk import replace_file
 from aimv2_mllm.errors import RunFailed
+from aimv2_mllm.narration import Narrate
 from aimv2_mllm.recipe.schema import dump_recipe
 
 LOG = "log.txt"
-Narrate = Callable[[str], None]
 # Looked up before any child is made: between fork and exec nothing may be.
 _set_of_process = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 

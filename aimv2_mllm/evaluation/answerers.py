@@ -86,7 +86,7 @@ class _Asked:
     """What can hold conversations, asked single questions."""
 
     def __call__(self, asked: Sequence[Asking], max_new_tokens: int) -> list[str]:
-        return self.reply([_talk(text, picture) for text, picture in asked], max_new_tokens)
+        return self.reply([talk_of(*one) for one in asked], max_new_tokens)
 
     def reply(
         self, talks: Sequence[Conversation], max_new_tokens: int, sampling: Sampling = GREEDY
@@ -111,13 +111,7 @@ class Ours(_Asked):
     ) -> list[str]:
         from aimv2_mllm.chat.chat import answer_all
 
-        return answer_all(
-            self.bot,
-            talks,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            batch_size=max(1, len(talks)),
-        )
+        return answer_all(self.bot, talks, max_new_tokens=max_new_tokens, sampling=sampling)
 
 
 class Foreign(_Asked):
@@ -192,7 +186,8 @@ class Foreign(_Asked):
         return [_until(text, sampling.stop).strip() for text in texts]
 
 
-def _talk(text: str, picture: "Image.Image | None") -> Conversation:
+def talk_of(text: str, picture: "Image.Image | None") -> Conversation:
+    """The conversation that begins with one question, about a picture or none."""
     from aimv2_mllm.data.conversations import said
 
     pictures = [] if picture is None else [picture]

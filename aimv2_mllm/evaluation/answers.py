@@ -1,99 +1,38 @@
-"""A model's greedy answers to questions about held-out sheets, and how these are scored.
+"""Questions about held-out sheets put to a model, many at once, and how its answers are scored.
 
-Owns what counts as right. Prompts are the tokenizer's own chat template with the image mark
-repeated, as in training.
-
-Letters in shapes: S sheets, M image tokens, E the LLM's width.
+Owns what counts as right; how it is asked is `chat`'s, as for whoever talks to it.
 """
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from aimv2_mllm.chat.chat import answer_all
+from aimv2_mllm.chat.chatbot import Chatbot
 from aimv2_mllm.data import scenes
-from aimv2_mllm.data.batches import picture_batch
-from aimv2_mllm.data.conversations import said
 from aimv2_mllm.data.held_out import Asked
-from aimv2_mllm.data.templates import Asker
-from aimv2_mllm.model import llms, mllm
-from aimv2_mllm.model.batched import Row, answer_rows
-from aimv2_mllm.model.preprocessing import Preprocessing
+from aimv2_mllm.evaluation.answerers import Asking, talk_of
 
 BATCH_SIZE = 100
 ANSWER_TOKENS = 16  # the longest right answer, "bottom right", has at most 13 (single bytes)
 CAPTION_TOKENS = 160  # four digits in words are about 130 characters
 
 
-@dataclass(frozen=True)
-class Speaker:
-    """A model that answers, with what its prompts need; without `preprocessing` it has no eyes."""
-
-    model: Any
-    tokenizer: Any
-    preprocessing: Preprocessing | None = None
-    num_image_tokens: int = 0
-
-
-def load_mllm(folder: Path) -> Speaker:
-    """The Llava in `folder` in float32, on the CPU, with its processor's tokenizer and pictures."""
-    model, processor = mllm.load_llava(folder)
-    return Speaker(model.eval(), processor.tokenizer, *mllm.pictures_of(processor))
-
-
-def load_language_model(folder: Path) -> Speaker:
-    """The LLM in `folder` in float32, on the CPU, with its tokenizer."""
-    return Speaker(llms.load_llm(str(folder)).eval(), llms.load_tokenizer(str(folder)))
-
-
-@torch.inference_mode()
-def look(speaker: Speaker, sheets: Sequence[scenes.Scene]) -> Tensor:
-    """What the LLM gets to see of each sheet, the connector's image tokens: (S, M, E)."""
-    assert speaker.preprocessing is not None, "a language model has no eyes"
-    tokens = []
-    for first in range(0, len(sheets), BATCH_SIZE):
-        pictures = picture_batch(sheets[first : first + BATCH_SIZE], speaker.preprocessing)
-        seen = speaker.model.get_image_features(pixel_values=pictures.to(speaker.model.device))
-        tokens.append(torch.stack(tuple(seen.pooler_output)))
-    return torch.cat(tokens)
-
-
-@torch.inference_mode()
-def answer(
-    speaker: Speaker,
-    questions: Sequence[str],
+def ask(
+    bot: Chatbot,
+    asked: Sequence[Asking],
+    seen: dict[str, Tensor],
     *,
-    seen: Tensor | None = None,
-    about: Sequence[int] = (),
     max_new_tokens: int = ANSWER_TOKENS,
-    batch_size: int = BATCH_SIZE,
 ) -> list[str]:
-    """The greedy answers, each to a conversation of its own, whatever `batch_size` is.
-
-    `seen` (S, M, E) is `look`'s and `about` the row of it that each question is about; without them
-    no prompt has a picture.
-    """
-    answers: list[str] = []
-    for first in tqdm(range(0, len(questions), batch_size), unit="batch", disable=None):
-        here = slice(first, first + batch_size)
-        prompts = _prompts(speaker, questions[here], pictures=seen is not None)
-        pictures = [()] * len(prompts) if seen is None else [(seen[row],) for row in about[here]]
-        rows = [Row(*one, max_new_tokens) for one in zip(prompts, pictures, strict=True)]
-        answers += answer_rows(speaker.model, speaker.tokenizer, rows)
-    return answers
-
-
-def _prompts(speaker: Speaker, questions: Sequence[str], *, pictures: bool) -> list[np.ndarray]:
-    """The tokens of each question up to where the answer begins, each image mark M times."""
-    asker = Asker(speaker.tokenizer)
-    talks = [[said("user", question, pictures=int(pictures))] for question in questions]
-    return [asker(talk, speaker.num_image_tokens) for talk in talks]
+    """The greedy answers, each to a conversation of its own; `seen` as in `answer_all`."""
+    given: list[str] = []
+    for first in tqdm(range(0, len(asked), BATCH_SIZE), unit="batch", disable=None):
+        talks = [talk_of(*one) for one in asked[first : first + BATCH_SIZE]]
+        given += answer_all(bot, talks, max_new_tokens=max_new_tokens, seen=seen)
+    return given
 
 
 def is_right(answer: str, truth: str) -> bool:

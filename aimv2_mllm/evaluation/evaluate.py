@@ -1,47 +1,41 @@
 """What the verb `evaluate` does: a model asked every question of a data set, judged, reported.
 
-Owns its words on the terminal and what is put to the model; refuses to compute: see `evaluation`.
+Owns its words on the terminal; refuses to compute: see `evaluation`.
 """
 
 import json
 import shlex
 import sys
-from argparse import Namespace
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from aimv2_mllm.data.asked import FIELDS, Asked, Question, load_asked, question_identity
-from aimv2_mllm.errors import UsageError, nearest
+from aimv2_mllm.data.asked import question_identity
 from aimv2_mllm.evaluation.answerers import Ours, load_answerer
 from aimv2_mllm.evaluation.asking import Answers, ask_all, demand_same
 from aimv2_mllm.evaluation.controls import MAJORITY, SHOWN
 from aimv2_mllm.evaluation.judging import Judged, judge, notes, summary
 from aimv2_mllm.evaluation.metrics import METRICS
+from aimv2_mllm.evaluation.questions import Questions
+from aimv2_mllm.formats import percent, percents
 from aimv2_mllm.reports.evaluation_page import MORE, NOT_ALL, describe, pictures
-from aimv2_mllm.reports.report import HTML, MARKDOWN, SUMMARY, fill, write_files
+from aimv2_mllm.reports.report import files_of, write_files
 from aimv2_mllm.stages.job import versions
 from aimv2_mllm.stages.run_folder import locked
 
-CHOICES = "{question}\n{choices}\nAnswer with the letter of the right choice."
 RESULTS = "results.jsonl"
 
 
-def evaluate(args: Namespace) -> dict[str, Any]:
-    """The numbers of `args.model` on the questions `args.data` by `args.metric`; they, an answer a
-    line and a report are written to `args.out`, where answers go on where they stopped."""
-    metric = METRICS[args.metric]
-    columns = columns_of(args.column)
-    asked = load_asked(
-        args.data, root=args.root, columns=columns, split=args.split, limit=args.limit
-    )
-    demand_fit(args.data, args.metric, args.prompt, asked)
-    prompts = [prompt_of(question, args.prompt) for question in asked.questions]
-    model, folder = load_answerer(args.model), Path(args.out)
+def evaluate(source: str, questions: Questions, folder: Path) -> dict[str, Any]:
+    """The numbers of the model `source`, a folder or a hub id, on these questions; they, an answer
+    a line and a report are written to `folder`, where answers go on where they stopped."""
+    asked = questions.load()
+    metric, prompts = METRICS[questions.metric], questions.prompts(asked)
+    model = load_answerer(source)
+    most, controls = questions.max_new_tokens, questions.controls
     identity = {
         "model": model.identity,
         "questions": question_identity(asked.questions, prompts),
-        "max_new_tokens": args.max_new_tokens,
+        "max_new_tokens": most,
     }
     with locked(folder, "give another --out"):
         demand_same(folder, identity)
@@ -49,87 +43,37 @@ def evaluate(args: Namespace) -> dict[str, Any]:
         ask_all(
             asked,
             prompts,
-            lambda batch: model(batch, args.max_new_tokens),
+            lambda batch: model(batch, most),
             answers,
-            controls=args.controls,
-            batch=args.batch_size,
+            controls=controls,
+            batch=questions.batch_size,
         )
         if isinstance(model, Ours) and (short := model.bot.prompter.num_short):
             print(
                 f"aimv2-mllm: {short:,} questions, those of controls too, left fewer than "
-                f"--max-new-tokens {args.max_new_tokens} of the model's {model.bot.limit} tokens: "
+                f"--max-new-tokens {most} of the model's {model.bot.limit} tokens: "
                 "answers to them may be cut",
                 file=sys.stderr,
             )
-        judged = judge(asked, answers, metric, controls=args.controls)
-        numbers = {"model": args.model, "source": args.data, "metric": args.metric}
-        numbers |= summary(judged, metric)
-        numbers |= {
+        judged = judge(asked, answers, metric, controls=controls)
+        words = [source, questions.data, *questions.words(), "--out", str(folder)]
+        numbers = {
+            "model": source,
+            "source": questions.data,
+            "metric": questions.metric,
+            **summary(judged, metric),
             "left_out": [*asked.left_out, *answers.left_out()],
             "not_asked": answers.not_asked(),
             "notes": notes(judged, metric),
-            "prompt": args.prompt,
+            "prompt": questions.prompt,
             "asked": identity,
-            "command": _command(args),
+            "command": shlex.join(["aimv2-mllm", "evaluate", *words]),
             "versions": versions(),
         }
-        write_files(folder, _files(numbers, judged, asked))
+        page = describe(numbers, judged, asked)
+        files = files_of("evaluation", page, numbers, pictures(page))
+        write_files(folder, files | {RESULTS: "".join(_results(judged)).encode()})
     return numbers
-
-
-def _command(args: Namespace) -> str:
-    """The command that gives the same numbers."""
-    words = ["aimv2-mllm", "evaluate", args.model, args.data, "--metric", args.metric]
-    for flag in ("prompt", "root", "limit", "batch_size", "max_new_tokens", "out"):
-        value = getattr(args, flag)
-        words += [] if value is None else [f"--{flag.replace('_', '-')}", str(value)]
-    words += [word for text in args.column or () for word in ("--column", text)]
-    words += [] if args.controls else ["--no-controls"]
-    return shlex.join([*words, "--split", args.split])
-
-
-def _files(numbers: dict[str, Any], judged: Judged, asked: Asked) -> dict[str, bytes]:
-    """The files of the report by name."""
-    page = describe(numbers, judged, asked)
-    texts = {
-        RESULTS: "".join(_results(judged)),
-        HTML: fill("evaluation.html.jinja", page),
-        MARKDOWN: fill("evaluation.md.jinja", page),
-        SUMMARY: json.dumps(numbers, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
-    }
-    files = {name: text.encode() for name, text in texts.items()}
-    return {picture.name: picture.png for picture in pictures(page)} | files
-
-
-def prompt_of(question: Question, template: str | None) -> str:
-    """What is put to the model: `template` with {question} and {choices} filled in; without one the
-    question, and its choices by letter where it has any."""
-    if template is None:
-        template = CHOICES if question.choices else "{question}"
-    lettered = [f"{chr(ord('A') + n)}. {text}" for n, text in enumerate(question.choices)]
-    return template.replace("{choices}", "\n".join(lettered)).replace("{question}", question.text)
-
-
-def columns_of(words: Sequence[str] | None) -> dict[str, str]:
-    """What fields of the data are called, of words FIELD=NAME."""
-    return dict(map(_column, words or ()))
-
-
-def _column(text: str) -> tuple[str, str]:
-    field, _, name = text.partition("=")
-    if field not in FIELDS or not name:
-        known = f"FIELD is one of {', '.join(FIELDS)}{nearest(field, FIELDS)}"
-        raise UsageError(f"--column {text}: must be FIELD=NAME, where {known}")
-    return field, name
-
-
-def demand_fit(data: str, metric: str, prompt: str | None, asked: Asked) -> None:
-    """UsageError for a question of `data` that the metric cannot judge, or a prompt without it."""
-    for question in asked.questions:
-        if why := METRICS[metric].unfit(question):
-            raise UsageError(f"{data}: question {question.id} {why}")
-    if prompt is not None and "{question}" not in prompt:
-        raise UsageError(f"--prompt {prompt!r}: has no {{question}} where the question comes")
 
 
 def _results(judged: Judged) -> list[str]:
@@ -172,9 +116,8 @@ def as_table(numbers: dict[str, Any]) -> str:
     if "seeing_adds" in numbers:
         rows.append(("what the right picture adds", numbers["seeing_adds"]))
     for name, told in rows:
-        low, high = (100 * end for end in told["interval"])
-        lines.append(f"{name:<34}{100 * told['score']:>9.1f}   {low:.1f} to {high:.1f}")
+        lines.append(f"{name:<34}{percent(told['score']):>9}   {percents(told['interval'])}")
     lines += [
-        f"{text:<34}{100 * numbers[key]:>9.1f}" for key, text in MORE.items() if key in numbers
+        f"{text:<34}{percent(numbers[key]):>9}" for key, text in MORE.items() if key in numbers
     ]
     return "\n".join(lines)

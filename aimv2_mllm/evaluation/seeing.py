@@ -15,6 +15,7 @@ from aimv2_mllm.errors import UsageError
 from aimv2_mllm.evaluation import dreams
 from aimv2_mllm.evaluation.features import see
 from aimv2_mllm.evaluation.painter import Painter
+from aimv2_mllm.formats import percent, percents
 from aimv2_mllm.model.towers import Tower
 from aimv2_mllm.reports import picture_grids
 
@@ -50,8 +51,8 @@ def as_table(results: dict[str, Any]) -> str:
     }
     rows += [(controls[name], found) for name, found in results["controls"].items()]
     for name, found in rows:
-        low, high = (100 * end for end in found["interval"])
-        lines.append(f"{name:<34}{100 * found['accuracy']:>7.1f} %   {low:.1f} to {high:.1f} %")
+        ends = percents(found["interval"])
+        lines.append(f"{name:<34}{percent(found['accuracy']):>7} %   {ends} %")
     return "\n".join(lines)
 
 

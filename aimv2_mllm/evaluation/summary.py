@@ -6,22 +6,27 @@ Owns which results are judged and by what; refuses to know how a report looks.
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from torch import nn
+from PIL import Image
+from torch import Tensor, nn
 
+from aimv2_mllm.chat.chat import load_model
+from aimv2_mllm.chat.chatbot import Chatbot
 from aimv2_mllm.data import held_out, labelled, scenes
 from aimv2_mllm.data.batches import picture_batch
 from aimv2_mllm.data.conversations import DESCRIBE
 from aimv2_mllm.data.held_out import Asked
 from aimv2_mllm.evaluation import answers, dreams, zeroshot
-from aimv2_mllm.evaluation.answers import Speaker
 from aimv2_mllm.evaluation.controls import majority_answers, other_picture
 from aimv2_mllm.evaluation.features import see
 from aimv2_mllm.evaluation.intervals import interval
 from aimv2_mllm.evaluation.losses import held_out_losses
 from aimv2_mllm.evaluation.probes import fresh_encoder, probe
+from aimv2_mllm.model.llms import load_llm, load_tokenizer
+from aimv2_mllm.model.mllm import pictures_of
 from aimv2_mllm.model.towers import Tower
 from aimv2_mllm.narration import Narrate
 from aimv2_mllm.recipe.data import HandwritingSource
@@ -77,11 +82,12 @@ def evaluate(place: Place, narrate: Narrate) -> Findings:
     assembled = last_stage(place, "align", "tune")
     if assembled is not None:
         narrate(f"evaluation: {config.questions:,} questions about held-out pictures, and controls")
-        _judge_seeing(findings, answers.load_mllm(place.result(assembled)), config.seed)
+        _judge_seeing(findings, load_model(place.result(assembled)), config.seed)
     elif last_stage(place, "language") == list(place.recipe.stages)[-1]:
         narrate(f"evaluation: {config.questions:,} questions about held-out sheets in words")
-        folder = place.result(list(place.recipe.stages)[-1])
-        _judge_reading(findings, answers.load_language_model(folder), config.seed)
+        folder = str(place.result(list(place.recipe.stages)[-1]))
+        words = SimpleNamespace(tokenizer=load_tokenizer(folder))
+        _judge_reading(findings, Chatbot(load_llm(folder).eval(), words, {}), config.seed)
     findings.numbers["seconds"] = {"evaluation": round(time.perf_counter() - begun, 1)}
     return findings
 
@@ -175,23 +181,20 @@ def _judge_by_words(findings: Findings, folder: Path, seed: int) -> None:
     }
 
 
-def _judge_seeing(findings: Findings, speaker: Speaker, seed: int) -> None:
+def _judge_seeing(findings: Findings, bot: Chatbot, seed: int) -> None:
     asked, sheets = findings.asked, _sheets(findings.asked, seed)
     if len(sheets) == 1:  # the blind control needs another one
         sheets = [*sheets, held_out.held_out_sheet(seed, 1)]
-    seen = answers.look(speaker, sheets)
-    texts, about = [q.text for q in asked], [q.sheet for q in asked]
-    elsewhere = [other_picture(sheet, len(sheets)) for sheet in about]
-    findings.given = answers.answer(speaker, texts, seen=seen, about=about)
-    blind = answers.answer(speaker, texts, seen=seen, about=elsewhere)
-    alone = answers.answer(speaker, texts)
-    captions = answers.answer(
-        speaker,
-        [DESCRIBE[0]] * len(sheets),
-        seen=seen,
-        about=range(len(sheets)),
-        max_new_tokens=answers.CAPTION_TOKENS,
-    )
+    side, seen = pictures_of(bot.processor)[0].image_size, dict[str, Tensor]()
+    pictures = [Image.fromarray(scenes.render(sheet, side)) for sheet in sheets]
+    # First, so that every sheet is prepared and looked at once, many of them together.
+    wanted, most = [(DESCRIBE[0], picture) for picture in pictures], answers.CAPTION_TOKENS
+    captions = answers.ask(bot, wanted, seen, max_new_tokens=most)
+    elsewhere = [other_picture(q.sheet, len(sheets)) for q in asked]
+    findings.given = answers.ask(bot, [(q.text, pictures[q.sheet]) for q in asked], seen)
+    shown = zip(asked, elsewhere, strict=True)
+    blind = answers.ask(bot, [(q.text, pictures[other]) for q, other in shown], seen)
+    alone = answers.ask(bot, [(q.text, None) for q in asked], seen)
     exact = [answers.is_exact_caption(c, s) for c, s in zip(captions, sheets, strict=True)]
     findings.numbers |= {
         **_scores("vqa", asked, findings.given),
@@ -200,16 +203,15 @@ def _judge_seeing(findings: Findings, speaker: Speaker, seed: int) -> None:
         "vqa_accuracy_text_only": answers.accuracy(asked, alone),
         "vqa_text_only_by_kind": answers.by_kind(asked, alone),
         "caption_exact": sum(exact) / len(exact),
-        "parameters": _parameters(speaker),
+        "parameters": _parameters(bot),
     }
 
 
-def _judge_reading(findings: Findings, speaker: Speaker, seed: int) -> None:
+def _judge_reading(findings: Findings, bot: Chatbot, seed: int) -> None:
     asked = findings.asked
-    questions = [held_out.in_words(seed, question) for question in asked]
-    findings.given = answers.answer(speaker, questions)
+    findings.given = answers.ask(bot, [(held_out.in_words(seed, q), None) for q in asked], {})
     findings.numbers |= _scores("text", asked, findings.given)
-    findings.numbers["parameters"] = _parameters(speaker)
+    findings.numbers["parameters"] = _parameters(bot)
 
 
 def _scores(name: str, asked: list[Asked], given: list[str]) -> dict[str, Any]:
@@ -231,10 +233,10 @@ def _sheets(asked: list[Asked], seed: int) -> list[scenes.Scene]:
     return [held_out.held_out_sheet(seed, index) for index in range(asked[-1].sheet + 1)]
 
 
-def _parameters(speaker: Speaker) -> dict[str, int]:
+def _parameters(bot: Chatbot) -> dict[str, int]:
     parts = {"vision_tower": "tower", "multi_modal_projector": "connector"}
     counts: dict[str, int] = {}
-    for name, parameter in speaker.model.named_parameters():
+    for name, parameter in bot.model.named_parameters():
         part = next((part for word, part in parts.items() if word in name.split(".")), "LLM")
         counts[part] = counts.get(part, 0) + parameter.numel()
     return counts | {"total": sum(counts.values())}

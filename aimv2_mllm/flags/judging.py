@@ -1,6 +1,7 @@
 """The flags of the verbs that judge what models answer: evaluate, compare and lmms-eval."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from aimv2_mllm.flags.values import (
@@ -25,9 +26,7 @@ def add_evaluate(verbs: Any) -> None:
         help="JSON lines with image, question and answers, a folder with questions.csv, or a "
         "dataset of the datasets library, by folder or hub id",
     )
-    words.add_argument(
-        "--out", metavar="FOLDER", default="evaluation", help="answers and report (evaluation)"
-    )
+    _add_out(words, "evaluation", "answers and report")
     _add_judging(words)
 
 
@@ -59,12 +58,11 @@ def add_compare(verbs: Any) -> None:
     words.add_argument(
         "--data",
         metavar="DATA",
+        default="",
         help="the questions, as evaluate takes them (held-out sheets, where a recipe knows nothing "
         "but handwriting)",
     )
-    words.add_argument(
-        "--out", metavar="FOLDER", default="comparison", help="runs and report (comparison)"
-    )
+    _add_out(words, "comparison", "runs and report")
     _add_judging(words)
 
 
@@ -80,12 +78,11 @@ def add_lmms_eval(verbs: Any) -> None:
         help="names of lmms-eval's tasks, as in mme,gqa, or a file of benchmarks such as "
         "recipes/benchmarks/paper.yaml",
     )
-    words.add_argument(
-        "--out", metavar="FOLDER", default="lmms-eval", help="answers and table (lmms-eval)"
-    )
+    _add_out(words, "lmms-eval", "answers and table")
     words.add_argument(
         "--environment",
         metavar="FOLDER",
+        type=Path,
         default=".venv-lmms-eval",
         help="its virtual environment, made where there is none (.venv-lmms-eval)",
     )
@@ -113,6 +110,12 @@ def _add_model(words: argparse.ArgumentParser) -> None:
         "model",
         metavar="MODEL",
         help="a run folder, or the folder or hub id of an image-text model",
+    )
+
+
+def _add_out(words: argparse.ArgumentParser, default: str, what: str) -> None:
+    words.add_argument(
+        "--out", metavar="FOLDER", type=Path, default=default, help=f"{what} ({default})"
     )
 
 

@@ -10,70 +10,110 @@ import re
 import shlex
 import subprocess
 import sys
-from argparse import Namespace
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from aimv2_mllm.errors import RunFailed, UsageError, nearest
 from aimv2_mllm.evaluation.answerers import digest, found
 from aimv2_mllm.evaluation.asking import demand_same
 from aimv2_mllm.files import sha256
-from aimv2_mllm.lmms.benchmarks import Benchmark, Number, benchmarks_of, numbers_of, table
+from aimv2_mllm.lmms.benchmarks import (
+    Benchmark,
+    Benchmarks,
+    Number,
+    benchmarks_of,
+    numbers_of,
+    table,
+)
 from aimv2_mllm.lmms.environment import Inventory, demand_environment, inventory, python_of
 from aimv2_mllm.lmms.plugin import MODEL
-from aimv2_mllm.model.hub import commit_of, locate
-from aimv2_mllm.model.shapes import only_shapes
+from aimv2_mllm.model.hub import pinned
+from aimv2_mllm.narration import Narrate
 
 RESULTS, LOG, TABLE = "results.json", "log.txt", "table.md"
 TASK = re.compile(r"yaml|\.yml$|\.py$")  # a name such as _default_template_yaml too
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
-def run_benchmarks(args: Namespace, narrate: Callable[[str], None]) -> str:
-    """The table of `args.tasks` for `args.model`, written to `args.out` too; RunFailed with a line
-    for each benchmark that failed. With `args.print`, the commands that would be run."""
-    asked = benchmarks_of(args.tasks)
-    folder = found(args.model)
-    if wrong := [mark for mark in ",='\"{}" if mark in args.model]:
-        raise UsageError(f"{args.model}: lmms-eval takes no {wrong[0]} in a name; link or move it")
-    environment, out = Path(args.environment), Path(args.out)
-    python = python_of(environment)
-    commands = [_command(python, one, args) for one in asked.wanted]
-    if args.print:
-        make = [sys.executable, "-m", "aimv2_mllm.lmms.environment", args.environment]
-        first = [] if python.exists() else [make]
-        return "\n".join(shlex.join(words) for words in [*first, *commands])
-    there = inventory(demand_environment(environment, narrate), args.include_path)
+@dataclass(frozen=True)
+class Benchmarking:
+    """What is asked of lmms-eval: `tasks` as `benchmarks_of` takes them, of the `model` in a folder
+    or of a hub id, and how; what comes of it is in `out`, and it runs in an `environment`."""
+
+    model: str
+    tasks: str
+    out: Path = Path("lmms-eval")
+    environment: Path = Path(".venv-lmms-eval")
+    include_path: str | None = None  # where more tasks are
+    limit: int | None = None
+    batch_size: int = 8
+    processes: int = 1
+    dtype: str | None = None
+    simple: bool = False
+
+
+def commands(how: Benchmarking) -> str:
+    """What `run_benchmarks` would run, a line for each command; a model of the hub has its commit
+    there where that can be known now."""
+    asked, folder = _checked(how)
+    try:
+        name, _ = _named(how.model, folder)
+    except UsageError:  # the hub cannot be reached, and nothing of it is here
+        name = how.model
+    make = [sys.executable, "-m", "aimv2_mllm.lmms.environment", str(how.environment)]
+    first = [] if python_of(how.environment).exists() else [make]
+    words = [*first, *(_command(how, one, name) for one in asked.wanted)]
+    return "\n".join(map(shlex.join, words))
+
+
+def run_benchmarks(how: Benchmarking, narrate: Narrate) -> str:
+    """The table of the numbers, written to `how.out` too; RunFailed with a line for each benchmark
+    that failed."""
+    asked, folder = _checked(how)
+    there = inventory(demand_environment(how.environment, narrate), how.include_path)
     _demand_tasks(asked.wanted, there)
+    name, model = _named(how.model, folder)
     identity = {
-        "model": _commit(args.model) if folder is None else digest(folder),
-        "limit": args.limit,
-        "dtype": args.dtype,
-        "simple": args.simple,
+        "model": model,
+        "limit": how.limit,
+        "dtype": how.dtype,
+        "simple": how.simple,
         "lmms_eval": there.version,
-        "include_path": _digest_of_tasks(args.include_path),
+        "include_path": _digest_of_tasks(how.include_path),
     }
     for one in asked.wanted:
-        demand_same(out / one.name, {"task": one.task, **identity})
+        demand_same(how.out / one.name, {"task": one.task, **identity})
     numbers, failed = dict[str, list[Number]](), dict[str, str]()
-    for one, command in zip(asked.wanted, commands, strict=True):
+    for one in asked.wanted:
         try:
-            numbers[one.name] = _numbers(one, command, out / one.name, narrate)
+            command = _command(how, one, name)
+            numbers[one.name] = _numbers(one, command, how.out / one.name, narrate)
         except (RunFailed, UsageError) as error:
             failed[one.name] = str(error)
             narrate(str(error))
         told = table(asked, numbers, failed)
-        (out / TABLE).write_text(told, encoding="utf-8")
+        (how.out / TABLE).write_text(told, encoding="utf-8")
     if failed:
         narrate(told)
         raise RunFailed("\n".join(failed.values()))
     return told
 
 
-def _commit(source: str) -> str:
-    """What tells a model of the hub from what will have its name later."""
-    with only_shapes():  # without its weights
-        return f"{source} {commit_of(source, locate(source))}"
+def _checked(how: Benchmarking) -> tuple[Benchmarks, Path | None]:
+    """What is to be run, and the model's folder, None where it is of the hub."""
+    asked, folder = benchmarks_of(how.tasks), found(how.model)
+    if wrong := [mark for mark in ",='\"{}" if mark in how.model]:
+        raise UsageError(f"{how.model}: lmms-eval takes no {wrong[0]} in a name; link or move it")
+    return asked, folder
+
+
+def _named(model: str, folder: Path | None) -> tuple[str, str]:
+    """What lmms-eval is to load, a model of the hub at its commit of now, and what tells it from
+    others."""
+    if folder is not None:
+        return model, digest(folder)
+    name, words = pinned(model)
+    return "@".join([name, *words.values()]), f"{model} {words.get('revision')}"
 
 
 def _digest_of_tasks(include: str | None) -> str | None:
@@ -85,18 +125,18 @@ def _digest_of_tasks(include: str | None) -> str | None:
     return hashlib.sha256("".join(said).encode()).hexdigest()
 
 
-def _command(python: Path, one: Benchmark, args: Namespace) -> list[str]:
+def _command(how: Benchmarking, one: Benchmark, name: str) -> list[str]:
     """What runs lmms-eval for one benchmark, by a launcher where several processes are wanted."""
-    launch = ["-m", "accelerate.commands.launch", "--num_processes", str(args.processes)]
-    model = f"pretrained={args.model}"
-    model += f",dtype={DTYPES[args.dtype]}" if args.dtype else ""
-    words = [str(python), *(launch if args.processes > 1 else []), "-m", "lmms_eval"]
+    launch = ["-m", "accelerate.commands.launch", "--num_processes", str(how.processes)]
+    model = f"pretrained={name}" + (f",dtype={DTYPES[how.dtype]}" if how.dtype else "")
+    python = str(python_of(how.environment))
+    words = [python, *(launch if how.processes > 1 else []), "-m", "lmms_eval"]
     words += ["--model", MODEL, "--model_args", model, "--tasks", one.task]
-    words += ["--batch_size", str(args.batch_size)]
-    words += ["--output_path", str(Path(args.out) / one.name / "lmms-eval")]
-    words += [] if args.limit is None else ["--limit", str(args.limit)]
-    words += ["--include_path", args.include_path] if args.include_path else []
-    return [*words, "--log_samples", *(["--force_simple"] if args.simple else [])]
+    words += ["--batch_size", str(how.batch_size)]
+    words += ["--output_path", str(how.out / one.name / "lmms-eval")]
+    words += [] if how.limit is None else ["--limit", str(how.limit)]
+    words += ["--include_path", how.include_path] if how.include_path else []
+    return [*words, "--log_samples", *(["--force_simple"] if how.simple else [])]
 
 
 def _demand_tasks(wanted: tuple[Benchmark, ...], there: Inventory) -> None:
@@ -109,9 +149,7 @@ def _demand_tasks(wanted: tuple[Benchmark, ...], there: Inventory) -> None:
         raise UsageError("\n".join(lines))
 
 
-def _numbers(
-    one: Benchmark, command: list[str], folder: Path, narrate: Callable[[str], None]
-) -> list[Number]:
+def _numbers(one: Benchmark, command: list[str], folder: Path, narrate: Narrate) -> list[Number]:
     """The numbers of a benchmark, which is run where `folder` does not have them."""
     done = folder / RESULTS
     if done.exists():

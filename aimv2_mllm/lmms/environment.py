@@ -11,12 +11,13 @@ import json
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.lmms.plugin import MODEL
+from aimv2_mllm.narration import Narrate
 
 REQUIREMENTS = Path(__file__).parents[1] / "assets" / "lmms_eval.txt"
 BELOW, INSTALLED = "below.pth", "lmms_eval.txt"
@@ -35,7 +36,7 @@ def python_of(folder: Path) -> Path:
     return folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
 
 
-def demand_environment(folder: Path, narrate: Callable[[str], None]) -> Path:
+def demand_environment(folder: Path, narrate: Narrate) -> Path:
     """The interpreter of the environment in `folder`, which is made where there is none.
 
     UsageError where it cannot be: the folder is something else, or packages cannot be had.

@@ -15,7 +15,7 @@ from aimv2_mllm.evaluation.asking import SEEN
 from aimv2_mllm.evaluation.controls import MAJORITY
 from aimv2_mllm.evaluation.judging import Judged
 from aimv2_mllm.evaluation.metrics import METRICS
-from aimv2_mllm.formats import percent
+from aimv2_mllm.formats import percent, percents
 from aimv2_mllm.reports import charts
 from aimv2_mllm.reports.charts import Picture
 from aimv2_mllm.reports.gallery import NOTE, RIGHT_AND_WRONG, Shown, gallery
@@ -82,12 +82,14 @@ def _last(name: str) -> str:
 def _headline(numbers: Mapping[str, Any]) -> list[dict[str, str]]:
     metric = METRICS[numbers["metric"]]
     title = f"{metric.title}, {metric.unit}"
-    rows = [(title, percent(numbers["score"]), f"of {numbers['num_questions']:,} questions")]
-    rows[0] = (*rows[0][:2], f"{rows[0][2]}; {_interval(numbers)}")
+    ends = f"95 % interval {percents(numbers['interval'])}"
+    of_all = f"of {numbers['num_questions']:,} questions; {ends}"
+    rows = [(title, percent(numbers["score"]), of_all)]
     for name, told in numbers.get("controls", {}).items():
         rows.append((NAMES[name][0], percent(told["score"]), NAMES[name][1]))
     if adds := numbers.get("seeing_adds"):
-        rows.append(("what the right picture adds", percent(adds["score"]), _interval(adds)))
+        ends = f"95 % interval {percents(adds['interval'])}"
+        rows.append(("what the right picture adds", percent(adds["score"]), ends))
     rows += [(text, percent(numbers[key]), "") for key, text in MORE.items() if key in numbers]
     return [{"name": name, "value": value, "more": more} for name, value, more in rows]
 
@@ -120,12 +122,11 @@ def _table(numbers: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "bars": bars,
         "series": [*(NAMES[name][0] for name in named), *(MORE[key] for key in further)],
-        "controls": [f"{NAMES[name][0]}: {NAMES[name][1]}" for name in named if NAMES[name][1]],
         "rows": [
             {
                 "name": kind.replace("_", " "),
                 "count": f"{one['count']:,}",
-                "interval": _ends(one),
+                "interval": percents(one["interval"]),
                 "shares": [percent(score) for score in (*scores, *(one[key] for key in further))],
                 "is_sum": kind == "all",
             }
@@ -169,12 +170,3 @@ def _png(picture: Image.Image) -> bytes:
     stream = io.BytesIO()
     picture.save(stream, "PNG", optimize=True)
     return stream.getvalue()
-
-
-def _interval(told: Mapping[str, Any]) -> str:
-    return f"95 % interval {_ends(told)}"
-
-
-def _ends(told: Mapping[str, Any]) -> str:
-    low, high = (percent(end) for end in told["interval"])
-    return f"{low} to {high}"

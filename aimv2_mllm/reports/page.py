@@ -12,7 +12,7 @@ from aimv2_mllm.data import scenes
 from aimv2_mllm.engine.metrics import METRICS_FILE
 from aimv2_mllm.evaluation import answers
 from aimv2_mllm.evaluation.summary import Findings, Painting, last_stage
-from aimv2_mllm.formats import percent
+from aimv2_mllm.formats import percent, percents
 from aimv2_mllm.reports import charts, picture_grids
 from aimv2_mllm.reports.charts import Picture
 from aimv2_mllm.reports.gallery import sheet_gallery
@@ -117,9 +117,8 @@ def _headline(numbers: dict[str, Any]) -> list[dict[str, str]]:
     asked = {"vqa": "questions answered correctly", "text": "questions, sheet in words"}
     for key, name in asked.items():
         if f"{key}_accuracy" in numbers:
-            low, high = numbers[f"{key}_accuracy_interval"]
-            interval = f"95 % interval {percent(low)} to {percent(high)} %"
-            more = f"of {numbers['num_questions']:,}; {interval}"
+            interval = percents(numbers[f"{key}_accuracy_interval"])
+            more = f"of {numbers['num_questions']:,}; 95 % interval {interval} %"
             rows.append((name, f"{percent(numbers[f'{key}_accuracy'])} %", more))
     for key, name, more in (
         ("vqa_accuracy_blind", "the same with another picture", "what needs no eyes"),
@@ -130,11 +129,11 @@ def _headline(numbers: dict[str, Any]) -> list[dict[str, str]]:
         if key in numbers:
             rows.append((name, f"{percent(numbers[key])} %", more))
     if "digit_zeroshot_accuracy" in numbers:
-        low, high = numbers["digit_zeroshot_accuracy_interval"]
         others = [numbers[f"digit_zeroshot_accuracy_{end}"] for end in ("shuffled", "majority")]
         more = (
-            f"95 % interval {percent(low)} to {percent(high)} %; by the words for the next digit"
-            f" {percent(others[0])} %, always the commonest {percent(others[1])} %"
+            f"95 % interval {percents(numbers['digit_zeroshot_accuracy_interval'])} %; by the words"
+            f" for the next digit {percent(others[0])} %, always the commonest"
+            f" {percent(others[1])} %"
         )
         value = f"{percent(numbers['digit_zeroshot_accuracy'])} %"
         rows.append(("single digits told by their words alone", value, more))

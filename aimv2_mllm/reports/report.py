@@ -6,6 +6,7 @@ Owns when a run is judged again and that its report is whole or not there.
 import json
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from aimv2_mllm.errors import RunFailed
 from aimv2_mllm.evaluation.summary import Findings, evaluate
 from aimv2_mllm.folders import digest_of
 from aimv2_mllm.narration import Narrate
+from aimv2_mllm.reports.charts import Picture
 from aimv2_mllm.reports.page import describe, pictures
 from aimv2_mllm.stages.job import Place, versions
 
@@ -36,7 +38,8 @@ def write_report(place: Place, narrate: Narrate) -> None:
         return
     findings = evaluate(place, narrate)
     _complete(findings, place, made_from)
-    write_files(place.folder, _render(place, findings))
+    page = describe(place, findings)
+    write_files(place.folder, files_of("report", page, findings.numbers, pictures(page)))
     for line in _told(findings.numbers):
         narrate(line)
     narrate(f"report: {place.folder / HTML}")
@@ -70,16 +73,21 @@ def _complete(findings: Findings, place: Place, made_from: dict[str, Any]) -> No
     findings.numbers["made_from"] = made_from
 
 
-def _render(place: Place, findings: Findings) -> dict[str, bytes]:
-    """The files of the report by name."""
-    page = describe(place, findings)
-    texts = {name: fill(f"{name}.jinja", page) for name in (HTML, MARKDOWN)}
-    texts[SUMMARY] = json.dumps(findings.numbers, indent=2, allow_nan=False) + "\n"
+def files_of(
+    template: str, page: dict[str, Any], numbers: dict[str, Any], shown: Iterable[Picture]
+) -> dict[str, bytes]:
+    """The files of a report by name: what `page` says as HTML and Markdown, by the templates of
+    that name, the numbers, and the pictures shown."""
+    texts = {
+        HTML: _filled(f"{template}.html.jinja", page),
+        MARKDOWN: _filled(f"{template}.md.jinja", page),
+        SUMMARY: json.dumps(numbers, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
+    }
     files = {name: text.encode() for name, text in texts.items()}
-    return {picture.name: picture.png for picture in pictures(page)} | files
+    return {picture.name: picture.png for picture in shown} | files
 
 
-def fill(template: str, page: dict[str, Any]) -> str:
+def _filled(template: str, page: dict[str, Any]) -> str:
     """A template of `assets` with what `page` says; HTML where its name says so."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),

@@ -2,10 +2,19 @@
 
 import argparse
 import os
-from pathlib import Path
+from dataclasses import fields
+from typing import Any, TypeVar
 
 from aimv2_mllm.flags.parser import PROGRAM
 from aimv2_mllm.narration import note
+
+Settings = TypeVar("Settings")
+
+
+def _settings(kind: type[Settings], args: argparse.Namespace, **known: Any) -> Settings:
+    """What the flags say, as a dataclass whose fields are named as they are; `known` are others."""
+    named = [one.name for one in fields(kind) if one.name not in known]  # type: ignore[arg-type]
+    return kind(**{name: getattr(args, name) for name in named}, **known)
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -16,9 +25,11 @@ def evaluate(args: argparse.Namespace) -> None:
         stay_offline_unless_reached()
     from aimv2_mllm.evaluation.evaluate import as_table
     from aimv2_mllm.evaluation.evaluate import evaluate as judge
+    from aimv2_mllm.evaluation.questions import Questions, columns_of
 
-    print(as_table(judge(args)))
-    print(f"\nreport: {Path(args.out) / 'report.md'}")
+    questions = _settings(Questions, args, columns=columns_of(args.column))
+    print(as_table(judge(args.model, questions, args.out)))
+    print(f"\nreport: {args.out / 'report.md'}")
 
 
 def compare(args: argparse.Namespace) -> None:
@@ -27,23 +38,27 @@ def compare(args: argparse.Namespace) -> None:
 
     if args.data and not os.path.exists(args.data):
         stay_offline_unless_reached()
+    from aimv2_mllm.comparison.compare import Runs
     from aimv2_mllm.comparison.compare import compare as measure
     from aimv2_mllm.comparison.page import as_table
+    from aimv2_mllm.evaluation.questions import Questions, columns_of
 
-    numbers = measure(args, note)
+    questions = _settings(Questions, args, columns=columns_of(args.column))
+    numbers = measure(_settings(Runs, args), questions, args.out, note)
     print(as_table(numbers))
     for one in numbers["failed"]:
         note(f"{PROGRAM}: failed: {one['run']}: {one['why']}")
-    print(f"\nreport: {Path(args.out) / 'report.md'}")
+    print(f"\nreport: {args.out / 'report.md'}")
     if numbers["failed"]:
         raise SystemExit(1)
 
 
 def lmms_eval(args: argparse.Namespace) -> None:
     """Print what lmms-eval makes of a model's answers, or the commands that would tell it."""
-    from aimv2_mllm.lmms.command import run_benchmarks
+    from aimv2_mllm.lmms.command import Benchmarking, commands, run_benchmarks
     from aimv2_mllm.model.hub import stay_offline_unless_reached
 
-    if not args.print:
+    if not args.print or not os.path.exists(args.model):
         stay_offline_unless_reached()
-    print(run_benchmarks(args, note).rstrip())
+    how = _settings(Benchmarking, args)
+    print(commands(how) if args.print else run_benchmarks(how, note).rstrip())
