@@ -134,7 +134,8 @@ def build_language(stage: LanguageStage, place: Place) -> Job:
     corpus, skipped = TalkCorpus(stage.data, seed, None), Skipped()
     talks = (corpus.words(number, skipped) for number in range(TOKENIZER_TEXTS))
     texts = (f" {message['content'][-1]['text']}" for talk in talks for message in talk)
-    tokenizer = train_tokenizer(texts, stage.vocab_size)
+    longest = stage.model.max_position_embeddings
+    tokenizer = train_tokenizer(texts, stage.vocab_size, longest=longest)
     config = LlamaConfig(
         **stage.model.model_dump(),
         vocab_size=len(tokenizer),
