@@ -81,7 +81,4 @@ def export(
         write_card(folder, source, content, name=destination.name)
         write_sidecar(folder, content)
         total = sum(file.stat().st_size for file in folder.rglob("*"))
-    return (
-        f"wrote {destination}: {format_}, {total / 1e6:,.1f} MB\n"
-        f"licence: {source.licence}; to check it: verify-export {destination}"
-    )
+    return f"wrote {destination}: {format_}, {total / 1e6:,.1f} MB\nlicence: {source.licence}"
