@@ -17,8 +17,8 @@ from test_session import (
 
 from aimv2_mllm.chat.chat import answer, answer_all
 from aimv2_mllm.chat.chatbot import Chatbot
-from aimv2_mllm.chat.prompts import Message, said
 from aimv2_mllm.chat.session import ChatSession
+from aimv2_mllm.data.conversations import Message, said
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.model.sampling import Sampling
 
@@ -44,13 +44,9 @@ def test_answers_in_batches_are_those_given_one_by_one(kind: str) -> None:
         bot.processor.tokenizer.encode(answer(bot, *talks[0], max_new_tokens=ROOM))[-1]
     ]
     alone = [answer(bot, *talk, max_new_tokens=ROOM) for talk in talks]
-    done: list[tuple[int, int]] = []
-    together = answer_all(
-        bot, talks, max_new_tokens=ROOM, batch_size=4, progress=lambda *n: done.append(n)
-    )
+    together = answer_all(bot, talks, max_new_tokens=ROOM, batch_size=4)
     assert together == alone
     assert len(set(together)) > 2
-    assert done == [(4, 9), (8, 9), (9, 9)]
     for sampling in (Sampling(**DRAWN, seed=3), Sampling(stop=("e", "a"))):
         words = {"max_new_tokens": ROOM, "sampling": sampling}
         assert answer_all(bot, talks, **words) == [answer(bot, *talk, **words) for talk in talks]

@@ -5,13 +5,13 @@ transformers only when a model is loaded.
 """
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aimv2_mllm.chat.chatbot import Chatbot, look, prompt_of
-from aimv2_mllm.chat.prompts import Message
 from aimv2_mllm.chat.session import ChatSession, Reply
+from aimv2_mllm.data.conversations import Message
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.folders import (
     CONFIG_FILE,
@@ -111,13 +111,11 @@ def answer_all(
     max_new_tokens: int = 64,
     sampling: Sampling = GREEDY,
     batch_size: int = 8,
-    progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> list[str]:
     """What `bot` says next in each of `conversations`, messages with their images, in their order.
 
-    Each equals what `answer` would return; up to `batch_size` are computed together. `progress` is
-    called with how many of how many are done. Errors are `answer`'s, with the conversation's
-    number, from 0, before them.
+    Each equals what `answer` would return; up to `batch_size` are computed together. Errors are
+    `answer`'s, with the conversation's number, from 0, before them.
     """
     from aimv2_mllm.model.batched import Row, answer_rows
 
@@ -137,5 +135,4 @@ def answer_all(
         seen = look(bot, [picture for one in asked for picture in one.pictures], seen)
         rows = [Row(one.ids, [seen[p.key] for p in one.pictures], one.room) for one in asked]
         answers += answer_rows(bot.model, bot.processor.tokenizer, rows, sampling=sampling)
-        progress(len(answers), len(conversations))
     return answers

@@ -120,7 +120,9 @@ class Shards(PairSource):
                         raise _changed(shard)
                     return found
             except OSError as error:
-                raise RunFailed(f"{shard.url}: cannot be read any more ({error.strerror})") from None
+                raise RunFailed(
+                    f"{shard.url}: cannot be read any more ({error.strerror})"
+                ) from None
         raise _changed(shard)
 
     def _place(self, row: int) -> tuple[int, int]:

@@ -72,16 +72,15 @@ def answer(
     seen: Tensor | None = None,
     about: Sequence[int] = (),
     max_new_tokens: int = ANSWER_TOKENS,
-    batch_size: int = BATCH_SIZE,
 ) -> list[str]:
-    """The greedy answers, each to a conversation of its own, whatever `batch_size` is.
+    """The greedy answers, each to a conversation of its own.
 
     `seen` (S, M, E) is `look`'s and `about` the row of it that each question is about; without them
     no prompt has a picture.
     """
     answers: list[str] = []
-    for first in tqdm(range(0, len(questions), batch_size), unit="batch", disable=None):
-        here = slice(first, first + batch_size)
+    for first in tqdm(range(0, len(questions), BATCH_SIZE), unit="batch", disable=None):
+        here = slice(first, first + BATCH_SIZE)
         prompts = _prompts(speaker, questions[here], pictures=seen is not None)
         pictures = [()] * len(prompts) if seen is None else [(seen[row],) for row in about[here]]
         rows = [Row(*one, max_new_tokens) for one in zip(prompts, pictures, strict=True)]

@@ -5,7 +5,6 @@ Owns its words on the terminal and what is put to the model; refuses to compute:
 
 import json
 import shlex
-import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from aimv2_mllm.evaluation.asking import Answers, ask_all, demand_same
 from aimv2_mllm.evaluation.controls import MAJORITY, SHOWN
 from aimv2_mllm.evaluation.judging import Judged, judge, notes, summary
 from aimv2_mllm.evaluation.metrics import METRICS
+from aimv2_mllm.narration import warn
 from aimv2_mllm.reports.evaluation_page import MORE, NOT_ALL, describe, pictures
 from aimv2_mllm.reports.report import HTML, MARKDOWN, SUMMARY, fill, write_files
 from aimv2_mllm.stages.job import versions
@@ -55,11 +55,10 @@ def evaluate(args: Namespace) -> dict[str, Any]:
             batch=args.batch_size,
         )
         if isinstance(model, Ours) and (short := model.bot.prompter.num_short):
-            print(
-                f"aimv2-mllm: {short:,} questions, those of controls too, left fewer than "
-                f"--max-new-tokens {args.max_new_tokens} of the model's {model.bot.limit} tokens: "
-                "answers to them may be cut",
-                file=sys.stderr,
+            warn(
+                f"{short:,} questions, those of controls too, left fewer than --max-new-tokens "
+                f"{args.max_new_tokens} of the model's {model.bot.limit} tokens: answers to them "
+                "may be cut"
             )
         judged = judge(asked, answers, metric, controls=args.controls)
         numbers = {"model": args.model, "source": args.data, "metric": args.metric}

@@ -12,7 +12,7 @@ import yaml
 
 from aimv2_mllm.export.source import ExportSource
 from aimv2_mllm.export.usage import TITLES, usage
-from aimv2_mllm.folders import CARD_FILE, UNKNOWN, result_of, stage_record
+from aimv2_mllm.folders import CARD_FILE, RECIPE_FILE, UNKNOWN, result_of, stage_record
 from aimv2_mllm.model.hub import HUB_ID
 
 # Licences that the hub knows by these words; any other is written out as license_name.
@@ -85,7 +85,7 @@ def _records(source: ExportSource) -> list[dict[str, Any]]:
     """The records of the run's stages up to the exported one; of a lone folder its own."""
     if source.run is None or not source.record:
         return [source.record] if "recipe" in source.record else []
-    raw = yaml.safe_load((source.run / "recipe.yaml").read_text(encoding="utf-8"))
+    raw = yaml.safe_load((source.run / RECIPE_FILE).read_text(encoding="utf-8"))
     names = list(raw["stages"])
     names = names[: names.index(source.record["stage"]) + 1]
     records = [stage_record(result_of(source.run, name)) for name in names]

@@ -14,6 +14,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
+from aimv2_mllm.disk import replace_file
 from aimv2_mllm.errors import RunFailed, UsageError, nearest
 from aimv2_mllm.evaluation.answerers import digest, found
 from aimv2_mllm.evaluation.asking import demand_same
@@ -23,10 +24,10 @@ from aimv2_mllm.lmms.environment import Inventory, demand_environment, inventory
 from aimv2_mllm.lmms.plugin import MODEL
 from aimv2_mllm.model.hub import commit_of, locate
 from aimv2_mllm.model.shapes import only_shapes
+from aimv2_mllm.model.shards import type_name
 
 RESULTS, LOG, TABLE = "results.json", "log.txt", "table.md"
 TASK = re.compile(r"yaml|\.yml$|\.py$")  # a name such as _default_template_yaml too
-DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 def run_benchmarks(args: Namespace, narrate: Callable[[str], None]) -> str:
@@ -89,7 +90,7 @@ def _command(python: Path, one: Benchmark, args: Namespace) -> list[str]:
     """What runs lmms-eval for one benchmark, by a launcher where several processes are wanted."""
     launch = ["-m", "accelerate.commands.launch", "--num_processes", str(args.processes)]
     model = f"pretrained={args.model}"
-    model += f",dtype={DTYPES[args.dtype]}" if args.dtype else ""
+    model += f",dtype={type_name(args.dtype)}" if args.dtype else ""
     words = [str(python), *(launch if args.processes > 1 else []), "-m", "lmms_eval"]
     words += ["--model", MODEL, "--model_args", model, "--tasks", one.task]
     words += ["--batch_size", str(args.batch_size)]
@@ -125,9 +126,7 @@ def _numbers(
     if code or not made:
         why = _why((folder / LOG).read_text(encoding="utf-8", errors="replace"))
         raise RunFailed(f"{one.name}: {why or f'ended with {code}'}; see {folder / LOG}")
-    unfinished = done.with_suffix(".part")
-    unfinished.write_bytes(made[-1].read_bytes())
-    unfinished.replace(done)
+    replace_file(done, made[-1].read_bytes())
     return numbers_of(done, one)
 
 

@@ -4,8 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
-from aimv2_mllm.flags.parser import PROGRAM
-from aimv2_mllm.narration import note
+from aimv2_mllm.narration import note, warn
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -33,7 +32,7 @@ def compare(args: argparse.Namespace) -> None:
     numbers = measure(args, note)
     print(as_table(numbers))
     for one in numbers["failed"]:
-        note(f"{PROGRAM}: failed: {one['run']}: {one['why']}")
+        warn(f"failed: {one['run']}: {one['why']}")
     print(f"\nreport: {Path(args.out) / 'report.md'}")
     if numbers["failed"]:
         raise SystemExit(1)
