@@ -1,6 +1,7 @@
 """The tabs that look inside a model and compare two."""
 
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -154,13 +155,12 @@ def compare(room: Showroom, folder: Path) -> None:
                 # Sent once: a picture's file would be written anew while the page reads it.
                 found[2] = found[5] = gr.skip()
                 visitor = f"{request.session_hash} {start}"
-                reply = room.ask(visitor, model, asked)
                 try:
-                    for piece in reply:
-                        found[start] += piece
-                        yield found
+                    with closing(room.ask(visitor, model, asked)) as reply:
+                        for piece in reply:
+                            found[start] += piece
+                            yield found
                 finally:  # also where it is stopped, or its page closed
-                    reply.close()
                     room.leave(visitor)
                 found[start + 1] = str(reply.counts)
                 yield found
