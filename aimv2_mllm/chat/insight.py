@@ -107,16 +107,16 @@ def where(
     grid = _token_grid(bot, view(bot, images[-1]))
     prompt = prompt_of(bot, messages, images, len(ids), {})
     features = [look(bot, [picture], {})[picture.key] for picture in prompt.pictures]
-    whole = torch.tensor([[*prompt.ids, *ids]], device=bot.model.device)
+    asked, told = (torch.tensor([row], device=bot.model.device) for row in (prompt.ids, [*ids]))
     with torch.inference_mode():
+        # Apart: an image token that the model writes itself is of no picture.
+        parts = [embedded(bot.model, asked, features), embedded(bot.model, told, [])]
         made = _telling(bot.model)(
-            inputs_embeds=embedded(bot.model, whole, features),
-            output_attentions=True,
-            use_cache=False,
+            inputs_embeds=torch.cat(parts, 1), output_attentions=True, use_cache=False
         )
     attention = torch.stack([layer[0].float().mean(0) for layer in made.attentions]).mean(0)
     start, count = len(prompt.ids), grid[0] * grid[1]
-    places = (whole[0] == bot.model.config.image_token_id).nonzero()[-count:, 0]
+    places = (asked[0] == bot.model.config.image_token_id).nonzero()[-count:, 0]
     # The token at place t was made at place t - 1.
     shares = attention[start - 1 : start - 1 + len(ids)][:, places]  # (T, M)
     shares = shares / shares.sum(-1, keepdim=True).clamp(min=1e-12)

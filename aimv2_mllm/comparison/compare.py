@@ -14,7 +14,7 @@ from typing import Any
 from aimv2_mllm.comparison.grid import Grid, grid_of
 from aimv2_mllm.comparison.numbers import numbers_of
 from aimv2_mllm.comparison.page import describe, pictures
-from aimv2_mllm.comparison.running import Narrate, do_all
+from aimv2_mllm.comparison.running import do_all
 from aimv2_mllm.comparison.speed import measure
 from aimv2_mllm.comparison.tasks import PROGRAM, Task, tasks_of, undone
 from aimv2_mllm.data.asked import Asked, load_asked, question_identity
@@ -23,6 +23,7 @@ from aimv2_mllm.errors import RunFailed, UsageError
 from aimv2_mllm.evaluation.evaluate import columns_of, demand_fit, prompt_of
 from aimv2_mllm.evaluation.metrics import METRICS
 from aimv2_mllm.model.hub import HUB_ID
+from aimv2_mllm.narration import Narrate
 from aimv2_mllm.reports.report import HTML, MARKDOWN, SUMMARY, fill, write_files
 from aimv2_mllm.stages.job import versions
 from aimv2_mllm.stages.run_folder import locked
