@@ -9,8 +9,8 @@ import sys
 from collections.abc import Sequence
 
 from aimv2_mllm.errors import RunFailed, UsageError, nearest
-from aimv2_mllm.flags.parser import PROGRAM, parse
-from aimv2_mllm.narration import note
+from aimv2_mllm.flags.parser import parse
+from aimv2_mllm.narration import PROGRAM, warn
 from aimv2_mllm.verbs import judging, looking, talking, training, writing
 
 # Modules that `pip install aimv2-mllm` alone does not bring.
@@ -46,10 +46,6 @@ VERBS = {
 }
 
 
-def _complain(text: str) -> None:
-    note("\n".join(f"{PROGRAM}: {line}" for line in text.splitlines()))
-
-
 def _call(argv: Sequence[str]) -> None:
     verb = next((word for word in argv if not word.startswith("-")), None)
     if verb is not None and verb not in VERBS:
@@ -77,23 +73,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         _call(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()
     except UsageError as error:
-        _complain(str(error))
+        warn(str(error))
         return 2
     except RunFailed as error:
-        _complain(str(error))
+        warn(str(error))
         return 1
     except ImportError as error:
         missing = (error.name or "").partition(".")[0]
         if missing in EXTRA:
-            _complain(f"{error}: pip install 'aimv2-mllm[{EXTRA[missing]}]'")
+            warn(f"{error}: pip install 'aimv2-mllm[{EXTRA[missing]}]'")
             return 2
         if missing in OPTIONAL or INSTALL in str(error):
-            _complain(f"{error}: {INSTALL}" if INSTALL not in str(error) else str(error))
+            warn(f"{error}: {INSTALL}" if INSTALL not in str(error) else str(error))
             return 2
         raise
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
-            _complain("interrupted")
+            warn("interrupted")
         return 130
     except BrokenPipeError:
         # The interpreter flushes once more on its way out, and would complain.

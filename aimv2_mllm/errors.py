@@ -22,11 +22,17 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
-    """The words "; did you mean X?" when one of `names` is close to `name`, else nothing."""
+def closest(name: str, names: Iterable[str]) -> str | None:
+    """The one of `names` that is most like `name`, None where none is."""
     by_lower = {other.lower(): other for other in names}
     close = difflib.get_close_matches(name.lower(), by_lower, n=1)
-    return f"; did you mean {by_lower[close[0]]}?" if close else ""
+    return by_lower[close[0]] if close else None
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """The words "; did you mean X?" when one of `names` is close to `name`, else nothing."""
+    close = closest(name, names)
+    return "" if close is None else f"; did you mean {close}?"
 
 
 def show(value: Any) -> str:

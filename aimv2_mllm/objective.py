@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-UNSUPERVISED = -100  # the label of a token that is not to be learned, as in transformers
+from aimv2_mllm.marks import UNSUPERVISED
 
 
 class PreTrainingBatch(TypedDict):

@@ -1,6 +1,7 @@
 """The tabs that look inside a model and compare two."""
 
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +54,14 @@ def inside(room: Showroom, folder: Path, shown: gr.Chatbot) -> None:
         with told():
             seen = insight.view(room.bot(model), visit.picture_of(file))
             asked = visit.with_question([], question or "What is on it?", [str(file)])
-            text = "".join(room.ask(str(request.session_hash), model, asked))
-            return insight.gridded(seen), insight.coloured(seen), text, (seen, asked, text)
+            reply = room.ask(str(request.session_hash), model, asked)
+            text = "".join(reply)
+            return insight.gridded(seen), insight.coloured(seen), text, (seen, asked, reply.tokens)
 
     def where(model: str, found: Any) -> tuple[Any, ...]:
         with told():
-            seen, asked, text = found
-            looked = insight.where(room.bot(model), *visit.asked(asked), text)
+            seen, asked, ids = found
+            looked = insight.where(room.bot(model), *visit.asked(asked), ids)
             choices = [(text or "·", number) for number, text in enumerate(looked.texts)]
             first = insight.heated(seen, looked.shares[0])
             return gr.Radio(choices, value=0), first, (seen, looked.shares)
@@ -152,17 +154,16 @@ def compare(room: Showroom, folder: Path) -> None:
                 yield found
                 # Sent once: a picture's file would be written anew while the page reads it.
                 found[2] = found[5] = gr.skip()
-                reply = room.ask(f"{request.session_hash} {start}", model, asked)
+                visitor = f"{request.session_hash} {start}"
                 try:
-                    for piece in reply:
-                        found[start] += piece
-                        yield found
-                finally:
-                    reply.close()
+                    with closing(room.ask(visitor, model, asked)) as reply:
+                        for piece in reply:
+                            found[start] += piece
+                            yield found
+                finally:  # also where it is stopped, or its page closed
+                    room.leave(visitor)
                 found[start + 1] = str(reply.counts)
                 yield found
-            for start in (0, 3):
-                room.leave(f"{request.session_hash} {start}")
 
     words: dict[str, Any] = {"api_name": "compare", **ONE_AT_A_TIME}
     go.click(both, [picture, question, *names], outputs, **words)

@@ -17,10 +17,11 @@ from aimv2_mllm.data.batches import (
     encode_captions,
     micro_batches,
 )
-from aimv2_mllm.data.conversations import IGNORED, conversation, turn
+from aimv2_mllm.data.conversations import conversation, turn
 from aimv2_mllm.data.talk_batches import conversation_batches, pack
 from aimv2_mllm.data.templates import Encoded, Writer
 from aimv2_mllm.errors import UsageError
+from aimv2_mllm.marks import UNSUPERVISED
 from aimv2_mllm.model.llms import load_tokenizer
 from aimv2_mllm.model.preprocessing import Preprocessing
 from aimv2_mllm.recipe.data import CaptionData, ConversationData, HandwritingTalks
@@ -45,7 +46,7 @@ def each(batch: Any, key: str) -> list[torch.Tensor]:
 
 def padded(batch: Any, pad_token_id: int) -> dict[str, np.ndarray]:
     """The batch as rows padded on the right."""
-    rows = {"input_ids": pad_token_id, "attention_mask": 0, "labels": IGNORED}
+    rows = {"input_ids": pad_token_id, "attention_mask": 0, "labels": UNSUPERVISED}
     parts = {key: each(batch, key) for key in ("input_ids", "labels")}
     parts["attention_mask"] = [torch.ones_like(one) for one in parts["labels"]]
     return {
@@ -65,8 +66,8 @@ def test_only_what_the_assistant_says_is_supervised_with_its_end_token(tokenizer
     messages = turn("Which digit is red?", "7", image=True) + turn("Where is the 7?", "top left")
     batch = tokenize(tokenizer, [messages], num_image_tokens=4)
     labels = batch["labels"][0]
-    assert tokenizer.decode(labels[labels != IGNORED]) == " 7<|end|> top left<|end|>"
-    supervised = labels != IGNORED
+    assert tokenizer.decode(labels[labels != UNSUPERVISED]) == " 7<|end|> top left<|end|>"
+    supervised = labels != UNSUPERVISED
     assert torch.equal(labels[supervised], batch["input_ids"][0][supervised])
 
 
@@ -93,7 +94,7 @@ def test_conversations_lie_one_after_the_other_and_each_begins_anew(tokenizer: A
 def test_the_first_token_of_a_conversation_is_never_learned() -> None:
     ids = np.array([5, 6, 7])
     batch = pack([Encoded(ids, ids), Encoded(ids, ids)])
-    assert batch["labels"].tolist() == [[IGNORED, 6, 7, IGNORED, 6, 7]]
+    assert batch["labels"].tolist() == [[6, 7, 6, 7]]
 
 
 def test_the_first_question_alone_carries_the_picture_or_the_words() -> None:

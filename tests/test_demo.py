@@ -549,6 +549,13 @@ def test_a_comparison_sends_each_picture_once(served: Served, drawn: Path) -> No
         assert len(sent) == 1, sent
 
 
+def test_a_comparison_that_ends_early_keeps_nothing(served: Served, drawn: Path) -> None:
+    words = (client.handle_file(drawn), "What?", served.room.names[0], "nobody")
+    with pytest.raises(client.exceptions.AppError, match="there is no model nobody"):
+        visitor(served).predict(*words, api_name="/compare")
+    assert not [name for name, _ in served.room._sessions if name.endswith(" 0")]
+
+
 def test_a_file_that_is_too_large_is_not_taken(served: Served, tmp_path: Path) -> None:
     large = tmp_path / "large.png"
     large.write_bytes(bytes(11 * 10**6))

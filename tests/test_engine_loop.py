@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from aimv2_mllm.engine import loop, metrics, upcoming
+from aimv2_mllm.engine import journal, loop, metrics, training, upcoming
 from aimv2_mllm.errors import RunFailed, UsageError
 from aimv2_mllm.recipe.train import TrainConfig
 
@@ -341,6 +341,68 @@ def test_uneven_micro_batches_add_up_to_the_whole_batch(tmp_path: Path) -> None:
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
+PER_TOKEN = 2 * (4 * 6 + 2 * 6 * 6 + 3 * 6 * 2)  # operations: frozen, body without input's, head
+
+
+def packed(step: int) -> list[dict[str, Any]]:
+    """Two conversations, of other lengths at every step; what is first is not their lengths."""
+    lengths = [2 + step, 3 + step % 3]
+    [batch] = batches(step, (sum(lengths),))
+    return [{**batch, "lengths": torch.tensor(lengths)}]
+
+
+def test_conversations_are_counted_by_their_number_and_their_work_by_their_tokens(
+    tmp_path: Path,
+) -> None:
+    def dying(step: int) -> list[dict[str, Any]]:
+        if step == 5:
+            raise Killed
+        return packed(step)
+
+    lines = run(tmp_path / "whole", batches=packed, batch_size=2, log_every=1).lines
+    tokens = [int(packed(step)[0]["lengths"].sum()) for step in range(STEPS)]
+    assert [line["samples"] for line in lines] == [2 * step for step in range(1, STEPS + 1)]
+    assert [line["flops"] for line in lines] == [
+        PER_TOKEN * sum(tokens[:step]) for step in range(1, STEPS + 1)
+    ]
+    with pytest.raises(Killed):
+        run(tmp_path / "killed", batches=dying, batch_size=2)
+    again = run(tmp_path / "killed", batches=packed, batch_size=2)
+    assert again.lines[-1]["flops"] == lines[-1]["flops"]
+
+
+def test_what_a_row_costs_is_kept_with_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Result
+) -> None:
+    def dying(step: int) -> list[dict[str, Any]]:
+        if step == 5:
+            raise Killed
+        return batches(step)
+
+    with pytest.raises(Killed):
+        run(tmp_path, batches=dying)
+    monkeypatch.setattr(training, "FlopCounter", None)  # compiled, it would count other steps
+    assert run(tmp_path).lines[-1]["flops"] == whole.lines[-1]["flops"]
+
+
+def test_the_memory_told_is_that_of_the_device_that_trains(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *_: 2**30)
+    assert "accelerator_gib" not in metrics.peak_memory(torch.device("cpu"))
+    assert metrics.peak_memory(torch.device("cuda"))["accelerator_gib"] == 1
+
+
+def test_the_device_is_measured_before_the_steps_are_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(journal, "peak", lambda *_: seen.append("measured") or 1e9)
+    run(tmp_path, objective=SumOfSquares(lambda call, model: seen.append("step")), steps=4)
+    assert seen.index("measured") == 0
+
+
 def test_each_step_starts_without_the_gradients_of_the_one_before(tmp_path: Path) -> None:
     started: list[bool] = []
 
@@ -356,7 +418,7 @@ def test_a_line_holds_counts_means_rates_and_what_is_timed(tmp_path: Path) -> No
     assert [line["step"] for line in lines] == [4, 8, 10]
     every = run(tmp_path / "every", log_every=1).lines
     assert [line["step"] for line in every] == list(range(1, STEPS + 1))
-    timed = metrics.TIMED_FIELDS - {"accelerator_gib"}  # only where there is one
+    timed = metrics.TIMED_FIELDS - {"accelerator_gib"}  # only where it trains on one
     means = {"total", "error", "size", "grad_norm"}
     counts = {"step", "samples", "tokens", "targets_rows", "targets_values"}
     for line in lines:

@@ -251,6 +251,23 @@ def test_batches_of_another_model_are_answered_as_one_by_one(other: Path) -> Non
     assert model([], 8) == []
 
 
+def test_another_model_draws_as_it_is_told(other: Path) -> None:
+    model, talk = load_answerer(str(other)), answerers._talk(WORDS[0], None)
+
+    def said(**words: Any) -> str:
+        [text] = model.reply([talk], 12, Sampling(**words))
+        return text
+
+    drawn = [said(temperature=1.0, seed=seed) for seed in (3, 3, 4)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert said(repetition_penalty=5.0) != said()
+    torch.manual_seed(1)
+    said(temperature=1.0, seed=3)
+    after = torch.rand(())
+    torch.manual_seed(1)
+    assert torch.rand(()) == after  # others draw as if nothing had been drawn
+
+
 def test_another_model_is_one_more_row(
     other: Path, data: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

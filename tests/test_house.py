@@ -27,6 +27,7 @@ TABLE = (
     "disk",
     "formats",
     "narration",
+    "marks",
     "heap",
     "model.sampling",
     "folders",
@@ -151,13 +152,13 @@ ONLY = {
     },
     "model.lit": {"model.blocks", "model.encoder"},
     "export.convert": {"errors", "folders", "files", "model"},
-    "objective": set(),
-    "engine": {"disk", "errors", "heap", "recipe.train", "engine"},
+    "objective": {"marks"},
+    "engine": {"disk", "errors", "heap", "marks", "recipe.train", "engine"},
     "folders": {"errors"},
     "reports.charts": set(),
-    "chat.prompts": {"errors", "data"},
-    "chat.chatbot": {"chat.prompts"},
-    "chat.session": {"errors", "model.sampling", "model", "chat.prompts", "chat.chatbot"},
+    "chat.prompts": {"errors", "narration", "data"},
+    "chat.chatbot": {"data", "chat.prompts"},
+    "chat.session": {"errors", "model.sampling", "data", "model", "chat.prompts", "chat.chatbot"},
     "chat.chat": {
         "errors",
         "model.sampling",
@@ -168,7 +169,7 @@ ONLY = {
         "chat.chatbot",
         "chat.session",
     },
-    "chat.scoring": {"errors", "model", "chat.prompts", "chat.chatbot"},
+    "chat.scoring": {"errors", "data", "model", "chat.prompts", "chat.chatbot"},
     "evaluation.answerers": {
         "errors",
         "model.sampling",
@@ -329,13 +330,13 @@ def test_the_command_line_offers_the_layouts_and_precisions_that_there_are() -> 
     from aimv2_mllm.export.formats import FORMATS
     from aimv2_mllm.export.verify import CHECKS
     from aimv2_mllm.flags import parser
-    from aimv2_mllm.flags.values import DTYPES
+    from aimv2_mllm.flags.values import PRECISIONS
     from aimv2_mllm.model import shards
     from aimv2_mllm.model.layouts import LAYOUTS
 
     assert tuple(LAYOUTS) == parser.LAYOUTS
     assert tuple(ACCELERATORS) == parser.ACCELERATORS
-    assert tuple(shards.DTYPES) == DTYPES
+    assert tuple(shards.PRECISIONS) == PRECISIONS
     assert tuple(FORMATS) == parser.FORMATS
     assert tuple(CHECKS) == parser.FORMATS
 

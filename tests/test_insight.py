@@ -10,10 +10,11 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText
 
 from aimv2_mllm.chat import insight
-from aimv2_mllm.chat.chat import load_model
+from aimv2_mllm.chat.chat import load_model, stream
 from aimv2_mllm.chat.chatbot import Chatbot
-from aimv2_mllm.chat.prompts import pixels_of, said
+from aimv2_mllm.chat.prompts import pixels_of
 from aimv2_mllm.chat.showroom import sheet
+from aimv2_mllm.data.conversations import said
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.evaluation import dreams, painter
 from aimv2_mllm.evaluation.painter import Painter
@@ -47,9 +48,22 @@ def test_lines_stand_between_patches(bot: Chatbot) -> None:
     assert np.flatnonzero(bright[:, 1]).tolist() == [112, 224, 336]
 
 
+def ids_of(bot: Chatbot, text: str) -> list[int]:
+    return list(bot.processor.tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def test_the_tokens_looked_at_are_those_that_were_made(bot: Chatbot) -> None:
+    reply = stream(bot, ASKED, [PICTURE], max_new_tokens=4)
+    "".join(reply)
+    assert 1 <= len(reply.tokens) == len(insight.where(bot, ASKED, [PICTURE], reply.tokens).texts)
+    spelt = bot.processor.tokenizer.convert_tokens_to_ids([*"red"])
+    assert spelt != ids_of(bot, "red")  # a model may write in other tokens than its tokenizer
+    assert insight.where(bot, ASKED, [PICTURE], spelt).texts == [*"red"]
+
+
 def test_where_it_looked_is_what_an_eager_model_says(bot: Chatbot, tiny_run: Path) -> None:
     text = " a red 3"
-    found = insight.where(bot, ASKED, [PICTURE], text)
+    found = insight.where(bot, ASKED, [PICTURE], ids_of(bot, text))
     assert "".join(found.texts) == text
     assert np.allclose(found.shares.sum((1, 2)), 1)
     other = AutoModelForImageTextToText.from_pretrained(
@@ -70,14 +84,14 @@ def test_where_it_looked_is_what_an_eager_model_says(bot: Chatbot, tiny_run: Pat
 def test_looking_leaves_the_model_as_it_was(bot: Chatbot) -> None:
     config = bot.model.model.language_model.config
     before = config._attn_implementation
-    insight.where(bot, ASKED, [PICTURE], "a")
+    insight.where(bot, ASKED, [PICTURE], [3])
     assert config._attn_implementation == before == "sdpa"
 
 
 def test_without_an_answer_or_a_picture_nothing_is_looked_at(bot: Chatbot) -> None:
-    for images, text in (([PICTURE], ""), ([], "a")):
+    for images, ids in (([PICTURE], []), ([], [3])):
         with pytest.raises(UsageError, match="no answer about a picture"):
-            insight.where(bot, ASKED, images, text)
+            insight.where(bot, ASKED, images, ids)
 
 
 def test_a_connector_without_places_is_refused(
@@ -86,10 +100,10 @@ def test_a_connector_without_places_is_refused(
     projector: Any = bot.model.model.multi_modal_projector
     monkeypatch.setattr(projector, "out_grid", lambda grid: None, raising=False)
     with pytest.raises(UsageError, match="lie nowhere in the picture"):
-        insight.where(bot, ASKED, [PICTURE], "a")
+        insight.where(bot, ASKED, [PICTURE], [3])
     monkeypatch.setattr(projector, "out_grid", lambda grid: (3, 3), raising=False)
     with pytest.raises(UsageError, match="lie nowhere in the picture"):
-        insight.where(bot, ASKED, [PICTURE], "a")
+        insight.where(bot, ASKED, [PICTURE], [3])
 
 
 def test_heat_is_reddest_where_the_share_is_largest(bot: Chatbot) -> None:

@@ -84,6 +84,7 @@ def test_an_aimv2_folder_without_the_prefix_is_refused(world: Path) -> None:
     ("changes", "said"),
     [
         ({"vision_tower": None}, "there is no --vision_tower: give aimv2:FOLDER_OR_HUB_ID or hf:"),
+        ({"vision_tower": "hff:WORLD/clip"}, "hff:; did you mean hf. Type hf:"),
         ({"vision_tower": "aimv22:WORLD/aimv2"}, "aimv22:; did you mean aimv2. Type aimv2:"),
         ({"vision_tower": "WORLD/siglip"}, "is a siglip_vision_model, .* type hf:"),
         ({"vision_tower": "aimv2:WORLD/gone"}, "gone is not a folder"),

@@ -31,4 +31,15 @@ def test_products_are_bfloat16_if_asked_for_and_the_device_has_them(
 
 def test_a_cpu_says_whether_it_has_bfloat16_products() -> None:
     assert precision.has_bf16(CPU) in (True, False)
+
+
+def test_a_cuda_device_that_would_emulate_bfloat16_does_not_have_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def supported(including_emulation: bool = True) -> bool:  # as a T4 or V100 answers
+        return including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert not precision.has_bf16(torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     assert precision.has_bf16(torch.device("cuda"))

@@ -16,11 +16,12 @@ from test_templates import BRACKETS, CHATML, ENDLESS, HEADERS, PARTS, TALK, llam
 from transformers import CLIPImageProcessorPil, LlavaProcessor
 
 from aimv2_mllm.chat.chat import load_model
-from aimv2_mllm.chat.prompts import Prompter, num_tokens, pixels_of, said
-from aimv2_mllm.data.conversations import IGNORED, messages_of
+from aimv2_mllm.chat.prompts import Prompter, num_tokens, pixels_of
+from aimv2_mllm.data.conversations import messages_of, said
 from aimv2_mllm.data.talks import TalkCorpus
 from aimv2_mllm.data.templates import V1_CHAT_TEMPLATE, Asker, Writer
 from aimv2_mllm.errors import UsageError
+from aimv2_mllm.marks import UNSUPERVISED
 from aimv2_mllm.model import llms, mllm
 from aimv2_mllm.model.llava import AnyLlavaProcessor
 from aimv2_mllm.model.preprocessing import Preprocessing
@@ -73,8 +74,9 @@ def test_a_prompt_is_what_training_puts_before_the_answer(
             assert prompt == ids[: len(prompt)].tolist()
             assert prompt.count(processor.image_token_id) == count
             # All of the last answer comes after it, and nothing else.
-            assert (labels[len(prompt) :] == IGNORED).sum() <= 2  # a new line behind the end token
-            assert labels[len(prompt)] != IGNORED
+            unlearned = labels[len(prompt) :] == UNSUPERVISED
+            assert unlearned.sum() <= 2  # a new line behind the end token
+            assert labels[len(prompt)] != UNSUPERVISED
             assert Asker(processor.tokenizer)(messages[:end], count).tolist() == prompt
 
 

@@ -3,12 +3,15 @@
 import json
 import os
 import re
+import shlex
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from conftest import RECIPES
 from PIL import Image
 from test_session import tower_counted
 
@@ -21,8 +24,10 @@ from aimv2_mllm.evaluation import answers, summary
 from aimv2_mllm.evaluation.answerers import Ours
 from aimv2_mllm.model import encoder
 from aimv2_mllm.model.llms import load_llm, load_tokenizer
+from aimv2_mllm.recipe.file import load_recipe
 from aimv2_mllm.recipe.schema import Recipe
-from aimv2_mllm.reports import report
+from aimv2_mllm.recipe.stages import AlignStage
+from aimv2_mllm.reports import page, report
 from aimv2_mllm.stages import llms
 from aimv2_mllm.stages.job import Place
 from aimv2_mllm.stages.run import run
@@ -53,7 +58,7 @@ def recipe(folder: Path, names: tuple[str, ...] = ("llm", "see", "align")) -> Re
         "llm": {
             "kind": "language",
             "vocab_size": 300,
-            "model": {**TINY, "num_key_value_heads": 2, "max_position_embeddings": 512},
+            "model": {**TINY, "num_key_value_heads": 2, "max_position_embeddings": 500},
             "train": TRAIN,
         },
         "see": {
@@ -117,6 +122,48 @@ def test_the_summary_has_every_number(finished: Place) -> None:
     assert found["parameters"]["total"] > found["parameters"]["LLM"] > 0
     low, high = found["vqa_accuracy_interval"]
     assert 0 <= low <= found["vqa_accuracy"] <= high <= 1
+
+
+def test_a_tokenizer_made_here_says_what_its_llm_has_room_for(finished: Place) -> None:
+    for stage in ("llm", "align"):
+        text = (finished.result(stage) / "tokenizer_config.json").read_text()
+        assert json.loads(text)["model_max_length"] == 500
+
+
+def with_stage(place: Place, stage: str, **values: Any) -> Place:
+    """The same with other values in one stage."""
+    plain = place.recipe.model_dump()
+    plain["stages"][stage] |= values
+    return Place(Recipe.model_validate(plain), place.folder)
+
+
+def test_the_report_speaks_of_the_models_that_the_recipe_names(tmp_path: Path) -> None:
+    place = Place(recipe(tmp_path), tmp_path)
+    assert "An AIMv2 vision encoder, pre-trained by" in page._about(place)
+    other = with_stage(place, "align", tower="google/siglip-base")
+    assert "The vision tower google/siglip-base became the eyes" in page._about(other)
+    assert "AIMv2" not in page._about(other)
+    see = Place(recipe(tmp_path, ("see",)), tmp_path)
+    assert "from random weights" in page._about(see)
+    later = with_stage(see, "see", start={"encoder": "./before"})
+    assert "pre-trained here from ./before:" in page._about(later)
+
+
+def test_what_to_type_next_works_from_anywhere_and_for_this_model(tmp_path: Path) -> None:
+    place = Place(recipe(tmp_path), tmp_path)
+    sample, chat = (one["line"] for one in page._next(place))
+    assert (sample, chat) == (
+        f"aimv2-mllm sample {tmp_path} sheet.png",
+        f"aimv2-mllm chat {tmp_path} --image sheet.png",
+    )
+    data = {"sources": [{"kind": "questions", "folder": "photos"}]}
+    [chat] = (one["line"] for one in page._next(with_stage(place, "align", data=data)))
+    assert chat == f"aimv2-mllm chat {tmp_path} --image PICTURE"
+    [run_next] = (one["line"] for one in page._next(Place(recipe(tmp_path, ("see",)), tmp_path)))
+    _, _, name, *words = shlex.split(run_next)
+    stage = load_recipe(RECIPES.parent / name, words).stages["align"]
+    assert isinstance(stage, AlignStage)
+    assert stage.tower == f"{tmp_path}/see/model"
 
 
 def test_the_same_result_gives_the_same_summary_but_for_its_seconds(

@@ -18,11 +18,12 @@ from aimv2_mllm.chat.chat import load_model
 from aimv2_mllm.chat.chatbot import prompt_of
 from aimv2_mllm.chat.prompts import Prompter
 from aimv2_mllm.data.chat_template import PARTS, as_text
-from aimv2_mllm.data.conversations import IGNORED, messages_of
+from aimv2_mllm.data.conversations import messages_of
 from aimv2_mllm.data.files import Unusable
 from aimv2_mllm.data.settled import settled
 from aimv2_mllm.data.templates import V1_CHAT_TEMPLATE, Asker, Writer
 from aimv2_mllm.errors import UsageError
+from aimv2_mllm.marks import UNSUPERVISED
 from aimv2_mllm.model.decoding import ends_of
 from aimv2_mllm.model.llms import load_tokenizer
 from aimv2_mllm.recipe.data import ConversationData
@@ -78,7 +79,7 @@ def test_whoever_asks_writes_what_training_put_before_every_answer(
         assert given(processor, messages[:end], {}) == prompt
         assert stock(processor, messages[:end]) == prompt
         assert prompt == ids[: len(prompt)].tolist(), tokenizer.decode(ids)
-        assert (labels[len(prompt) - 1], labels[len(prompt)]) == (IGNORED, ids[len(prompt)])
+        assert (labels[len(prompt) - 1], labels[len(prompt)]) == (ids[len(prompt)])
 
 
 @pytest.mark.parametrize("name", published.NAMES)
@@ -88,7 +89,7 @@ def test_an_answer_and_the_token_that_ends_it_are_all_that_is_supervised(
     writer = Writer(talking(name, tmp_path))
     end = published.TOKENS[name][1]
     labels = writer(messages_of(TALK, 1)).labels
-    said = writer.tokenizer.decode(labels[labels != IGNORED]).replace(" ", "")
+    said = writer.tokenizer.decode(labels[labels != UNSUPERVISED]).replace(" ", "")
     assert said == "".join(f"{answer}{end}".replace(" ", "") for answer in ANSWERS)
     assert writer.end == writer.tokenizer.convert_tokens_to_ids(end)
 

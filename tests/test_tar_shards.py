@@ -1,5 +1,6 @@
 """Tar shards: every whole row, read by its place; nothing unpacked, nothing waited for."""
 
+import errno
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ import fsspec
 import pytest
 from corpora import sheet, write_shard, write_tar
 
-from aimv2_mllm.data import tars
+from aimv2_mllm.data import local_copies, tar_index, tars
 from aimv2_mllm.data.columns import INDEX_ENDING
 from aimv2_mllm.data.files import Unusable, expanded
 from aimv2_mllm.data.local_copies import COPY, GIB
@@ -244,6 +245,30 @@ def test_a_shard_that_changes_under_the_run_ends_it(tmp_path: Path) -> None:
         rows.read(1)
 
 
+def refusing(*_: Any) -> Any:
+    raise OSError(errno.EIO, "Input/output error")
+
+
+def test_a_shard_that_cannot_be_read_any_more_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = opened(write_shard(tmp_path / "a.tar", range(3)))
+    rows.read(0)
+    monkeypatch.setattr(tars, "regular_file", refusing)
+    with pytest.raises(RunFailed, match=r"a\.tar: cannot be read any more \(Input/output error\)"):
+        rows.read(1)
+
+
+def test_a_shard_with_an_index_that_cannot_be_opened_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_shard(tmp_path / "a.tar", range(3))
+    opened(path)
+    monkeypatch.setattr(tar_index, "regular_file", refusing)
+    with pytest.raises(UsageError, match=r"a\.tar: cannot be read \(Input/output error\)"):
+        opened(path)
+
+
 def test_the_index_goes_to_the_cache_where_the_folder_cannot_be_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -324,6 +349,17 @@ def test_a_failing_download_leaves_no_half_and_is_told(
     with pytest.raises(RunFailed, match=r"a-000\.tar: cannot be read \(Refused: no credentials\)"):
         opened(url, cache=str(cache))
     assert not [p for p in cache.iterdir() if not p.name.endswith(".lock")]
+
+
+def test_a_full_local_disk_is_told_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    [url] = uploaded(tmp_path, 1)
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(local_copies.os, "fsync", full)
+    with pytest.raises(RunFailed, match=r"could not be written to .* \(No space left on device\)"):
+        opened(url, cache=str(tmp_path / "cache"))
 
 
 def test_unknown_and_missing_urls_are_told() -> None:

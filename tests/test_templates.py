@@ -8,10 +8,11 @@ import llava_facts
 import numpy as np
 import pytest
 
-from aimv2_mllm.data.conversations import IGNORED, messages_of, turn
+from aimv2_mllm.data.conversations import messages_of, turn
 from aimv2_mllm.data.files import Unusable
 from aimv2_mllm.data.templates import V1_CHAT_TEMPLATE, Writer
 from aimv2_mllm.errors import UsageError
+from aimv2_mllm.marks import UNSUPERVISED
 from aimv2_mllm.model.llms import load_tokenizer
 
 FACTS: dict[str, dict[str, list[int]]] = json.loads(llava_facts.FACTS.read_text())
@@ -61,8 +62,8 @@ def llama(template: str | None = None, *, legacy: bool = True) -> Any:
 
 def supervised(tokenizer: Any, talk: list[tuple[str, str]], template: str = "chat") -> str:
     encoded = Writer(tokenizer, template, num_image_tokens=3)(messages_of(talk, 1))
-    assert ((encoded.labels == IGNORED) | (encoded.labels == encoded.ids)).all()
-    return str(tokenizer.decode(encoded.labels[encoded.labels != IGNORED]))
+    assert ((encoded.labels == UNSUPERVISED) | (encoded.labels == encoded.ids)).all()
+    return str(tokenizer.decode(encoded.labels[encoded.labels != UNSUPERVISED]))
 
 
 @pytest.mark.parametrize("fact", FACTS)
@@ -75,10 +76,10 @@ def test_llavas_templates_are_those_of_its_own_preprocessing(fact: str) -> None:
     ids, labels = Writer(tokenizer, name, num_image_tokens=1)(messages)
     image = tokenizer.convert_tokens_to_ids("<image>")
     assert np.where(ids == image, LLAVA_IMAGE, ids).tolist() == FACTS[fact]["input_ids"]
-    if set(FACTS[fact]["labels"]) == {IGNORED}:
+    if set(FACTS[fact]["labels"]) == {UNSUPERVISED}:
         # LLaVA warns of a "tokenization mismatch" and learns nothing from such a row.
         assert kind == "new"
-        assert (labels != IGNORED).sum() > 8
+        assert (labels != UNSUPERVISED).sum() > 8
     else:
         assert labels.tolist() == FACTS[fact]["labels"]
 

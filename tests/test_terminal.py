@@ -13,10 +13,9 @@ from test_chat import ASK, PICTURE, at_hand, bot, llava, sheet  # noqa: F401 (fi
 from aimv2_mllm.__main__ import main
 from aimv2_mllm.chat.chat import answer
 from aimv2_mllm.chat.chatbot import Chatbot
-from aimv2_mllm.chat.prompts import Message, said
 from aimv2_mllm.chat.terminal import COMMANDS
 from aimv2_mllm.chat.transcript import from_json
-from aimv2_mllm.data.conversations import turn
+from aimv2_mllm.data.conversations import Message, said, turn
 from aimv2_mllm.model.sampling import Sampling
 
 pytestmark = pytest.mark.usefixtures("at_hand")

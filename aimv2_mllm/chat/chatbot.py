@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from aimv2_mllm.chat.prompts import Message, Prompter, num_tokens, pixels_of
+from aimv2_mllm.chat.prompts import Prompter, num_tokens, pixels_of
+from aimv2_mllm.data.conversations import Message
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -16,7 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from aimv2_mllm.chat.chatbot import Chatbot, look, prompt_of
-from aimv2_mllm.chat.prompts import Message, pixels_of
+from aimv2_mllm.chat.prompts import pixels_of
+from aimv2_mllm.data.conversations import Message
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.evaluation.features import as_colours, enlarged
 from aimv2_mllm.evaluation.painter import Painter
@@ -93,35 +94,33 @@ def heated(seen: View, shares: np.ndarray) -> Image.Image:
 
 
 def where(
-    bot: Chatbot, messages: Sequence[Message], images: Sequence[Image.Image], answer: str
+    bot: Chatbot, messages: Sequence[Message], images: Sequence[Image.Image], ids: Sequence[int]
 ) -> Look:
-    """Where in the last of `images` the model looked for each token of `answer`, which it gave to
-    `messages`.
+    """Where in the last of `images` the model looked for each token of the answer `ids`, which it
+    gave to `messages`.
 
     The attention of the place that made the token, over the image tokens, as the mean of all heads
     and layers. UsageError for a connector whose tokens lie nowhere, and for an empty answer.
     """
-    tokenizer = bot.processor.tokenizer
-    ids = tokenizer(answer, add_special_tokens=False).input_ids
     if not ids or not images:
         raise UsageError("there is no answer about a picture yet: ask something first")
     grid = _token_grid(bot, view(bot, images[-1]))
     prompt = prompt_of(bot, messages, images, len(ids), {})
     features = [look(bot, [picture], {})[picture.key] for picture in prompt.pictures]
-    whole = torch.tensor([[*prompt.ids, *ids]], device=bot.model.device)
+    asked, told = (torch.tensor([row], device=bot.model.device) for row in (prompt.ids, [*ids]))
     with torch.inference_mode():
+        # Apart: an image token that the model writes itself is of no picture.
+        parts = [embedded(bot.model, asked, features), embedded(bot.model, told, [])]
         made = _telling(bot.model)(
-            inputs_embeds=embedded(bot.model, whole, features),
-            output_attentions=True,
-            use_cache=False,
+            inputs_embeds=torch.cat(parts, 1), output_attentions=True, use_cache=False
         )
     attention = torch.stack([layer[0].float().mean(0) for layer in made.attentions]).mean(0)
     start, count = len(prompt.ids), grid[0] * grid[1]
-    places = (whole[0] == bot.model.config.image_token_id).nonzero()[-count:, 0]
+    places = (asked[0] == bot.model.config.image_token_id).nonzero()[-count:, 0]
     # The token at place t was made at place t - 1.
     shares = attention[start - 1 : start - 1 + len(ids)][:, places]  # (T, M)
     shares = shares / shares.sum(-1, keepdim=True).clamp(min=1e-12)
-    texts = [tokenizer.decode([token]) for token in ids]
+    texts = [bot.processor.tokenizer.decode([token]) for token in ids]
     return Look(texts, shares.reshape(-1, *grid).cpu().numpy())
 
 

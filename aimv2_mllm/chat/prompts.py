@@ -5,18 +5,17 @@ text that the model would read as its own marks, and a system prompt or a pictur
 template has no place.
 """
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jinja2
 
-from aimv2_mllm.data.conversations import Message as Message
-from aimv2_mllm.data.conversations import said as said
+from aimv2_mllm.data.conversations import Message, said
 from aimv2_mllm.data.decode import cropped, padded, rim_of
 from aimv2_mllm.data.images import square
 from aimv2_mllm.data.templates import Asker
 from aimv2_mllm.errors import UsageError
+from aimv2_mllm.narration import warn
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -67,10 +66,9 @@ class Prompter:
                 f"{limit} with the answer: ask in fewer words"
             )
         if kept is not turns:
-            print(
-                f"aimv2-mllm: the conversation is longer than the model's {limit} tokens: the "
-                f"oldest {len(turns) - len(kept)} of its {len(turns)} turns are left out",
-                file=sys.stderr,
+            warn(
+                f"the conversation is longer than the model's {limit} tokens: the oldest "
+                f"{len(turns) - len(kept)} of its {len(turns)} turns are left out"
             )
         room = min(max_new_tokens, limit - len(ids))
         self.num_short += room < max_new_tokens

@@ -8,17 +8,19 @@ what the conversation says.
 import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from aimv2_mllm.chat.chatbot import Chatbot, Prompt, look, prompt_of
-from aimv2_mllm.chat.prompts import Message
+from aimv2_mllm.data.conversations import Message
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.model.sampling import GREEDY, Sampling
 
 if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
+
+    from aimv2_mllm.model.speech import Speech
 
 
 @dataclass
@@ -46,27 +48,15 @@ class Counts:
         )
 
 
-@dataclass
-class Record:
-    """What was asked and what was said, in tokens, with what an answer took."""
-
-    prompt: Prompt
-    counts: Counts
-    pictures: list["Tensor"] = field(default_factory=list)  # (M, E) each, as the LLM took them
-    tokens: list[int] = field(default_factory=list)  # of the answer, its end token left out
-
-
 class Reply(Iterator[str]):
-    """An answer in pieces, as they are made, without blanks around the whole; `record` tells how it
-    came about. Closing it stops the model."""
+    """An answer in pieces, as they are made, without blanks around the whole. Closing it stops the
+    model. `counts` are what it took, `tokens` its own but for the end token, both whole once it has
+    ended."""
 
-    def __init__(self, pieces: Generator[str, None, None], record: Record) -> None:
-        self._pieces, self.record = pieces, record
-
-    @property
-    def counts(self) -> Counts:
-        """What the answer took; whole once it has ended."""
-        return self.record.counts
+    def __init__(
+        self, pieces: Generator[str, None, None], counts: Counts, tokens: list[int]
+    ) -> None:
+        self._pieces, self.counts, self.tokens = pieces, counts, tokens
 
     def __next__(self) -> str:
         return next(self._pieces)
@@ -107,36 +97,43 @@ class ChatSession:
         stop: threading.Event | None = None,
     ) -> Reply:
         """What the model says next in the conversation `messages`; see `chat.stream`."""
+        from aimv2_mllm.model.speech import Speech
+
         begun = time.perf_counter()
         if max_new_tokens < 1:
             raise UsageError(f"max_new_tokens is {max_new_tokens}, must be 1 or more")
         prompt = prompt_of(self._bot, messages, images, max_new_tokens, self._seen)
         counts = Counts(sum(picture.num_tokens for picture in prompt.pictures), len(prompt.ids))
-        record = Record(prompt, counts)
+        speech = Speech(self._bot.processor.tokenizer, sampling.stop)
         counts.first_token_seconds = time.perf_counter() - begun
-        return Reply(_stripped(self._pieces(record, sampling, stop)), record)
+        pieces = self._pieces(prompt, counts, speech, sampling, stop)
+        return Reply(_stripped(pieces), counts, speech.tokens)
 
     def _pieces(
-        self, record: Record, sampling: Sampling, stop: threading.Event | None
+        self,
+        prompt: Prompt,
+        counts: Counts,
+        speech: "Speech",
+        sampling: Sampling,
+        stop: threading.Event | None,
     ) -> Generator[str, None, None]:
         from aimv2_mllm.model.decoding import Chooser, Decoding, embedded, ends_of
-        from aimv2_mllm.model.speech import Speech
 
         begun = time.perf_counter()
-        model, prompt, counts = self._bot.model, record.prompt, record.counts
-        self._seen = look(self._bot, prompt.pictures, self._seen)
-        record.pictures = [self._seen[picture.key] for picture in prompt.pictures]
+        model = self._bot.model
+        self._seen = seen = look(self._bot, prompt.pictures, self._seen)
         keys = _keys(prompt, model.config.image_token_id)
         # Whoever comes while this answer is made finds nothing, and begins anew.
         cache, counts.cached_tokens = self._taken(keys)
         choose, ends = Chooser(sampling, model.device), ends_of(model)
-        speech = Speech(self._bot.processor.tokenizer, sampling.stop)
-        record.tokens = speech.tokens
         ask = Decoding(model, cache)
+        ids, cached = prompt.ids, counts.cached_tokens
+        skipped = ids[:cached].count(model.config.image_token_id)
+        pictures = [seen[picture.key] for picture in prompt.pictures]
         try:
-            scores = ask(self._new_tokens(record))
+            scores = ask(embedded(model, _row(ids[cached:], model), pictures, skipped=skipped))
             while True:
-                token = choose([*prompt.ids, *speech.tokens], scores[0])
+                token = choose([*ids, *speech.tokens], scores[0])
                 counts.answer_tokens += 1
                 text = "" if token in ends else speech.push(token)
                 spent, begun = time.perf_counter() - begun, 0.0
@@ -177,14 +174,6 @@ class ChatSession:
             if length and cut_back(held.cache, length):
                 return held.cache, length
         return fresh_cache(self._bot.model), 0
-
-    def _new_tokens(self, record: Record) -> "Tensor":
-        """The tokens of the prompt that are not held, as the LLM takes them, (1, L, E)."""
-        from aimv2_mllm.model.decoding import embedded
-
-        model, ids, held = self._bot.model, record.prompt.ids, record.counts.cached_tokens
-        skipped = ids[:held].count(model.config.image_token_id)
-        return embedded(model, _row(ids[held:], model), record.pictures, skipped=skipped)
 
 
 def _keys(prompt: Prompt, mark: int) -> list[int | str]:

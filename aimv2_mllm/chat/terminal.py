@@ -14,14 +14,14 @@ from pathlib import Path
 from PIL import Image
 
 from aimv2_mllm.chat.chatbot import Chatbot
-from aimv2_mllm.chat.prompts import Message, said
 from aimv2_mllm.chat.session import ChatSession, Counts, Reply
 from aimv2_mllm.chat.transcript import as_json, from_json
+from aimv2_mllm.data.conversations import Message, said
 from aimv2_mllm.data.images import open_image
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.files import demand_place, write
 from aimv2_mllm.model.sampling import GREEDY, Sampling
-from aimv2_mllm.narration import note
+from aimv2_mllm.narration import note, warn
 
 
 def talk(
@@ -57,7 +57,7 @@ def talk(
         except _Quit:
             return
         except UsageError as error:
-            note(f"aimv2-mllm: {error}")
+            warn(str(error))
 
 
 class _Quit(Exception):

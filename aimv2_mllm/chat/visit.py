@@ -11,8 +11,8 @@ from mimetypes import guess_type
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aimv2_mllm.chat.prompts import Message, said
 from aimv2_mllm.chat.transcript import as_json, from_json
+from aimv2_mllm.data.conversations import Message, said
 from aimv2_mllm.data.files import Unusable
 from aimv2_mllm.data.images import decoded
 from aimv2_mllm.errors import UsageError

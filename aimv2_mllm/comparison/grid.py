@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from aimv2_mllm.comparison.axes import IMAGE_SIZE, Axis, axis_of
 from aimv2_mllm.errors import UsageError
-from aimv2_mllm.folders import TALKING
+from aimv2_mllm.folders import TALKING, result_of
 from aimv2_mllm.recipe.data import HandwritingTalks
 from aimv2_mllm.recipe.file import load_recipe
 from aimv2_mllm.recipe.schema import Recipe, deciding, made_from
@@ -113,7 +113,7 @@ def grid_of(
         for name in _alike(recipes, sizes):
             folder = out / "shared" / f"{name}-seed-{seed}"
             part = _part(recipes[0], {name}, folder / "run", out, made)
-            made[name] = part.output.absolute() / name / "model"
+            made[name] = result_of(part.output.absolute(), name)
             common.append(Common(name, seed, folder, part, made[name]))
         for values, recipe, size, name in zip(combinations, recipes, sizes, names, strict=True):
             folder = out / "cells" / f"{name}-seed-{seed}"

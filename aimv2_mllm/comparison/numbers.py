@@ -20,7 +20,7 @@ from aimv2_mllm.evaluation.asking import SEEN
 from aimv2_mllm.evaluation.controls import SHOWN
 from aimv2_mllm.evaluation.evaluate import RESULTS
 from aimv2_mllm.evaluation.intervals import bootstrap_interval, interval
-from aimv2_mllm.folders import STAGE_FILE
+from aimv2_mllm.folders import STAGE_FILE, result_of
 
 Scores = dict[str, np.ndarray]  # pass -> (Q,) a score for each question
 
@@ -125,7 +125,7 @@ def _group(
 
 def _run(cell: Cell, scores: Scores) -> dict[str, Any]:
     records = [
-        json.loads((cell.recipe.output / name / "model" / STAGE_FILE).read_text(encoding="utf-8"))
+        json.loads((result_of(cell.recipe.output, name) / STAGE_FILE).read_text(encoding="utf-8"))
         for name in cell.recipe.stages
     ]
     parts = [part for record in records for part in record["parts"]]

@@ -24,7 +24,8 @@ from tqdm import tqdm
 from aimv2_mllm.comparison.tasks import DONE, Task, undone
 from aimv2_mllm.disk import replace_file
 from aimv2_mllm.errors import RunFailed
-from aimv2_mllm.narration import Narrate
+from aimv2_mllm.folders import RECIPE_FILE
+from aimv2_mllm.narration import PROGRAM, Narrate
 from aimv2_mllm.recipe.schema import dump_recipe
 
 LOG = "log.txt"
@@ -115,7 +116,7 @@ def _begin(task: Task, slot: int, jobs: int) -> _Running:
         for path in task.makes if task.anew else ():
             shutil.rmtree(path, ignore_errors=True)
         if task.recipe is not None:
-            replace_file(task.folder / "recipe.yaml", dump_recipe(task.recipe).encode())
+            replace_file(task.folder / RECIPE_FILE, dump_recipe(task.recipe).encode())
         log = (task.folder / LOG).open("ab")
     except OSError as error:
         raise RunFailed(f"{task.folder}: cannot be written ({error.strerror})") from None
@@ -191,8 +192,8 @@ def _close(one: _Running) -> str:
         return ""
     whole = (one.task.folder / LOG).read_text(encoding="utf-8", errors="replace")
     lines = [line for line in whole.rpartition("\n$ ")[2].splitlines()[1:] if line.strip()]
-    said = [line for line in lines if line.startswith("aimv2-mllm: ")] or lines
-    last = said[-1].removeprefix("aimv2-mllm: ") if said else ""
+    said = [line for line in lines if line.startswith(f"{PROGRAM}: ")] or lines
+    last = said[-1].removeprefix(f"{PROGRAM}: ") if said else ""
     if one.process.returncode < 0:
         last = f"ended by {signal.Signals(-one.process.returncode).name}"
         last += ", as where memory is short" * (one.process.returncode == -signal.SIGKILL)

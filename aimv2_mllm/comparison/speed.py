@@ -9,10 +9,10 @@ from typing import Any
 from tqdm import tqdm
 
 from aimv2_mllm.chat.chat import load_model, stream
-from aimv2_mllm.chat.prompts import said
 from aimv2_mllm.comparison.grid import Cell
 from aimv2_mllm.comparison.tasks import DONE
 from aimv2_mllm.data.asked import Asked
+from aimv2_mllm.data.conversations import said
 from aimv2_mllm.data.files import Unusable
 from aimv2_mllm.disk import replace_file
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from aimv2_mllm.comparison.grid import Cell, Grid, Resized, models_of
 from aimv2_mllm.evaluation.answerers import digest
 from aimv2_mllm.evaluation.evaluate import RESULTS
-from aimv2_mllm.folders import RESULT
+from aimv2_mllm.folders import RECIPE_FILE, RESULT, result_of
 from aimv2_mllm.recipe.schema import Recipe, dump_recipe
 
 DONE, ANSWERS = "done.json", "evaluation"
@@ -94,7 +94,7 @@ def tasks_of(grid: Grid, launcher: Sequence[str], judge: Sequence[str], asked: s
                 tasks[task.folder] = task
             answers, output = answers_in(cell, asked), cell.recipe.output
             judged = (*PROGRAM, "evaluate", str(output), *judge, "--out", str(answers))
-            models = [output / name / "model" for name in cell.recipe.stages]
+            models = [result_of(output, name) for name in cell.recipe.stages]
             tasks[cell.folder] = Task(
                 _title(grid, grid.named(cell.values), seed),
                 cell.folder,
@@ -133,4 +133,4 @@ def _title(grid: Grid, what: str, seed: int) -> str:
 
 
 def _run(launcher: Sequence[str], folder: Path) -> tuple[str, ...]:
-    return (*launcher, "run", str(folder / "recipe.yaml"))
+    return (*launcher, "run", str(folder / RECIPE_FILE))

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from aimv2_mllm.data.asked_sources import GIVE, AskedSource, open_asked
-from aimv2_mllm.data.conversations import IMAGE_TOKEN
 from aimv2_mllm.data.files import Unusable
 from aimv2_mllm.data.images import decoded
 from aimv2_mllm.errors import UsageError, nearest, show
+from aimv2_mllm.marks import IMAGE_TOKEN
 
 MOST_LEFT_OUT = 0.05  # of the rows
 INDEX = "answer_index"  # the number, from 0, of the choice that is right, where the user says so

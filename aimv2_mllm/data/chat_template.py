@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 import jinja2
 
-from aimv2_mllm.data.conversations import IMAGE_TOKEN, Message, turn
+from aimv2_mllm.data.conversations import Message, turn
 from aimv2_mllm.data.files import Unusable
 from aimv2_mllm.errors import UsageError
+from aimv2_mllm.marks import IMAGE_TOKEN
 
 
 class Written(NamedTuple):

@@ -11,9 +11,8 @@ import numpy as np
 
 from aimv2_mllm.data import scenes
 from aimv2_mllm.data.files import Unusable
+from aimv2_mllm.marks import IMAGE_TOKEN
 
-IGNORED = -100  # a label that is not scored
-IMAGE_TOKEN = "<image>"
 BACKWARDS = "Read it backwards."
 DESCRIBE = ("Describe the sheet.", "What is on the sheet?", "Say what you see.")
 

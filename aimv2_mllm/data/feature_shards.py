@@ -17,7 +17,7 @@ from torch import Tensor
 from aimv2_mllm.data.files import read_at, regular_file
 
 CHECKSUMS = "crc32"  # in the metadata: a JSON mapping from key to the checksum of the row's bytes
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}  # by the format's names
+KEPT_AS = {"F32": torch.float32, "BF16": torch.bfloat16}  # by the names of the format
 
 
 class Damaged(Exception):
@@ -76,7 +76,7 @@ def read_shard(path: Path) -> Shard:
         whole = start + max(one["data_offsets"][1] for one in said.values())
         if size != whole:
             raise Damaged(f"it has {size:,} bytes of {whole:,}")
-        return Shard(path, size, DTYPES[dtype], shape, rows)
+        return Shard(path, size, KEPT_AS[dtype], shape, rows)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
         raise Damaged("its header is no shard's") from None
 

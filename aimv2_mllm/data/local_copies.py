@@ -42,10 +42,10 @@ def _remote(url: str) -> Iterator[tuple[Any, str]]:
         raise UsageError(f"{url}: {error}") from None
     try:
         yield system, str(path)
-    except (OSError, UsageError, RunFailed) as error:
-        if isinstance(error, OSError) and error.filename is None:
-            raise RunFailed(f"{url}: cannot be read ({error})") from None
+    except (UsageError, RunFailed):
         raise
+    except OSError as error:
+        raise RunFailed(f"{url}: cannot be read ({error})") from None
     except Exception as error:  # each file system has its own kinds: botocore, aiohttp, gcsfs ...
         raise RunFailed(f"{url}: cannot be read ({type(error).__name__}: {error})") from None
 
@@ -71,6 +71,13 @@ def remote_files(pattern: str) -> list[tuple[str, int, str]]:
                 name = str(system.unstrip_protocol(match))
                 found.append((name, int(facts["size"]), str(system.ukey(match))))
     return found
+
+
+def _pieces(url: str) -> Iterator[bytes]:
+    """What lies behind `url`, piece by piece; RunFailed where it cannot be read."""
+    with _remote(url) as (system, path), system.open(path, "rb") as source:
+        while piece := source.read(PIECE):
+            yield piece
 
 
 class ShardCache:
@@ -132,10 +139,9 @@ class ShardCache:
                 self._make_room(size)
                 unfinished.write_bytes(b"")
                 os.truncate(unfinished, size)  # what it will take up counts from now on
-            with _remote(url) as (system, path), unfinished.open("r+b") as copy:
-                with system.open(path, "rb") as source:
-                    while piece := source.read(PIECE):
-                        copy.write(piece)
+            with unfinished.open("r+b") as copy:
+                for piece in _pieces(url):
+                    copy.write(piece)
                 found = copy.tell()
                 os.fsync(copy.fileno())
             if found != size:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from aimv2_mllm.data.batches import EVERYTHING, Share, micro_batches, world_seed
-from aimv2_mllm.data.conversations import IGNORED
 from aimv2_mllm.data.drawing import Skipped
 from aimv2_mllm.data.feature_shards import picture_key
 from aimv2_mllm.data.feature_store import FeatureStore
@@ -17,6 +16,7 @@ from aimv2_mllm.data.own_shapes import OwnShapes
 from aimv2_mllm.data.packing import TalkSize, plan
 from aimv2_mllm.data.talks import Draft, Seen, TalkCorpus, TalkSample
 from aimv2_mllm.data.templates import Encoded, Writer
+from aimv2_mllm.marks import UNSUPERVISED
 from aimv2_mllm.model.preprocessing import Preprocessing
 from aimv2_mllm.objective import ConversationBatch
 from aimv2_mllm.recipe.data import ConversationData
@@ -173,7 +173,7 @@ def conversation_batches(
 def pack(rows: Sequence[Encoded]) -> ConversationBatch:
     """`rows` one after the other, as the text of a batch."""
     lengths = [len(row.ids) for row in rows]
-    labels = [np.concatenate([[IGNORED], row.labels[1:]]) for row in rows]
+    labels = [np.concatenate([[UNSUPERVISED], row.labels[1:]]) for row in rows]
     return ConversationBatch(
         lengths=torch.tensor(lengths),
         input_ids=torch.from_numpy(np.concatenate([row.ids for row in rows]))[None],

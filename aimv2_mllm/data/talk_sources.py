@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from aimv2_mllm.data.conversations import IMAGE_TOKEN, Message, messages_of
+from aimv2_mllm.data.conversations import Message, messages_of
 from aimv2_mllm.data.files import (
     MAX_PICTURE_BYTES,
     Later,
@@ -23,6 +23,7 @@ from aimv2_mllm.data.question_tables import COLUMNS, QuestionTable
 from aimv2_mllm.data.sources import open_source
 from aimv2_mllm.data.tables import Pictures, load_table, picture_later
 from aimv2_mllm.errors import UsageError, show
+from aimv2_mllm.marks import IMAGE_TOKEN
 from aimv2_mllm.recipe.data import (
     CaptionTalks,
     ConversationData,

@@ -17,11 +17,9 @@ from aimv2_mllm.data.own_shapes import OwnShapes
 from aimv2_mllm.data.talk_sources import Talk, open_talk_sources
 from aimv2_mllm.data.templates import Encoded, Writer
 from aimv2_mllm.errors import UsageError
+from aimv2_mllm.marks import TURNS
 from aimv2_mllm.model.preprocessing import Preprocessing
 from aimv2_mllm.recipe.data import ConversationData, HandwritingTalks
-
-TURNS = "turns"  # last turns of rows that were too long, counted beside rows (engine.skipping)
-
 
 # A picture as (H, W, 3) uint8, or what a tower made of it (N, D).
 Seen = np.ndarray | Tensor

@@ -113,11 +113,16 @@ class Shards(PairSource):
     def _pieces(self, shard: Shard, *pieces: tuple[int, int]) -> list[bytes]:
         """Those pieces of a shard, given as their first byte and their number of bytes."""
         for _ in range(3):  # another process may drop a copy between finding and opening it
-            with suppress(FileNotFoundError), regular_file(self._local(shard)) as descriptor:
-                found = [read_at(descriptor, begin, size) for begin, size in pieces]
-                if any(len(one) != size for one, (_, size) in zip(found, pieces, strict=True)):
-                    raise _changed(shard)
-                return found
+            try:
+                with suppress(FileNotFoundError), regular_file(self._local(shard)) as descriptor:
+                    found = [read_at(descriptor, begin, size) for begin, size in pieces]
+                    if any(len(one) != size for one, (_, size) in zip(found, pieces, strict=True)):
+                        raise _changed(shard)
+                    return found
+            except OSError as error:
+                raise RunFailed(
+                    f"{shard.url}: cannot be read any more ({error.strerror})"
+                ) from None
         raise _changed(shard)
 
     def _place(self, row: int) -> tuple[int, int]:
@@ -143,11 +148,11 @@ class Shards(PairSource):
         sidecars = [self._cache.path(absolute, INDEX_ENDING)]
         if not shard.is_remote:
             sidecars.insert(0, Path(f"{shard.url}{INDEX_ENDING}"))
-        for path in sidecars:
-            index = load_index(path, shard.size, shard.stamp)
-            if index is not None and (shard.is_remote or is_of_shard(index, Path(shard.url))):
-                return index
         try:
+            for path in sidecars:
+                index = load_index(path, shard.size, shard.stamp)
+                if index is not None and (shard.is_remote or is_of_shard(index, Path(shard.url))):
+                    return index
             index = build_index(self._local(shard), shard.url)
         except OSError as error:
             raise UsageError(f"{shard.url}: cannot be read ({error.strerror})") from None

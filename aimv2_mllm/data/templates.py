@@ -15,9 +15,10 @@ import jinja2
 import numpy as np
 
 from aimv2_mllm.data.chat_template import PROBE, Chat, Written, as_text
-from aimv2_mllm.data.conversations import IGNORED, IMAGE_TOKEN, Message, num_pictures, turn
+from aimv2_mllm.data.conversations import Message, num_pictures, turn
 from aimv2_mllm.data.files import Unusable
 from aimv2_mllm.errors import UsageError
+from aimv2_mllm.marks import IMAGE_TOKEN, UNSUPERVISED
 
 # The conversation `vicuna_v1` of LLaVA, which its option `--version v1` means.
 V1_SYSTEM = (
@@ -42,7 +43,7 @@ V1_CHAT_TEMPLATE = (
 
 
 class Encoded(NamedTuple):
-    """One conversation in tokens: `labels` are `ids` where supervised, IGNORED elsewhere; (L,)."""
+    """One conversation in tokens: `labels` are `ids` or UNSUPERVISED, (L,)."""
 
     ids: np.ndarray
     labels: np.ndarray
@@ -95,11 +96,7 @@ class Writer:
     def __init__(
         self, tokenizer: Any, template: str = "chat", *, num_image_tokens: int = 0
     ) -> None:
-        if not tokenizer.is_fast:
-            raise UsageError(
-                f"{tokenizer.name_or_path}: its tokenizer does not tell which characters a token"
-                " is of; give one that has a tokenizer.json"
-            )
+        _demand_fast(tokenizer)
         if template == "chat" and tokenizer.chat_template == V1_CHAT_TEMPLATE:
             template = "v1"
         build, self._in_pieces = TEMPLATES[template]
@@ -158,22 +155,22 @@ class Writer:
             said = f"{shown.sum()} of its {pictures} pictures are written by the chat template"
             raise Unusable("template", said)
         repeats[shown] = self._num_image_tokens if counts is None else counts[:pictures]
-        labels = np.where(supervised, ids, IGNORED)
+        labels = np.where(supervised, ids, UNSUPERVISED)
         encoded = Encoded(np.repeat(ids, repeats), np.repeat(labels, repeats))
-        if not (encoded.labels[1:] != IGNORED).any():
+        if not (encoded.labels[1:] != UNSUPERVISED).any():
             raise Unusable("nothing_supervised", "no token of it is supervised")
         return encoded
 
     def blank(self) -> Encoded:
         """A picture about which nothing is said, and so nothing supervised."""
         ids = np.full(self._num_image_tokens, self.image_token_id)
-        return Encoded(ids, np.full(len(ids), IGNORED))
+        return Encoded(ids, np.full(len(ids), UNSUPERVISED))
 
     def _end(self, template: str) -> int:
         labels = self(turn("q0z?", "a0z.")).labels
-        end = int(labels[labels != IGNORED][-1])
+        end = int(labels[labels != UNSUPERVISED][-1])
         if end not in self.tokenizer.added_tokens_decoder:
-            said = self.tokenizer.decode(labels[labels != IGNORED])
+            said = self.tokenizer.decode(labels[labels != UNSUPERVISED])
             raise UsageError(
                 f"{self.tokenizer.name_or_path or 'the tokenizer'}: template {template} writes"
                 f" {said!r}, and that end is no token of its tokenizer: no answer would end; give"
@@ -232,13 +229,18 @@ class Asker:
         return self._write(messages)
 
 
-def _tokens(tokenizer: Any, text: str, *, in_pieces: bool) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens of `text`, (L,), and from and to which character each is, (L, 2)."""
+def _demand_fast(tokenizer: Any) -> None:
+    """UsageError for a tokenizer that does not tell which characters a token is of."""
     if not tokenizer.is_fast:
         raise UsageError(
             f"{tokenizer.name_or_path}: its tokenizer does not tell which characters a token"
             " is of; give one that has a tokenizer.json"
         )
+
+
+def _tokens(tokenizer: Any, text: str, *, in_pieces: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens of `text`, (L,), and from and to which character each is, (L, 2)."""
+    _demand_fast(tokenizer)
     if not in_pieces:
         found = tokenizer(
             text, add_special_tokens=False, return_offsets_mapping=True, verbose=False

@@ -24,9 +24,11 @@ CHAT_TEMPLATE = (
 )
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerFast":
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, *, longest: int = 512
+) -> "PreTrainedTokenizerFast":
     """A tokenizer of at most `vocab_size` tokens learned from `texts`; it can write any text (all
-    256 bytes are in it)."""
+    256 bytes are in it). `longest` is how many tokens its LLM has room for."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -45,6 +47,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokeniz
         tokenizer_object=tokenizer,
         additional_special_tokens=list(EXTRA_TOKENS),
         chat_template=CHAT_TEMPLATE,
-        model_max_length=512,
+        model_max_length=longest,
         **SPECIAL_TOKENS,
     )

@@ -28,6 +28,8 @@ class Journal:
             self._bar = self._open.enter_context(closing(bar))
             self._samples_before = self._progress.samples
             self._trackers = self._open.enter_context(tracked(config.trackers, folder, settings))
+        # Before the first step: what has to be measured would be timed as a part of one.
+        self._peak = peak(self._device, self._run.config.precision) * self._run.ranks.size
         self._mark = time.perf_counter()
         return self
 
@@ -46,7 +48,7 @@ class Journal:
             text = f"loss {loss:.4f}, lr {lr:.2e}, {rate:.1f} samples/s"
             self._bar.show(progress.step, text)
         if is_due(progress.step, config.log_every, config.steps):
-            line = progress.close_line(rates, peak(self._device, config.precision) * ranks.size)
+            line = progress.close_line(rates, self._peak, self._device)
             if ranks.is_first:
                 append_line(self._run.folder / METRICS_FILE, line)
                 self._trackers.log(line)

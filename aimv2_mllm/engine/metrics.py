@@ -10,6 +10,7 @@ import json
 import resource
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,11 +78,13 @@ class Progress:
         self.window.targets += sum(step.targets.values())
         self.window.seconds += step.seconds
         self.window.flops += step.flops
-        _add_to(self.targets, step.targets)
-        _add_to(self.skipped, step.skipped)
-        _add_to(self.window.sums, step.values)
+        add_to(self.targets, step.targets)
+        add_to(self.skipped, step.skipped)
+        add_to(self.window.sums, step.values)
 
-    def close_line(self, rates: dict[str, float], peak: float) -> dict[str, Any]:
+    def close_line(
+        self, rates: dict[str, float], peak: float, device: torch.device
+    ) -> dict[str, Any]:
         """The line to log now; loss parts and gradient norm are means since the line before.
 
         `mfu` is the share of `peak`, the operations per second of all devices, that was used.
@@ -98,7 +101,7 @@ class Progress:
             "samples_per_s": round(window.samples / window.seconds, 3),
             "targets_per_s": round(window.targets / window.seconds, 3),
             "mfu": float(f"{window.flops / window.seconds / peak:.4g}"),
-            **peak_memory(),
+            **peak_memory(device),
             "seconds": round(self.seconds, 3),
             "flops": float(f"{self.flops:.6g}"),
         }
@@ -123,17 +126,18 @@ class Progress:
         return cls(**{**stored, "window": _Window(**stored["window"])})
 
 
-def _add_to(totals: dict[str, Any], values: dict[str, Any]) -> None:
+def add_to(totals: dict[str, Any], values: Mapping[str, Any]) -> None:
+    """Add `values` to the `totals` of the same names."""
     for name, value in values.items():
         totals[name] = totals.get(name, 0) + value
 
 
-def peak_memory() -> dict[str, float]:
-    """The largest memory this process has had, in GiB: resident, and on its CUDA device if any."""
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """The largest memory this process has had, in GiB: resident, and on a CUDA `device`."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
     memory = {"memory_gib": round(peak / (2**30 if sys.platform == "darwin" else 2**20), 3)}
-    if torch.cuda.is_available():
-        memory["accelerator_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
+    if device.type == "cuda":
+        memory["accelerator_gib"] = round(torch.cuda.max_memory_allocated(device) / 2**30, 3)
     return memory
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 # The format's own names of the types.
-DTYPES = {
+FORMAT_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -96,7 +96,7 @@ def _serialised(pieces: Mapping[str, Piece]) -> Iterator[Any]:
     for name, piece in ordered:
         span = [offset, offset + piece.rows.nbytes]
         header[name] = {
-            "dtype": DTYPES[piece.rows.dtype],
+            "dtype": FORMAT_NAMES[piece.rows.dtype],
             "shape": list(piece.rows.shape),
             "data_offsets": span,
         }
@@ -151,7 +151,7 @@ class Stored(Mapping[str, Tensor]):
         pieces = self._pieces[name]
         about = pieces[0][2].get_slice(name)
         own, rows = about.get_shape(), sum(count for _, count, _ in pieces)
-        dtype = next(dtype for dtype, word in DTYPES.items() if word == about.get_dtype())
+        dtype = next(dtype for dtype, word in FORMAT_NAMES.items() if word == about.get_dtype())
         return ((rows, *own[1:]) if own else ()), dtype
 
     def rows(self, name: str, first: int, end: int) -> Tensor:

@@ -14,7 +14,7 @@ def has_bf16(device: torch.device) -> bool:
     """True if `device` multiplies bfloat16 in hardware; False where torch would emulate it."""
     if device.type == "cpu":
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return True
+    return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def held_dtype(config: TrainConfig, has: bool | None = None) -> torch.dtype:

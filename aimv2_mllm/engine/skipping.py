@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from aimv2_mllm.errors import RunFailed
+from aimv2_mllm.marks import TURNS
 
 FEWEST_ROWS = 200  # below this a share says little
 EXAMPLES = 5  # rows named in the message
-TURNS = "turns"  # counted beside rows: turns left out of rows that are used
 
 
 class Skipping:

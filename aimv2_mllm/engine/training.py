@@ -73,7 +73,7 @@ class Training:
         }
         self.optimizer = build_optimizer(self._parts, run.config)
         self.device = self._placed.device
-        self._flops_per_sample: float | None = None
+        self._flops_rate: float | None = None
         self._most = 0  # bytes of the largest micro-batch so far
 
     def resume(self, narrate: Callable[[str], None]) -> metrics.Progress:
@@ -91,6 +91,7 @@ class Training:
                 )
             restore(self._placed.module, self._parts, self.optimizer, stored)
             progress = metrics.Progress.from_json(state["progress"])
+            self._flops_rate = state.get("flops_rate")
             narrate(f"continuing from step {step}")
         run.ranks.first(lambda: metrics.cut_back(run.folder / metrics.METRICS_FILE, progress.step))
         return progress
@@ -101,7 +102,11 @@ class Training:
         lines = run.folder / metrics.METRICS_FILE
         if run.ranks.is_first and lines.exists():
             sync(lines)
-        state = {"fingerprint": run.fingerprint, "progress": progress.to_json()}
+        state = {
+            "fingerprint": run.fingerprint,
+            "progress": progress.to_json(),
+            "flops_rate": self._flops_rate,
+        }
         checkpoint.save(
             run.folder / CHECKPOINTS,
             progress.step,
@@ -121,14 +126,14 @@ class Training:
     ) -> metrics.Step:
         """Leave the step's clipped gradients in the model, and tell what they were made of."""
         batches = [dict(batch) for batch in micro_batches]
-        totals, skipped, samples = self._totals(objective, batches)
+        totals, skipped, samples, work = self._totals(objective, batches)
         sums: dict[str, Tensor] = {}
         self.optimizer.zero_grad()
-        # Pictures of different sizes are different work, as are those whose features are kept and
-        # others, which then is counted at every step; but a counter cannot see into compiled code,
-        # where the first step, not compiled, tells for all.
-        varies = any(isinstance(v, list) or name == "is_cached" for name, v in batches[0].items())
-        counts = self._flops_per_sample is None or (varies and not self._run.config.compile)
+        # Conversations and pictures of different sizes are different work at every step, which then
+        # is counted; but a counter cannot see into compiled code, where the first step, not
+        # compiled, tells for all.
+        varies = any(isinstance(v, list) or name == "lengths" for name, v in batches[0].items())
+        counts = self._flops_rate is None or (varies and not self._run.config.compile)
         counter = FlopCounter() if counts else None
         with torch.compiler.set_stance("default" if counter is None else "force_eager"):
             for number, batch in enumerate(batches, 1):
@@ -139,32 +144,35 @@ class Training:
                 for name, value in loss._asdict().items():
                     sums[name] = sums.get(name, 0) + value.detach().float()
         if counter is not None:
-            self._flops_per_sample = counter.flops * self._run.ranks.size / samples
-        flops = (self._flops_per_sample or 0.0) * samples
+            self._flops_rate = counter.flops / sum(map(_work, batches))
+        flops = (self._flops_rate or 0.0) * work
         values = self._added_and_clipped(sums)
         return metrics.Step(values, totals, skipped, samples, flops)
 
     def _totals(
         self, objective: Objective, batches: list[dict[str, Any]]
-    ) -> tuple[dict[str, int], dict[str, int], int]:
-        """The step's targets by kind, skipped rows by reason, and samples, over all ranks."""
+    ) -> tuple[dict[str, int], dict[str, int], int, int]:
+        """The step's targets by kind, what was skipped by reason, samples, and `_work`, over all
+        ranks."""
         assert batches, "a step without a batch"
-        skipped, totals, samples = dict[str, int](), dict[str, int](), 0
+        skipped, totals, samples, work = dict[str, int](), dict[str, int](), 0, 0
         for batch in batches:
-            _add_to(skipped, batch.pop("skipped", {}))
-            _add_to(totals, objective.targets(batch))
-            samples += len(next(iter(batch.values())))
+            metrics.add_to(skipped, batch.pop("skipped", {}))
+            metrics.add_to(totals, objective.targets(batch))
+            samples += len(batch["lengths"]) if "lengths" in batch else _work(batch)
+            work += _work(batch)
         ranks = self._run.ranks
         kinds = sorted(totals)
-        *counts, samples, num_batches, num_skipped = ranks.add_up(
-            [*(totals[kind] for kind in kinds), samples, len(batches), sum(skipped.values())]
+        own = [samples, work, len(batches), sum(skipped.values())]
+        *counts, samples, work, num_batches, num_skipped = ranks.add_up(
+            [*(totals[kind] for kind in kinds), *own]
         )
         assert num_batches == len(batches) * ranks.size, "ranks differ in their micro-batches"
         if num_skipped:
             every, skipped = ranks.gather(skipped), {}
             for one in every:
-                _add_to(skipped, one)
-        return {kind: counts[kinds.index(kind)] for kind in totals}, skipped, samples
+                metrics.add_to(skipped, one)
+        return {kind: counts[kinds.index(kind)] for kind in totals}, skipped, samples, work
 
     def _loss(
         self,
@@ -213,6 +221,8 @@ def _moved(value: Any, device: torch.device) -> Any:
     return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
 
 
-def _add_to(totals: dict[str, int], more: Mapping[str, int]) -> None:
-    for name, count in more.items():
-        totals[name] = totals.get(name, 0) + count
+def _work(batch: Mapping[str, Any]) -> int:
+    """What the work of a batch goes by: tokens where conversations are packed, else samples."""
+    if "lengths" in batch:
+        return int(batch["lengths"].sum())
+    return len(next(iter(batch.values())))

@@ -12,8 +12,8 @@ import torch
 from aimv2_mllm.engine.workers import prepared_by_workers
 
 # From the 0-based step to this rank's micro-batches of it, at least one. What a micro-batch holds
-# has a row for each sample, but for `skipped`, the rows left out by reason, which the model does
-# not get to see.
+# has a row for each sample, or, where `lengths` says how many tokens each sample has, is packed;
+# but for `skipped`, the rows left out by reason, which the model does not get to see.
 Batches = Callable[[int], Sequence[Mapping[str, Any]]]
 
 

@@ -6,7 +6,8 @@ template. Refuses models that cannot see.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from os.path import exists, isdir
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -19,7 +20,7 @@ from aimv2_mllm.model.sampling import GREEDY, Sampling
 if TYPE_CHECKING:
     from PIL import Image
 
-    from aimv2_mllm.chat.prompts import Message
+    from aimv2_mllm.data.conversations import Message
 
 SMALL = 2**20  # bytes; a larger file is known by its size and time
 GIVE = (
@@ -167,12 +168,12 @@ class Foreign(_Asked):
                 return_tensors="pt",
                 processor_kwargs={"padding": True},
             ).to(self.model.device, dtype=self.model.dtype)
-            with torch.inference_mode():
+            with torch.inference_mode(), _seeded(sampling.seed):
                 written = self.model.generate(
                     **inputs,
                     max_new_tokens=max_new_tokens,
                     pad_token_id=int(self._tokenizer.pad_token_id),
-                    **_drawn(sampling),
+                    **_chosen(sampling),
                 )
         # Each family's processor and template refuses in words of its own.
         except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
@@ -209,12 +210,25 @@ def _shown(messages: "Sequence[Message]", pictures: "Sequence[Image.Image]") -> 
     ]
 
 
-def _drawn(sampling: Sampling) -> dict[str, Any]:
-    """What `generate` is told of how tokens are chosen; nothing where it is greedy."""
-    if not sampling.temperature:
-        return {}
-    names = ("temperature", "top_p", "top_k")
-    return {"do_sample": True} | {name: getattr(sampling, name) for name in names}
+def _chosen(sampling: Sampling) -> dict[str, Any]:
+    """What `generate` is told of how tokens are chosen."""
+    names = ["repetition_penalty"]
+    if sampling.temperature:
+        names += ["temperature", "top_p", "top_k"]
+    told = {name: getattr(sampling, name) for name in names}
+    return {"do_sample": sampling.temperature > 0, **told}
+
+
+@contextmanager
+def _seeded(seed: int | None) -> Iterator[None]:
+    """What `generate` draws is told by `seed`, if there is one, and changes no other's draws."""
+    import torch
+
+    devices = range(torch.cuda.device_count())
+    with torch.random.fork_rng(devices, enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        yield
 
 
 def _until(text: str, stops: Sequence[str]) -> str:

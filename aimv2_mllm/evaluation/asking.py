@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from aimv2_mllm.data.asked import MOST_LEFT_OUT, Asked
 from aimv2_mllm.data.files import Unusable
+from aimv2_mllm.disk import replace_file
 from aimv2_mllm.errors import RunFailed, UsageError
 from aimv2_mllm.evaluation.controls import SHOWN, other_picture
 
@@ -42,9 +43,7 @@ def demand_same(folder: Path, identity: Mapping[str, Any]) -> None:
             return
         if any(path.name != LOCK for path in folder.iterdir()):
             raise UsageError(f"{folder}: is not empty, and holds no evaluation; give another --out")
-        unfinished = path.with_suffix(".part")
-        unfinished.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
-        unfinished.replace(path)
+        replace_file(path, f"{json.dumps(identity, indent=2)}\n".encode())
     except (OSError, ValueError, AttributeError) as error:
         if isinstance(error, UsageError):
             raise

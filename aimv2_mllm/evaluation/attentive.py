@@ -1,7 +1,7 @@
 """The attentive probe of the AIMv2 paper: one learnable query pools frozen patch tokens by
 attention, a linear classifier reads the result; a grid of settings is swept in one pass.
 
-Owns the protocol (`spec`: section 4 and appendix of arXiv 2411.14402). Never sees a test picture
+Owns the protocol (section 4 and appendix of arXiv 2411.14402). Never sees a test picture
 while it learns or chooses: a part of the training pictures chooses the setting.
 
 Letters in shapes: B pictures, N patches, D width, G settings, h heads, d = D / h, K classes.

@@ -5,7 +5,6 @@ Owns its words on the terminal; refuses to compute: see `evaluation`.
 
 import json
 import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from aimv2_mllm.evaluation.judging import Judged, judge, notes, summary
 from aimv2_mllm.evaluation.metrics import METRICS
 from aimv2_mllm.evaluation.questions import Questions
 from aimv2_mllm.formats import percent, percents
+from aimv2_mllm.narration import warn
 from aimv2_mllm.reports.evaluation_page import MORE, NOT_ALL, describe, pictures
 from aimv2_mllm.reports.report import files_of, write_files
 from aimv2_mllm.stages.job import versions
@@ -49,11 +49,9 @@ def evaluate(source: str, questions: Questions, folder: Path) -> dict[str, Any]:
             batch=questions.batch_size,
         )
         if isinstance(model, Ours) and (short := model.bot.prompter.num_short):
-            print(
-                f"aimv2-mllm: {short:,} questions, those of controls too, left fewer than "
-                f"--max-new-tokens {most} of the model's {model.bot.limit} tokens: "
-                "answers to them may be cut",
-                file=sys.stderr,
+            warn(
+                f"{short:,} questions, those of controls too, left fewer than --max-new-tokens "
+                f"{most} of the model's {model.bot.limit} tokens: answers to them may be cut"
             )
         judged = judge(asked, answers, metric, controls=controls)
         words = [source, questions.data, *questions.words(), "--out", str(folder)]

@@ -29,8 +29,7 @@ from aimv2_mllm.model.llms import load_llm, load_tokenizer
 from aimv2_mllm.model.mllm import pictures_of
 from aimv2_mllm.model.towers import Tower
 from aimv2_mllm.narration import Narrate
-from aimv2_mllm.recipe.data import HandwritingSource
-from aimv2_mllm.recipe.stages import LitStage, Stage
+from aimv2_mllm.recipe.stages import Stage
 from aimv2_mllm.stages.job import Place
 
 
@@ -76,7 +75,7 @@ def evaluate(place: Place, narrate: Narrate) -> Findings:
         _judge_pretraining(findings, place.result(pretrained), place)
         _compare_pretraining(findings, place)
     contrasted = last_stage(place, "lit")
-    if contrasted is not None and _is_of_handwriting(place.recipe.stages[contrasted]):
+    if contrasted is not None and is_of_handwriting(place.recipe.stages[contrasted]):
         narrate("evaluation: held-out digits by the words for them")
         _judge_by_words(findings, place.result(contrasted), config.seed)
     assembled = last_stage(place, "align", "tune")
@@ -161,10 +160,9 @@ def _digits(tower: Tower, seed: int) -> dict[str, float]:
     return {name: score["accuracy"] for name, score in shares.items()}
 
 
-def _is_of_handwriting(stage: Stage) -> bool:
-    """Whether the stage read captions of the embedded world: others know no such digits."""
-    assert isinstance(stage, LitStage), stage
-    return any(isinstance(source, HandwritingSource) for source in stage.data.sources)
+def is_of_handwriting(stage: Stage) -> bool:
+    """Whether the stage learned from the embedded world: others know no such digits."""
+    return any(source.kind == "handwriting" for source in stage.data.sources)
 
 
 def _judge_by_words(findings: Findings, folder: Path, seed: int) -> None:

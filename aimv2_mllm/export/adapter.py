@@ -18,10 +18,11 @@ from aimv2_mllm.export.options import Options
 from aimv2_mllm.export.source import ExportSource, talking
 from aimv2_mllm.export.writing import copy_files, demand_room
 from aimv2_mllm.folders import CONFIG_FILE, RECIPE_FILE, UNKNOWN, result_of, stage_record, stages_of
+from aimv2_mllm.model.adapting import ADAPTER
 from aimv2_mllm.model.hub import HUB_ID
 from aimv2_mllm.model.shards import num_bytes, read_tensors, write_json
 
-FOLDER, CONFIG, WEIGHTS = "adapter", "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 TOWER_FILE = "tower.safetensors"  # beside the adapters where the tower was tuned
 # Before the names in peft's files: of a Llava's own parameters, and of its parts.
 WRAPPER = "base_model.model."
@@ -39,7 +40,7 @@ def write_adapter(name: str, folder: Path, options: Options) -> tuple[ExportSour
     source = talking(name)
     demand_stock(source)
     config, adapters, trained = _read(source)
-    parts = ["connector"] + ["tower"] * isfile(source.folder / FOLDER / TOWER_FILE)
+    parts = ["connector"] + ["tower"] * isfile(source.folder / ADAPTER / TOWER_FILE)
     modules = [MODULES[part] for part in parts]
     merged = read_tensors(source.folder)
     # The merged model has all of the parts, perhaps rounded; what was trained lies beside.
@@ -82,7 +83,7 @@ def _read(source: ExportSource) -> tuple[dict[str, Any], dict[str, Tensor], dict
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    folder = source.folder / FOLDER
+    folder = source.folder / ADAPTER
     if not isdir(folder):
         kind = source.record.get("kind")
         trains = source.record.get("recipe", {}).get("trains")

@@ -14,6 +14,7 @@ from aimv2_mllm.export.source import ExportSource
 from aimv2_mllm.export.usage import TITLES, usage
 from aimv2_mllm.folders import (
     CARD_FILE,
+    RECIPE_FILE,
     TALKING,
     UNKNOWN,
     digest_of,
@@ -93,7 +94,7 @@ def _records(source: ExportSource) -> list[dict[str, Any]]:
     """The records of the run's stages that the exported one was made from, and its own."""
     if source.run is None or not source.record:
         return [source.record] if "recipe" in source.record else []
-    raw = yaml.safe_load((source.run / "recipe.yaml").read_text(encoding="utf-8"))
+    raw = yaml.safe_load((source.run / RECIPE_FILE).read_text(encoding="utf-8"))
     made_by = {*source.record.get("parents", []), source.record["stage"]}
     names = [name for name in raw["stages"] if name in made_by]
     records = [stage_record(result_of(source.run, name)) for name in names]

@@ -19,7 +19,7 @@ from aimv2_mllm.model.encoder import EncoderConfig
 from aimv2_mllm.model.hub import commit_of, locate
 from aimv2_mllm.model.layouts import read_config
 from aimv2_mllm.model.preprocessing import PREPROCESSOR_FILE, Preprocessing
-from aimv2_mllm.model.shards import DTYPES, weight_files, write_json
+from aimv2_mllm.model.shards import PRECISIONS, weight_files, write_json
 from aimv2_mllm.model.timm_layout import CLIP_MEAN, CLIP_STD, timm_config
 from aimv2_mllm.model.weights import read_encoder, save_encoder
 
@@ -36,8 +36,8 @@ def convert(
     """Write the encoder of `source`, a folder or hub id, to the folder `destination` in `layout`;
     what was written and its licence, in two lines.
 
-    `image_size` (pixels) resizes learned positions; `dtype`, of DTYPES, is the source's where it is
-    not given. Raises UsageError, and leaves nothing behind, where it cannot be done.
+    `image_size` (pixels) resizes learned positions; `dtype`, of PRECISIONS, is the source's where
+    it is not given. Raises UsageError, and leaves nothing behind, where it cannot be done.
     """
     destination = Path(os.path.abspath(destination))
     demand_free(destination)
@@ -46,7 +46,7 @@ def convert(
     for note in notes:
         narrate(f"{source}: {note}")
     if dtype is not None:
-        encoder = encoder.to(DTYPES[dtype])
+        encoder = encoder.to(PRECISIONS[dtype])
     record = _record(source, folder)
     record["recipe"] = {"layout": layout, "image_size": image_size, "dtype": dtype}
     with new_folder(destination) as unfinished:

@@ -18,11 +18,10 @@ from aimv2_mllm.export.options import Options
 from aimv2_mllm.export.source import ANY_LLAVA, LLAVA, ExportSource, seeing
 from aimv2_mllm.folders import CONFIG_FILE, STAGE_FILE
 from aimv2_mllm.model.layouts import MODEL_TYPES
-from aimv2_mllm.model.preprocessing import Preprocessing
-from aimv2_mllm.model.shards import DTYPES, read_tensors, write_json, write_tensors
+from aimv2_mllm.model.preprocessing import PROCESSOR_FILE, Preprocessing
+from aimv2_mllm.model.shards import PRECISIONS, read_tensors, write_json, write_tensors
 from aimv2_mllm.model.weights import read_encoder
 
-PROCESSOR_FILE = "processor_config.json"
 _TOWER = re.compile(r"(?:model\.)?vision_tower\.(.+)")
 
 
@@ -36,7 +35,7 @@ def write_encoder(name: str, folder: Path, options: Options) -> tuple[ExportSour
         within = apart
     layout = options.layout or "original"
     made = folder / "made"
-    dtype = next((name for name, one in DTYPES.items() if one == options.dtype), None)
+    dtype = next((name for name, one in PRECISIONS.items() if one == options.dtype), None)
     convert(str(within), made, layout=layout, dtype=dtype, narrate=options.narrate)
     told = {"layout": layout, "reference": reference(made)}
     for file in made.iterdir():

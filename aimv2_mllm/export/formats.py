@@ -16,7 +16,7 @@ from aimv2_mllm.export.original import write_original
 from aimv2_mllm.export.source import ExportSource
 from aimv2_mllm.export.writing import write_sidecar
 from aimv2_mllm.files import new_folder
-from aimv2_mllm.model.shards import DTYPES
+from aimv2_mllm.model.shards import type_name
 
 MINIMUM = "5.18"  # the first transformers that reads tie_last_hidden_states
 
@@ -60,7 +60,7 @@ def export(
     options = Options(
         destination,
         narrate,
-        dtype_name=None if dtype is None else str(DTYPES[dtype]).removeprefix("torch."),
+        dtype_name=None if dtype is None else type_name(dtype),
         most_bytes=None if size is None else size_in_bytes(size),
         layout=chosen["layout"],
     )
@@ -81,7 +81,4 @@ def export(
         write_card(folder, source, content, name=destination.name)
         write_sidecar(folder, content)
         total = sum(file.stat().st_size for file in folder.rglob("*"))
-    return (
-        f"wrote {destination}: {format_}, {total / 1e6:,.1f} MB\n"
-        f"licence: {source.licence}; to check it: verify-export {destination}"
-    )
+    return f"wrote {destination}: {format_}, {total / 1e6:,.1f} MB\nlicence: {source.licence}"

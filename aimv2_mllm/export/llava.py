@@ -14,9 +14,8 @@ from aimv2_mllm.export.options import Options
 from aimv2_mllm.export.source import ANY_LLAVA, ExportSource, talking
 from aimv2_mllm.export.writing import copy_files, write_weights
 from aimv2_mllm.folders import CONFIG_FILE
+from aimv2_mllm.model.preprocessing import PROCESSOR_FILE
 from aimv2_mllm.model.shards import read_tensors, write_json
-
-PROCESSOR_FILE = "processor_config.json"
 
 
 def write_llava(name: str, folder: Path, options: Options) -> tuple[ExportSource, dict[str, Any]]:

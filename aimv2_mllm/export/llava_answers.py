@@ -15,14 +15,13 @@ import torch
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.export.answers import MOST_TOKENS, QUESTION, SIDECAR, digest, picture, some
 from aimv2_mllm.towers import llava
-
-IMAGE_INDEX = -200  # what stands for a picture in LLaVA's tokens
+from aimv2_mllm.towers.llava_samples import IMAGE
 
 
 def collapsed(ids: list[int], image_token: int) -> list[int]:
-    """Tokens in which a picture is one IMAGE_INDEX and not many `image_token`."""
+    """Tokens in which a picture is one IMAGE and not many `image_token`."""
     kept = [n for i, n in enumerate(ids) if n != image_token or ids[i - 1 : i] != [image_token]]
-    return [IMAGE_INDEX if n == image_token else n for n in kept]
+    return [IMAGE if n == image_token else n for n in kept]
 
 
 def answers(folder: Path, told: dict[str, Any]) -> dict[str, Any]:
@@ -65,7 +64,7 @@ def asked(tokenizer: Any, tools: Any) -> list[int]:
     talk = talks["vicuna_v1"].copy()
     talk.append_message(talk.roles[0], f"<image>\n{QUESTION}")
     talk.append_message(talk.roles[1], None)
-    ids: list[int] = tools.tokenizer_image_token(talk.get_prompt(), tokenizer, IMAGE_INDEX)
+    ids: list[int] = tools.tokenizer_image_token(talk.get_prompt(), tokenizer, IMAGE)
     return ids
 
 

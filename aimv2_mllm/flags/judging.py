@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from aimv2_mllm.flags.values import (
-    DTYPES,
     MOST_DEVICES,
     MOST_NEW_TOKENS,
     MOST_PICTURES,
+    PRECISIONS,
     add_recipe,
     whole,
 )
@@ -94,7 +94,7 @@ def add_lmms_eval(verbs: Any) -> None:
     )
     for name, high, default, text in counts:
         words.add_argument(name, metavar="N", type=whole(1, high), default=default, help=text)
-    words.add_argument("--dtype", choices=DTYPES, help="precision: fp32, bf16 (the model's)")
+    words.add_argument("--dtype", choices=PRECISIONS, help="precision: fp32, bf16 (the model's)")
     words.add_argument(
         "--simple",
         action="store_true",

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from aimv2_mllm.flags.values import LARGEST_SHEET, MOST_PICTURES, MOST_SEED, whole
+from aimv2_mllm.flags.values import LARGEST_SHEET, MOST_PICTURES, whole
+from aimv2_mllm.model.sampling import MOST_SEED
 
 PROBES = ("knn", "linear", "attentive", "all", "zeroshot")
 STATISTICS = ("true", "previous", "prefix")
@@ -29,7 +30,7 @@ def add_probe(verbs: Any) -> None:
         ("--limit", "N", 2, MOST_PICTURES, None, "most pictures of each split (all)"),
         ("--k", "N", 1, MOST_PICTURES, 20, "number of neighbours (20)"),
         ("--epochs", "N", 1, 10_000, 100, "of the attentive probe (100)"),
-        ("--seed", "N", 0, 2**63 - 1, 0, "of splits and of the attentive probe (0)"),
+        ("--seed", "N", 0, MOST_SEED, 0, "of splits and of the attentive probe (0)"),
     )
     for name, metavar, low, high, default, text in counts:
         kind = whole(low, high)

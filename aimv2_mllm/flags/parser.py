@@ -8,18 +8,18 @@ from aimv2_mllm.errors import UsageError
 from aimv2_mllm.flags.judging import add_compare, add_evaluate, add_lmms_eval
 from aimv2_mllm.flags.looking import add_dream, add_probe
 from aimv2_mllm.flags.values import (
-    DTYPES,
     LARGEST_SHEET,
     MOST_DEVICES,
     MOST_NEW_TOKENS,
-    MOST_SEED,
+    PRECISIONS,
     SMALLEST_SHEET,
     add_recipe,
     setting,
     whole,
 )
+from aimv2_mllm.model.sampling import MOST_SEED
+from aimv2_mllm.narration import PROGRAM
 
-PROGRAM = "aimv2-mllm"
 ACCELERATORS = (
     "a100-40", "a100", "h100", "h100-pcie", "h200", "gh200", "b200", "l40s", "l4", "rtx4090",
     "rtx3090",
@@ -192,7 +192,7 @@ def _add_convert(verbs: Any) -> None:
         type=whole(1, LARGEST_SHEET),
         help="resize learned positions to images of this side (the source's)",
     )
-    words.add_argument("--dtype", choices=DTYPES, help="precision: fp32, bf16 (the source's)")
+    words.add_argument("--dtype", choices=PRECISIONS, help="precision: fp32, bf16 (the source's)")
 
 
 def _add_export(verbs: Any) -> None:
@@ -202,7 +202,7 @@ def _add_export(verbs: Any) -> None:
     words.add_argument(
         "--format", choices=FORMATS, default="llava", help=f"{', '.join(FORMATS)} (llava)"
     )
-    words.add_argument("--dtype", choices=DTYPES, help="precision: fp32, bf16 (the source's)")
+    words.add_argument("--dtype", choices=PRECISIONS, help="precision: fp32, bf16 (the source's)")
     words.add_argument(
         "--max-shard-size", metavar="SIZE", help="of a file of weights, such as 2GB or 500MB (5GB)"
     )

@@ -11,9 +11,9 @@ from typing import Any
 from aimv2_mllm.model.sampling import RANGES
 
 SMALLEST_SHEET, LARGEST_SHEET = 28, 4096  # pixels, the sides of images that a recipe allows
-MOST_NEW_TOKENS, MOST_SEED, MOST_PICTURES = 100_000, 2**63 - 1, 10**9
+MOST_NEW_TOKENS, MOST_PICTURES = 100_000, 10**9
 MOST_DEVICES = 100_000
-DTYPES = ("fp32", "bf16")
+PRECISIONS = ("fp32", "bf16")
 
 
 def whole(low: int, high: int) -> Callable[[str], int]:

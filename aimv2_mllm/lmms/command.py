@@ -13,6 +13,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from aimv2_mllm.disk import replace_file
 from aimv2_mllm.errors import RunFailed, UsageError, nearest
 from aimv2_mllm.evaluation.answerers import digest, found
 from aimv2_mllm.evaluation.asking import demand_same
@@ -28,11 +29,11 @@ from aimv2_mllm.lmms.benchmarks import (
 from aimv2_mllm.lmms.environment import Inventory, demand_environment, inventory, python_of
 from aimv2_mllm.lmms.plugin import MODEL
 from aimv2_mllm.model.hub import pinned
+from aimv2_mllm.model.shards import type_name
 from aimv2_mllm.narration import Narrate
 
 RESULTS, LOG, TABLE = "results.json", "log.txt", "table.md"
 TASK = re.compile(r"yaml|\.yml$|\.py$")  # a name such as _default_template_yaml too
-DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def _digest_of_tasks(include: str | None) -> str | None:
 def _command(how: Benchmarking, one: Benchmark, name: str) -> list[str]:
     """What runs lmms-eval for one benchmark, by a launcher where several processes are wanted."""
     launch = ["-m", "accelerate.commands.launch", "--num_processes", str(how.processes)]
-    model = f"pretrained={name}" + (f",dtype={DTYPES[how.dtype]}" if how.dtype else "")
+    model = f"pretrained={name}" + (f",dtype={type_name(how.dtype)}" if how.dtype else "")
     python = str(python_of(how.environment))
     words = [python, *(launch if how.processes > 1 else []), "-m", "lmms_eval"]
     words += ["--model", MODEL, "--model_args", model, "--tasks", one.task]
@@ -163,9 +164,7 @@ def _numbers(one: Benchmark, command: list[str], folder: Path, narrate: Narrate)
     if code or not made:
         why = _why((folder / LOG).read_text(encoding="utf-8", errors="replace"))
         raise RunFailed(f"{one.name}: {why or f'ended with {code}'}; see {folder / LOG}")
-    unfinished = done.with_suffix(".part")
-    unfinished.write_bytes(made[-1].read_bytes())
-    unfinished.replace(done)
+    replace_file(done, made[-1].read_bytes())
     return numbers_of(done, one)
 
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.lmms.plugin import MODEL
-from aimv2_mllm.narration import Narrate
+from aimv2_mllm.narration import Narrate, note, warn
 
 REQUIREMENTS = Path(__file__).parents[1] / "assets" / "lmms_eval.txt"
 BELOW, INSTALLED = "below.pth", "lmms_eval.txt"
@@ -120,6 +120,7 @@ def _why(said: str) -> str:
 
 if __name__ == "__main__":
     try:
-        demand_environment(Path(sys.argv[1]), lambda text: print(text, file=sys.stderr))
+        demand_environment(Path(sys.argv[1]), note)
     except UsageError as error:
-        sys.exit(f"aimv2-mllm: {error}")
+        warn(str(error))
+        sys.exit(1)

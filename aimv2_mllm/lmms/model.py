@@ -6,7 +6,6 @@ rounds that follow from answers, and likelihoods of models that are not ours.
 """
 
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -21,8 +20,9 @@ from aimv2_mllm.errors import UsageError
 from aimv2_mllm.evaluation.answerers import Conversation, Ours, load_answerer
 from aimv2_mllm.lmms.reading import KNOWN, Settings, settings_of, talk_of_messages, talk_of_text
 from aimv2_mllm.model.foreign import best_device
+from aimv2_mllm.narration import warn
 
-DTYPES = ("float32", "bfloat16", "float16")
+TYPE_NAMES = ("float32", "bfloat16", "float16")
 
 
 class _Model(lmms):
@@ -37,8 +37,8 @@ class _Model(lmms):
     ) -> None:
         """`pretrained` is what `evaluate` takes as MODEL; `dtype` is the folder's own if None."""
         super().__init__()
-        if dtype not in (None, *DTYPES):
-            raise UsageError(f"dtype is {dtype}, must be one of {', '.join(DTYPES)}")
+        if dtype not in (None, *TYPE_NAMES):
+            raise UsageError(f"dtype is {dtype}, must be one of {', '.join(TYPE_NAMES)}")
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise UsageError(f"batch_size is {batch_size}, must be a whole number from 1 on")
         self.batch_size, self.device = int(batch_size), _device(device)
@@ -55,7 +55,7 @@ class _Model(lmms):
         settings = [settings_of(self._generation(request)) for request in requests]
         unknown = {key for request in requests for key in self._generation(request)} - KNOWN
         if unknown and self.rank == 0:
-            _note(f"settings that change nothing here: {', '.join(sorted(unknown))}")
+            warn(f"settings that change nothing here: {', '.join(sorted(unknown))}")
         answers, self._refused = list[str](), 0
         with tqdm(total=len(requests), desc="answers", disable=self.rank != 0) as bar:
             for first, last in _batches(settings, self.batch_size):
@@ -79,7 +79,7 @@ class _Model(lmms):
         name = f"{request.task_name}, question {request.doc_id}"
         if self._refused > most:
             raise UsageError(f"{name}: {error} ({self._refused} questions cannot be asked)")
-        _note(f"{name} counts as not answered: {error}")
+        warn(f"{name} counts as not answered: {error}")
 
     def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
         """For each (question, answer), the mean cross-entropy of the answer's tokens and whether
@@ -178,7 +178,3 @@ def _seeded(settings: Settings) -> Any:
     if not settings.draws:
         return settings.sampling
     return replace(settings.sampling, seed=int(torch.randint(2**31, ()).item()))
-
-
-def _note(text: str) -> None:
-    print(f"aimv2-mllm: {text}", file=sys.stderr)

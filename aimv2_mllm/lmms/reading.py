@@ -7,10 +7,10 @@ picture, and beams.
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from aimv2_mllm.data.conversations import IMAGE_TOKEN
 from aimv2_mllm.data.images import as_rgb, open_image, upright
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.evaluation.answerers import Conversation
+from aimv2_mllm.marks import IMAGE_TOKEN
 from aimv2_mllm.model.sampling import Sampling
 
 # Of a task that sets no limit: what lmms-eval's own LLaVA takes.

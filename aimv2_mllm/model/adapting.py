@@ -24,7 +24,6 @@ CONNECTOR, TOWER = "model.multi_modal_projector.", "model.vision_tower."
 LLM = ("model.language_model.", "lm_head.")
 ADDED = ".lora_"  # in the name of every parameter of an adapter
 ADAPTER = "adapter"  # the folder beside the merged weights
-# In what type a result is saved, by the precision of its training.
 # Options of peft that would train or change what is no adapter, or need more than a recipe has.
 REFUSED = {
     "bias": "biases of the LLM are not trained: give trains: llm",

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from aimv2_mllm.marks import UNSUPERVISED
 from aimv2_mllm.model import rows
 
-UNSUPERVISED = -100  # the label of a token that is not to be learned, as in transformers
 # Tokens whose scores are held at once. Measured on a CPU with 32,000 and 151,936 words: 128 take no
 # more time than all at once, 32 take a third more.
 CHUNKS, CHUNK = {"cpu": 128}, 512

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from aimv2_mllm.errors import UsageError, first_line
+from aimv2_mllm.marks import IMAGE_TOKEN
 from aimv2_mllm.model.foreign import demand_whole
 from aimv2_mllm.model.hub import pinned
 
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TINY_LLM = Path(__file__).parents[1] / "assets" / "tiny_llm"
-IMAGE_TOKEN = "<image>"
 
 
 def llm_source(name: str) -> str:

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from aimv2_mllm.errors import UsageError, first_line
+from aimv2_mllm.marks import IMAGE_TOKEN
 from aimv2_mllm.model.connectors import build_connector
 from aimv2_mllm.model.families import side_of
 from aimv2_mllm.model.foreign import load_image_text
 from aimv2_mllm.model.hub import pinned
 from aimv2_mllm.model.joining import draw_connector, take_weights
-from aimv2_mllm.model.llms import IMAGE_TOKEN, forget_how_it_was_loaded
+from aimv2_mllm.model.llms import forget_how_it_was_loaded
 from aimv2_mllm.model.preprocessing import Preprocessing
 from aimv2_mllm.model.stock import (
     STRATEGIES,

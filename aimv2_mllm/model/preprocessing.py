@@ -15,7 +15,7 @@ from torch import Tensor
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.model.layouts import load_config
 
-PREPROCESSOR_FILE = "preprocessor_config.json"
+PREPROCESSOR_FILE, PROCESSOR_FILE = "preprocessor_config.json", "processor_config.json"
 BICUBIC = 3  # Pillow's number of that filter
 
 

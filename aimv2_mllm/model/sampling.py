@@ -22,12 +22,13 @@ class Range(NamedTuple):
         return (self.zero_is_off and value == 0) or self.low <= value <= self.high
 
 
+MOST_SEED = 2**63 - 1
 RANGES = {
     "temperature": Range(0.01, 2.0, "0 (always the likeliest), or 0.01 to 2", zero_is_off=True),
     "top_p": Range(1e-6, 1.0, "above 0, up to 1 (all)"),
     "top_k": Range(1, 2**31 - 1, "0 (all), or a whole number from 1 on", zero_is_off=True),
     "repetition_penalty": Range(0.1, 10.0, "0.1 to 10, 1 for none"),
-    "seed": Range(0, 2**63 - 1, "a whole number from 0 on"),
+    "seed": Range(0, MOST_SEED, "a whole number from 0 on"),
 }
 WHOLE = {"top_k", "seed"}
 

@@ -21,9 +21,14 @@ from ..errors import UsageError
 from .namings import State
 
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
-# Precisions by the names of recipes and of the command line.
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# By the names of recipes and of the command line.
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MAX_SHARD_BYTES = 5 * 10**9  # as transformers and the hub cut
+
+
+def type_name(precision: str) -> str:
+    """What torch and transformers call one of `PRECISIONS`: bfloat16 for bf16."""
+    return str(PRECISIONS[precision]).removeprefix("torch.")
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -8,12 +8,12 @@ from typing import TypeVar
 import numpy as np
 
 from aimv2_mllm.data.batches import CaptionBatches, encode_captions
-from aimv2_mllm.data.conversations import IGNORED
 from aimv2_mllm.data.corpus import Sample
 from aimv2_mllm.data.drawing import Skipped
 from aimv2_mllm.data.talk_batches import TalkBatches
-from aimv2_mllm.data.talks import TURNS, TalkSample
+from aimv2_mllm.data.talks import TalkSample
 from aimv2_mllm.errors import RunFailed, UsageError
+from aimv2_mllm.marks import TURNS, UNSUPERVISED
 from aimv2_mllm.objective import ContrastiveObjective
 from aimv2_mllm.planning.problems import Problem
 from aimv2_mllm.recipe.stages import PATCH
@@ -60,7 +60,7 @@ def examine_talks(
     if not samples:
         return
     rows = [sample.encoded for sample in samples]
-    learned = [int((row.labels[1:] != IGNORED).sum()) for row in rows]
+    learned = [int((row.labels[1:] != UNSUPERVISED).sum()) for row in rows]
     total = sum(len(row.ids) for row in rows)
     report.tell(
         "ok", f"samples: {100 * sum(learned) / total:.1f} % of the tokens of {len(rows)} are "

@@ -45,7 +45,8 @@ Mistake = tuple[Place, str]
 
 
 class EvaluationConfig(Section):
-    """How the result of the last stage is judged."""
+    """How the results are judged: on held-out sheets of the embedded world, whatever they have
+    learned from."""
 
     questions: Count = Field(default=1200, description="questions asked")
     sheets: Count = Field(default=8, description="pictures shown in the report")
@@ -66,7 +67,7 @@ class Recipe(Section):
         min_length=1, description="the stages by name, in the order in which they are run"
     )
     evaluation: EvaluationConfig | None = Field(
-        default=None, description="how the result is judged"
+        default=None, description="how results are judged, by the embedded world; null: not at all"
     )
 
     @model_validator(mode="after")

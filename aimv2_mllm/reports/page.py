@@ -11,8 +11,9 @@ from typing import Any
 from aimv2_mllm.data import scenes
 from aimv2_mllm.engine.metrics import METRICS_FILE
 from aimv2_mllm.evaluation import answers
-from aimv2_mllm.evaluation.summary import Findings, Painting, last_stage
+from aimv2_mllm.evaluation.summary import Findings, Painting, is_of_handwriting, last_stage
 from aimv2_mllm.formats import percent, percents
+from aimv2_mllm.recipe.stages import PretrainStage
 from aimv2_mllm.reports import charts, picture_grids
 from aimv2_mllm.reports.charts import Picture
 from aimv2_mllm.reports.gallery import sheet_gallery
@@ -91,24 +92,40 @@ def pictures(page: dict[str, Any]) -> Iterable[Picture]:
 
 def _about(place: Place) -> str:
     if last_stage(place, "align", "tune"):
-        what = (
-            "An AIMv2 vision encoder, pre-trained by predicting the next patch and then the"
-            " caption, became the eyes of a language model."
-        )
+        what = _eyes(place)
     elif last_stage(place, "lit"):
         what = (
             "A text tower learned here which caption belongs to what a frozen AIMv2 vision encoder"
             " sees."
         )
-    elif last_stage(place, "pretrain"):
+    elif name := last_stage(place, "pretrain"):
+        stage = place.recipe.stages[name]
+        assert isinstance(stage, PretrainStage)
+        begun = f"from {stage.start.encoder}" if stage.start.encoder else "from random weights"
         what = (
-            "An AIMv2 vision encoder was pre-trained here from random weights: predict the next"
-            " patch, then the caption."
+            f"An AIMv2 vision encoder was pre-trained here {begun}: predict the next patch, then"
+            " the caption."
         )
     else:
         what = "A small language model learned here to answer questions about sheets in words."
     return (
         f"{what} All results are from held-out sheets, whose handwriting no training step has seen."
+    )
+
+
+def _eyes(place: Place) -> str:
+    """What became of the tower, or of the model that was tuned, in a sentence."""
+    stages = place.recipe.stages
+    stage: Any = stages[last_stage(place, "align", "tune") or ""]
+    while stage.tower is None and stage.start in stages:
+        stage = stages[stage.start]
+    if stage.tower is None:
+        return f"{stage.start}, which sees and talks already, was tuned."
+    if stage.tower not in stages:
+        return f"The vision tower {stage.tower} became the eyes of a language model."
+    return (
+        "An AIMv2 vision encoder, pre-trained by predicting the next patch and then the caption,"
+        " became the eyes of a language model."
     )
 
 
@@ -213,22 +230,22 @@ def _questions(numbers: dict[str, Any]) -> dict[str, Any]:
 
 
 def _next(place: Place) -> list[dict[str, str]]:
-    folder = shlex.quote(
-        place.folder.name if place.folder.is_absolute() else place.folder.as_posix()
-    )
+    folder = shlex.quote(place.folder.as_posix())
     if (name := last_stage(place, "lit")) and not last_stage(place, "align", "tune"):
         line = f"aimv2-mllm probe {folder}/{name}/model IMAGES --kind zeroshot --templates FILE"
         return [{"what": "Tell pictures of your own by words", "line": line}]
-    if not last_stage(place, "align", "tune"):
-        return [
-            {"what": "Train what comes after it", "line": "aimv2-mllm run recipes/quickstart.yaml"}
-        ]
+    if not (name := last_stage(place, "align", "tune")):
+        line = "aimv2-mllm run recipes/own_pictures.yaml"
+        for key, kind in (("tower", "pretrain"), ("llm", "language")):
+            if made := last_stage(place, kind):
+                line += f" stages.align.{key}={folder}/{made}/model"
+        return [{"what": "Train what comes after it, on pictures of your own", "line": line}]
+    chat = f"aimv2-mllm chat {folder} --image"
+    if not is_of_handwriting(place.recipe.stages[name]):
+        return [{"what": "Talk with the model about a picture", "line": f"{chat} PICTURE"}]
     return [
         {"what": "Make a picture to ask about", "line": f"aimv2-mllm sample {folder} sheet.png"},
-        {
-            "what": "Talk with the model about it",
-            "line": f"aimv2-mllm chat {folder} --image sheet.png",
-        },
+        {"what": "Talk with the model about it", "line": f"{chat} sheet.png"},
     ]
 
 

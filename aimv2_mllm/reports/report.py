@@ -23,7 +23,7 @@ from aimv2_mllm.stages.job import Place, versions
 
 TEMPLATES = Path(__file__).parents[1] / "assets"
 SUMMARY, HTML, MARKDOWN = "summary.json", "report.html", "report.md"
-UNFINISHED = ".report.tmp"
+UNFINISHED = ".report.part"
 
 
 def write_report(place: Place, narrate: Narrate) -> None:

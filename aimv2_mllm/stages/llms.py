@@ -23,7 +23,7 @@ from aimv2_mllm.model.answering import Answering
 from aimv2_mllm.model.connectors import build_connector
 from aimv2_mllm.model.encoder import SIZES
 from aimv2_mllm.model.grids import Grid
-from aimv2_mllm.model.shards import DTYPES
+from aimv2_mllm.model.shards import PRECISIONS
 from aimv2_mllm.model.towers import load_tower
 from aimv2_mllm.objective import AnswerObjective
 from aimv2_mllm.recipe.connectors import MlpChoice
@@ -44,7 +44,7 @@ def build_align(stage: AlignStage, place: Place) -> Job:
     model.model.multi_modal_projector.requires_grad_(True)
     adapting.hold(model, held_dtype(stage.train, place.has_bf16))
     parts = named_parts(model, {"connector": (adapting.CONNECTOR,)})
-    result = adapting.Result(model, DTYPES[stage.train.precision])
+    result = adapting.Result(model, PRECISIONS[stage.train.precision])
     return conversation_job(model, parts, stage, place, processor, result)
 
 
@@ -134,7 +134,8 @@ def build_language(stage: LanguageStage, place: Place) -> Job:
     corpus, skipped = TalkCorpus(stage.data, seed, None), Skipped()
     talks = (corpus.words(number, skipped) for number in range(TOKENIZER_TEXTS))
     texts = (f" {message['content'][-1]['text']}" for talk in talks for message in talk)
-    tokenizer = train_tokenizer(texts, stage.vocab_size)
+    longest = stage.model.max_position_embeddings
+    tokenizer = train_tokenizer(texts, stage.vocab_size, longest=longest)
     config = LlamaConfig(
         **stage.model.model_dump(),
         vocab_size=len(tokenizer),

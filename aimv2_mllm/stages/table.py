@@ -1,6 +1,7 @@
 """One table: what each kind of stage builds, what it trains, and what it takes from outside.
 
-`run.py` trains whatever a row of `STAGES` builds; nothing else knows which stage it is.
+`run.py` trains whatever a row of `STAGES` builds. Which kind a stage is, besides this table only
+those ask who look at it from outside: how it is judged, reported, planned and checked.
 """
 
 from collections.abc import Callable

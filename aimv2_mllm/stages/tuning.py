@@ -12,7 +12,7 @@ from aimv2_mllm.errors import UsageError, nearest
 from aimv2_mllm.folders import talking_source
 from aimv2_mllm.model import adapting, llms, mllm
 from aimv2_mllm.model.quantising import quantise, require_bitsandbytes
-from aimv2_mllm.model.shards import DTYPES
+from aimv2_mllm.model.shards import PRECISIONS
 from aimv2_mllm.recipe.tune import LoraChoice, TuneStage
 from aimv2_mllm.stages.job import Job, Place
 from aimv2_mllm.stages.llms import (
@@ -77,7 +77,7 @@ def _prepared(model: Any, stage: TuneStage, place: Place, *, form: str | None) -
         # peft has frozen all but its own.
         adapting.free(model, trained)
     base = str(stage.start or stage.llm)
-    return adapting.Result(model, DTYPES[stage.train.precision], adapters, base)
+    return adapting.Result(model, PRECISIONS[stage.train.precision], adapters, base)
 
 
 def _lora_words(lora: LoraChoice) -> dict[str, Any]:

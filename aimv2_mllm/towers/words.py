@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from ..errors import UsageError, nearest
+from ..errors import UsageError, closest, nearest
 from ..model.connectors import CONNECTORS, Connector, build_connector
 from ..model.grids import Grid
 from ..model.layouts import load_config
@@ -29,8 +29,10 @@ def is_ours(name: object, host: str) -> bool:
     if not isinstance(name, str):
         return False
     kind, colon, rest = name.partition(":")
-    if colon and not isdir(name) and (meant := nearest(kind, SOURCES)):
-        raise UsageError(f"vision tower {name!r} begins with {kind}:{meant} Type {OURS}{rest}")
+    if colon and not isdir(name) and (meant := closest(kind, SOURCES)):
+        raise UsageError(
+            f"vision tower {name!r} begins with {kind}:; did you mean {meant}? Type {meant}:{rest}"
+        )
     if _is_aimv2(Path(name)) if isdir(name) else "aimv2" in name:
         raise UsageError(
             f"vision tower {name} is AIMv2's, and {host} would build another model of it: "

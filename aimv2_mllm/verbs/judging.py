@@ -5,8 +5,7 @@ import os
 from dataclasses import fields
 from typing import Any, TypeVar
 
-from aimv2_mllm.flags.parser import PROGRAM
-from aimv2_mllm.narration import note
+from aimv2_mllm.narration import note, warn
 
 Settings = TypeVar("Settings")
 
@@ -47,7 +46,7 @@ def compare(args: argparse.Namespace) -> None:
     numbers = measure(_settings(Runs, args), questions, args.out, note)
     print(as_table(numbers))
     for one in numbers["failed"]:
-        note(f"{PROGRAM}: failed: {one['run']}: {one['why']}")
+        warn(f"failed: {one['run']}: {one['why']}")
     print(f"\nreport: {args.out / 'report.md'}")
     if numbers["failed"]:
         raise SystemExit(1)

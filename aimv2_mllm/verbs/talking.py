@@ -40,8 +40,8 @@ def chat(args: argparse.Namespace) -> None:
     )
     talking_folder(Path(args.model))  # seconds before torch is there to load it
     from aimv2_mllm.chat.chat import answer, load_model
-    from aimv2_mllm.chat.prompts import said
     from aimv2_mllm.chat.terminal import talk
+    from aimv2_mllm.data.conversations import said
 
     bot = load_model(args.model)
     if args.prompt is None:

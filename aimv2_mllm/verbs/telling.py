@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from aimv2_mllm.errors import UsageError
-from aimv2_mllm.flags.parser import PROGRAM
+from aimv2_mllm.narration import PROGRAM
 
 
 def program() -> str:

@@ -2,9 +2,11 @@
 verify-export."""
 
 import argparse
+import shlex
 from pathlib import Path
 
 from aimv2_mllm.narration import note
+from aimv2_mllm.verbs.telling import program
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -28,7 +30,9 @@ def export(args: argparse.Namespace) -> None:
 
     chosen = {"dtype": args.dtype, "max-shard-size": args.max_shard_size, "layout": args.layout}
     destination = Path(args.destination)
-    print(write(args.run, destination, format_=args.format, narrate=note, chosen=chosen))
+    said = write(args.run, destination, format_=args.format, narrate=note, chosen=chosen)
+    check = shlex.join(["verify-export", args.destination, args.run])
+    print(f"{said}\nto check it: {program()} {check}")
 
 
 def verify_export(args: argparse.Namespace) -> None:

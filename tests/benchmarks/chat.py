@@ -23,8 +23,8 @@ from measure import work_clock
 from PIL import Image
 
 from aimv2_mllm.chat.chatbot import Chatbot
-from aimv2_mllm.chat.prompts import Message, said
 from aimv2_mllm.chat.session import ChatSession
+from aimv2_mllm.data.conversations import Message, said
 from aimv2_mllm.model import llms, mllm
 from aimv2_mllm.model.encoder import SIZES, AIMv2Encoder, EncoderConfig
 from aimv2_mllm.model.preprocessing import Preprocessing
