@@ -6,7 +6,9 @@ from and under what licence.
 
 import hashlib
 import json
+import platform
 from collections.abc import Mapping
+from importlib.metadata import version
 from os.path import isdir, isfile  # pathlib's raise on a name that is too long or out of reach
 from pathlib import Path
 from typing import Any
@@ -205,3 +207,9 @@ def origins_of(folder: Path, name: str, revision: str | None = None) -> list[dic
     """Where the weights in `folder` first came from: what its record says, else themselves."""
     origins = stage_record(folder).get("origins")
     return list(origins) if origins else [origin_of(folder, name, revision)]
+
+
+def versions() -> dict[str, str]:
+    """The versions of what computes, as records have them."""
+    packages = {name: version(name) for name in ("torch", "transformers", "aimv2-mllm")}
+    return {**packages, "python": platform.python_version()}

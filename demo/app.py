@@ -2,7 +2,7 @@
 
     python demo/app.py MODEL [MODEL ...]
 
-Gradio alone: what is done stands in `aimv2_mllm.chat`: `showroom`, `visit`, `insight`. Nothing
+Gradio alone: what is done stands in `aimv2_mllm.visitors`. Nothing
 leaves this machine, and nothing of a visitor stays on it.
 """
 
@@ -19,8 +19,8 @@ from talk import chat, leaver
 from views import compare, inside
 
 from aimv2_mllm import heap
-from aimv2_mllm.chat.showroom import Showroom
 from aimv2_mllm.errors import UsageError
+from aimv2_mllm.visitors.showroom import Showroom
 
 DELETE = (60, 3600)  # every minute, files that are an hour old
 MOST_BYTES, MOST_WAITING = "10mb", 64

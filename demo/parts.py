@@ -9,8 +9,8 @@ from typing import Any
 
 import gradio as gr
 
-from aimv2_mllm.chat.showroom import sheet
 from aimv2_mllm.errors import UsageError
+from aimv2_mllm.visitors.showroom import sheet
 
 ONE_AT_A_TIME: dict[str, Any] = {"concurrency_id": "models", "concurrency_limit": 1}  # others wait
 UNLISTED: dict[str, Any] = {"queue": False, "api_visibility": "private"}

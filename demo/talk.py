@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import gradio as gr
 from parts import MAY_FAIL, ONE_AT_A_TIME, UNLISTED, a_sheet, given, told
 
-from aimv2_mllm.chat import visit
-from aimv2_mllm.chat.showroom import Showroom
 from aimv2_mllm.model.sampling import Sampling
+from aimv2_mllm.visitors import visit
+from aimv2_mllm.visitors.showroom import Showroom
 
 KINDS = [".png", ".jpg", ".jpeg", ".webp", ".gif", ".tif", ".tiff", ".bmp"]
 

@@ -8,8 +8,8 @@ from typing import Any
 import gradio as gr
 from parts import MAY_FAIL, ONE_AT_A_TIME, SHOWN, UNLISTED, a_sheet, given, told
 
-from aimv2_mllm.chat import insight, visit
-from aimv2_mllm.chat.showroom import Showroom
+from aimv2_mllm.visitors import insight, visit
+from aimv2_mllm.visitors.showroom import Showroom
 
 NO_DECODER = (
     "This model was not given with the run that pre-trained its tower, so there is no decoder here."

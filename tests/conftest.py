@@ -37,7 +37,7 @@ def tiny_recipe(output: Path, *overrides: str) -> Recipe:
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of a finished quickstart of three steps a stage."""
-    from aimv2_mllm.stages.run import run
+    from aimv2_mllm.runs.run import run
 
     return run(tiny_recipe(tmp_path_factory.mktemp("run") / "quickstart"), lambda _: None)
 

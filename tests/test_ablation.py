@@ -8,7 +8,7 @@ import pytest
 from conftest import RECIPES
 
 from aimv2_mllm.recipe.file import load_recipe
-from aimv2_mllm.stages.run import run
+from aimv2_mllm.runs.run import run
 
 sys.path.append(str(Path(__file__).parent / "benchmarks"))
 

@@ -16,9 +16,9 @@ from aimv2_mllm.errors import UsageError
 from aimv2_mllm.model.encoder import AIMv2Encoder, EncoderConfig
 from aimv2_mllm.model.preprocessing import Preprocessing
 from aimv2_mllm.model.weights import save_encoder
+from aimv2_mllm.place import Place
 from aimv2_mllm.recipe.schema import Recipe
-from aimv2_mllm.stages.job import Place
-from aimv2_mllm.stages.run import run
+from aimv2_mllm.runs.run import run
 from aimv2_mllm.stages.table import check_inputs
 
 TRAIN = {"steps": 2, "batch_size": 4, "lr": 1e-2, "log_every": 1}

@@ -60,7 +60,7 @@ def test_the_padded_side_has_the_loss_and_the_gradient_of_ours(
     from llava_shaped import LLMS, assembled, write_models, write_rows
     from padded_trainer import Rows, collated
 
-    from aimv2_mllm.stages.job import Place
+    from aimv2_mllm.place import Place
     from aimv2_mllm.stages.table import STAGES
 
     sizes = ["--tower", "nano", "--llm", "nano", "--image-size", "28", "--rows", "6"]

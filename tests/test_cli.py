@@ -362,7 +362,7 @@ def test_mistakes_in_a_login_file_are_said_but_no_password(
 def test_run_ends_with_the_report_and_what_to_type_next(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from aimv2_mllm.stages import run
+    from aimv2_mllm.runs import run
 
     def pretend(recipe: object, narrate: Callable[[str], None]) -> Path:
         narrate("stage zip: done")

@@ -25,9 +25,9 @@ from aimv2_mllm.model.lit_weights import save_lit
 from aimv2_mllm.model.preprocessing import Preprocessing
 from aimv2_mllm.model.timm_layout import CLIP_MEAN, CLIP_STD
 from aimv2_mllm.model.weights import load_encoder, save_encoder
-from aimv2_mllm.stages import run as runs
-from aimv2_mllm.stages import run_folder
-from aimv2_mllm.stages.job import Place
+from aimv2_mllm.place import Place
+from aimv2_mllm.runs import run as runs
+from aimv2_mllm.runs import run_folder
 
 CARD = """\
 ---

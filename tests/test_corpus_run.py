@@ -13,7 +13,7 @@ from aimv2_mllm.engine import metrics
 from aimv2_mllm.errors import RunFailed, UsageError
 from aimv2_mllm.model.weights import load_encoder
 from aimv2_mllm.recipe.file import load_recipe
-from aimv2_mllm.stages import run as runs
+from aimv2_mllm.runs import run as runs
 
 RECIPE = """\
 name: corpus

@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 import pytest
 from PIL import Image
 
-from aimv2_mllm.chat.showroom import MOST_SESSIONS, Showroom, sheet
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.model.decoding import Chooser
+from aimv2_mllm.visitors.showroom import MOST_SESSIONS, Showroom, sheet
 
 pytest.importorskip("gradio", reason="needs pip install 'aimv2-mllm[demo]'")
 client = pytest.importorskip("gradio_client")

@@ -14,10 +14,11 @@ from aimv2_mllm.errors import UsageError
 from aimv2_mllm.model.lit_weights import load_lit
 from aimv2_mllm.model.preprocessing import Preprocessing
 from aimv2_mllm.model.weights import load_encoder, resize_positions
+from aimv2_mllm.place import Place
 from aimv2_mllm.planning.problems import find_problems
 from aimv2_mllm.recipe.schema import Recipe
-from aimv2_mllm.stages.job import Job, Place
-from aimv2_mllm.stages.run import run
+from aimv2_mllm.runs.run import run
+from aimv2_mllm.stages.job import Job
 from aimv2_mllm.stages.table import STAGES, check_inputs, inputs
 
 TRAIN = {"steps": 2, "batch_size": 4, "lr": 1e-3, "log_every": 1}

@@ -15,15 +15,15 @@ from test_chat import llava as llava_of_chat
 from test_chat import run_folder
 
 from aimv2_mllm import __main__ as cli
+from aimv2_mllm.comparison.evaluate import evaluate as judged
 from aimv2_mllm.data.asked import Question
 from aimv2_mllm.data.tokenizer import train_tokenizer
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.evaluation import answerers
 from aimv2_mllm.evaluation.answerers import Foreign, Ours, load_answerer
-from aimv2_mllm.evaluation.evaluate import evaluate as judged
 from aimv2_mllm.evaluation.questions import Questions, prompt_of
 from aimv2_mllm.model.sampling import Sampling
-from aimv2_mllm.stages.run_folder import locked
+from aimv2_mllm.runs.run_folder import locked
 
 WORDS = ["what is it", "where is the red one", "is it the one", "what is the red"]
 SMALL = {
@@ -396,7 +396,7 @@ def test_mistakes_are_one_line_before_a_model_is_asked(
         def __call__(self, *_: Any) -> list[str]:
             raise AssertionError("asked")
 
-    monkeypatch.setattr("aimv2_mllm.evaluation.evaluate.load_answerer", lambda _: Silent())
+    monkeypatch.setattr("aimv2_mllm.comparison.evaluate.load_answerer", lambda _: Silent())
     before = files(".")
     assert evaluate("model", data, *words) == 2
     out, err = capsys.readouterr()

@@ -83,7 +83,7 @@ def test_what_has_no_aimv2_encoder_is_refused(tiny_run: Path, tmp_path: Path, sa
 @pytest.fixture(scope="module")
 def tower_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose tune stage trained the tower's last block too."""
-    from aimv2_mllm.stages.run import run
+    from aimv2_mllm.runs.run import run
 
     folder = tmp_path_factory.mktemp("tower") / "run"
     return run(tiny_recipe(folder, "stages.tune.tower_blocks=1"), lambda _: None)
@@ -166,7 +166,7 @@ def test_where_no_adapters_were_trained_none_are_exported(
 @pytest.fixture(scope="module")
 def v1_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run in LLaVA's own way of talking, on an LLM whose tokenizer is Llama's in small."""
-    from aimv2_mllm.stages.run import run
+    from aimv2_mllm.runs.run import run
 
     folder = tmp_path_factory.mktemp("v1")
     words = [f"stages.align.llm={make_llm(folder / 'llm')}"]

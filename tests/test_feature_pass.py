@@ -30,8 +30,8 @@ from aimv2_mllm.model.preprocessing import Preprocessing
 from aimv2_mllm.model.weights import save_encoder
 from aimv2_mllm.recipe.file import load_recipe
 from aimv2_mllm.recipe.stages import LanguageStage
+from aimv2_mllm.runs import run as runs
 from aimv2_mllm.stages import feature_pass
-from aimv2_mllm.stages import run as runs
 
 PICTURES = 6
 RECIPE = """\

@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,7 @@ TABLE = (
     "export.convert",
     "objective",
     "data",
+    "place",
     "chat.prompts",
     "chat.chatbot",
     "chat.session",
@@ -102,16 +104,16 @@ TABLE = (
     "reports.page",
     "reports.report",
     "reports.evaluation_page",
-    "stages.run_folder",
-    "stages.run",
+    "runs.run_folder",
+    "runs.run",
     "planning.problems",
     "planning.stand_ins",
     "planning.talks",
     "planning.planned",
     "planning.plan",
     "planning.text",
-    "evaluation.seeing",
-    "evaluation.evaluate",
+    "verbs.seeing",
+    "comparison.evaluate",
     "comparison",
     "lmms",
     "chat.transcript",
@@ -119,9 +121,9 @@ TABLE = (
     "export",
     "planning.doctor_samples",
     "planning.doctor",
-    "chat.visit",
-    "chat.insight",
-    "chat.showroom",
+    "visitors.visit",
+    "visitors.insight",
+    "visitors.showroom",
     "chat.terminal",
     "__init__",
     "flags",
@@ -180,13 +182,14 @@ ONLY = {
         "chat.chat",
     },
     "chat.transcript": {"errors", "data", "chat.prompts"},
-    "chat.visit": {"errors", "data", "chat.prompts", "chat.transcript"},
+    "visitors.visit": {"errors", "data", "chat.prompts", "chat.transcript"},
     "towers": {"errors", "folders", "model", "towers"},
 }
 # What stands in the old environments of host toolkits, where towers live.
 BASE = {"torch", "safetensors", "numpy", "PIL"}
 
 
+@cache
 def modules() -> dict[str, Path]:
     """Every module of the house, as `data.images`, with its file."""
     found = {}
@@ -202,6 +205,7 @@ def entry(module: str) -> str:
     return max(found, key=len, default=module)
 
 
+@cache
 def imports(module: str) -> tuple[set[str], set[str]]:
     """What `module` imports, in functions too: modules of ours, and names of foreign packages."""
     ours, foreign = set[str](), set[str]()
@@ -247,6 +251,17 @@ def test_a_module_imports_only_what_stands_above_it(module: str) -> None:
         assert entry(other) in TABLE, f"{module} imports {other}, which has no entry in TABLE"
         above = TABLE.index(entry(other)) <= TABLE.index(entry(module))
         assert above, f"{module} imports {other}, which stands below it"
+
+
+def test_packages_do_not_import_each_other_in_a_ring() -> None:
+    above = {m.split(".")[0]: set[str]() for m in modules()}
+    for module in modules():
+        package = module.split(".")[0]
+        above[package] |= {other.split(".")[0] for other in imports(module)[0]} - {package}
+    while above:
+        free = [package for package, others in above.items() if not others & above.keys()]
+        assert free, f"a ring, or what it needs: {sorted(above)}"
+        above = {package: others for package, others in above.items() if package not in free}
 
 
 @pytest.mark.parametrize("owner", ONLY)

@@ -9,16 +9,16 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
-from aimv2_mllm.chat import insight
 from aimv2_mllm.chat.chat import load_model, stream
 from aimv2_mllm.chat.chatbot import Chatbot
 from aimv2_mllm.chat.prompts import pixels_of
-from aimv2_mllm.chat.showroom import sheet
 from aimv2_mllm.data.conversations import said
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.evaluation import dreams, painter
 from aimv2_mllm.evaluation.painter import Painter
 from aimv2_mllm.folders import talking_folder
+from aimv2_mllm.visitors import insight
+from aimv2_mllm.visitors.showroom import sheet
 
 PICTURE = sheet(5)[0]
 ASKED = [said("user", "Describe the sheet.", pictures=1)]

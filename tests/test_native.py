@@ -28,7 +28,7 @@ from aimv2_mllm.recipe.data import CaptionData
 from aimv2_mllm.recipe.file import load_recipe
 from aimv2_mllm.recipe.schema import Recipe, deciding
 from aimv2_mllm.recipe.train import TrainConfig
-from aimv2_mllm.stages import run as runs
+from aimv2_mllm.runs import run as runs
 from aimv2_mllm.stages.table import check_shares
 
 AREAS = (9, 36)

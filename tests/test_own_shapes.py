@@ -17,10 +17,10 @@ from aimv2_mllm.data.own_shapes import OwnShapes
 from aimv2_mllm.engine.accelerators import accelerator
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.model import mllm
+from aimv2_mllm.place import Place
 from aimv2_mllm.planning.plan import plan
 from aimv2_mllm.recipe.schema import Recipe
-from aimv2_mllm.stages.job import Place
-from aimv2_mllm.stages.run import run
+from aimv2_mllm.runs.run import run
 from aimv2_mllm.stages.table import STAGES, check_inputs
 
 # Width and height of the photos; their patches of 14 px: at most 16, multiples of 2.

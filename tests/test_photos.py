@@ -17,7 +17,7 @@ from test_run import files, metrics, record
 
 from aimv2_mllm import __main__ as command
 from aimv2_mllm.recipe.file import load_recipe
-from aimv2_mllm.stages import run as runs
+from aimv2_mllm.runs import run as runs
 
 RECIPE = """\
 name: photos

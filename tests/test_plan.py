@@ -15,11 +15,11 @@ from aimv2_mllm.engine.rehearsal import rehearse
 from aimv2_mllm.engine.strategies import keep_inputs
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.model.shapes import only_shapes
+from aimv2_mllm.place import Place
 from aimv2_mllm.planning.plan import plan
 from aimv2_mllm.planning.planned import Memory, StagePlan
 from aimv2_mllm.planning.stand_ins import grown
 from aimv2_mllm.recipe.file import load_recipe
-from aimv2_mllm.stages.job import Place
 from aimv2_mllm.stages.table import STAGES
 
 LARGE = Accelerator("large", 10**12, True, 1e15, 1e14)

@@ -24,13 +24,13 @@ from aimv2_mllm.evaluation import answers, summary
 from aimv2_mllm.evaluation.answerers import Ours
 from aimv2_mllm.model import encoder
 from aimv2_mllm.model.llms import load_llm, load_tokenizer
+from aimv2_mllm.place import Place
 from aimv2_mllm.recipe.file import load_recipe
 from aimv2_mllm.recipe.schema import Recipe
 from aimv2_mllm.recipe.stages import AlignStage
 from aimv2_mllm.reports import page, report
+from aimv2_mllm.runs.run import run
 from aimv2_mllm.stages import llms
-from aimv2_mllm.stages.job import Place
-from aimv2_mllm.stages.run import run
 
 TINY = {
     "hidden_size": 16,

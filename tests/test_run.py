@@ -20,11 +20,11 @@ from aimv2_mllm.errors import RunFailed, UsageError
 from aimv2_mllm.model import hub
 from aimv2_mllm.model.llms import TINY_LLM, load_llm, load_tokenizer, sizes_of
 from aimv2_mllm.model.mllm import llava_config
+from aimv2_mllm.place import Place
 from aimv2_mllm.planning.problems import find_problems
 from aimv2_mllm.recipe.schema import deciding, dump_recipe
-from aimv2_mllm.stages import run as runs
-from aimv2_mllm.stages import run_folder
-from aimv2_mllm.stages.job import Place
+from aimv2_mllm.runs import run as runs
+from aimv2_mllm.runs import run_folder
 from aimv2_mllm.stages.table import inputs
 
 STAGES = ("pretrain", "align", "tune")

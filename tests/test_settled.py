@@ -28,8 +28,8 @@ from aimv2_mllm.model.decoding import ends_of
 from aimv2_mllm.model.llms import load_tokenizer
 from aimv2_mllm.recipe.data import ConversationData
 from aimv2_mllm.recipe.schema import Recipe
+from aimv2_mllm.runs.run import run
 from aimv2_mllm.stages.llms import let_talk
-from aimv2_mllm.stages.run import run
 
 COUNT = 16  # tokens of PICTURE
 THOUGHT = "<think>\n\n</think>\n\n"

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from aimv2_mllm.chat import showroom, visit
 from aimv2_mllm.chat.chatbot import Chatbot
-from aimv2_mllm.chat.showroom import Showroom, sheet
 from aimv2_mllm.errors import UsageError
+from aimv2_mllm.visitors import showroom, visit
+from aimv2_mllm.visitors.showroom import Showroom, sheet
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,9 @@ from aimv2_mllm.model.answering import Answering
 from aimv2_mllm.model.preprocessing import Preprocessing
 from aimv2_mllm.model.towers import Tower
 from aimv2_mllm.model.weights import load_encoder
+from aimv2_mllm.place import Place
 from aimv2_mllm.recipe.file import load_recipe
-from aimv2_mllm.stages.job import Job, Place
+from aimv2_mllm.stages.job import Job
 from aimv2_mllm.stages.table import STAGES
 
 

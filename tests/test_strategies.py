@@ -10,7 +10,9 @@ from torch import Tensor
 
 from aimv2_mllm.engine.distributed import Ranks
 from aimv2_mllm.engine.strategies import blocks, give_back, place
-from aimv2_mllm.stages.table import STAGES, Job, Place
+from aimv2_mllm.place import Place
+from aimv2_mllm.stages.job import Job
+from aimv2_mllm.stages.table import STAGES
 
 
 def built(tiny_run: Path, stage: str, **changes: Any) -> tuple[Job, Any]:

@@ -16,7 +16,7 @@ from aimv2_mllm.engine import metrics
 from aimv2_mllm.errors import RunFailed
 from aimv2_mllm.model.hub import locate
 from aimv2_mllm.recipe.file import load_recipe
-from aimv2_mllm.stages import run as runs
+from aimv2_mllm.runs import run as runs
 
 RECIPE = """\
 name: talks

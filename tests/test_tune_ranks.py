@@ -8,8 +8,8 @@ from test_tune_stage import MODES, lines, recipe_of, run, start  # noqa: F401 (a
 
 from aimv2_mllm.data.batches import Share
 from aimv2_mllm.engine.distributed import Ranks
-from aimv2_mllm.stages.job import Place
-from aimv2_mllm.stages.run import run_stage
+from aimv2_mllm.place import Place
+from aimv2_mllm.runs.run import run_stage
 
 FEW = ["train.steps=3", "train.micro_batch_size=1"]
 TOGETHER = ("connector", "lora", "dora", "nf4", "int8", "tower", "everything")

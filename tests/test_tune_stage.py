@@ -18,10 +18,11 @@ from aimv2_mllm.errors import UsageError
 from aimv2_mllm.model.answering import Answering
 from aimv2_mllm.model.llms import TINY_LLM
 from aimv2_mllm.model.quantising import num_bytes
+from aimv2_mllm.place import Place
 from aimv2_mllm.planning.plan import plan
 from aimv2_mllm.recipe.file import load_recipe
-from aimv2_mllm.stages import run as runs
-from aimv2_mllm.stages.job import Job, Place
+from aimv2_mllm.runs import run as runs
+from aimv2_mllm.stages.job import Job
 from aimv2_mllm.stages.table import STAGES
 
 RECIPE = """\

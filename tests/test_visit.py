@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from aimv2_mllm.chat import visit
 from aimv2_mllm.chat.transcript import as_json
 from aimv2_mllm.data.conversations import said
 from aimv2_mllm.errors import UsageError
+from aimv2_mllm.visitors import visit
 
 RED, BLUE = (200, 10, 10), (10, 10, 200)
 

@@ -22,11 +22,11 @@ from aimv2_mllm.data.asked_sources import HANDWRITING
 from aimv2_mllm.errors import RunFailed, UsageError
 from aimv2_mllm.evaluation.metrics import METRICS
 from aimv2_mllm.evaluation.questions import Questions
+from aimv2_mllm.folders import versions
 from aimv2_mllm.model.hub import HUB_ID
 from aimv2_mllm.narration import Narrate
 from aimv2_mllm.reports.report import files_of, write_files
-from aimv2_mllm.stages.job import versions
-from aimv2_mllm.stages.run_folder import locked
+from aimv2_mllm.runs.run_folder import locked
 
 
 @dataclass(frozen=True)

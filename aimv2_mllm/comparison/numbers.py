@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from aimv2_mllm.comparison.evaluate import RESULTS
 from aimv2_mllm.comparison.fairness import facts_of
 from aimv2_mllm.comparison.grid import Cell, Grid
 from aimv2_mllm.comparison.tasks import answers_in
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.evaluation.asking import SEEN
 from aimv2_mllm.evaluation.controls import SHOWN
-from aimv2_mllm.evaluation.evaluate import RESULTS
 from aimv2_mllm.evaluation.intervals import bootstrap_interval, interval
 from aimv2_mllm.folders import STAGE_FILE, result_of
 

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from aimv2_mllm.comparison.evaluate import RESULTS
 from aimv2_mllm.comparison.grid import Cell, Grid, Resized, models_of
 from aimv2_mllm.evaluation.answerers import digest
-from aimv2_mllm.evaluation.evaluate import RESULTS
 from aimv2_mllm.folders import RECIPE_FILE, RESULT, result_of
 from aimv2_mllm.recipe.schema import Recipe, dump_recipe
 

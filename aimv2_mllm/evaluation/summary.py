@@ -29,8 +29,8 @@ from aimv2_mllm.model.llms import load_llm, load_tokenizer
 from aimv2_mllm.model.mllm import pictures_of
 from aimv2_mllm.model.towers import Tower
 from aimv2_mllm.narration import Narrate
+from aimv2_mllm.place import Place
 from aimv2_mllm.recipe.stages import Stage
-from aimv2_mllm.stages.job import Place
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,13 @@ from aimv2_mllm.model.mllm import connector_inputs
 from aimv2_mllm.model.shards import weight_files
 from aimv2_mllm.model.towers import load_tower
 from aimv2_mllm.model.weights import load_encoder
+from aimv2_mllm.place import Place
 from aimv2_mllm.planning.doctor_samples import Report, examine_captions, examine_talks
 from aimv2_mllm.planning.problems import Problem, find_problems
 from aimv2_mllm.planning.stand_ins import sketched
 from aimv2_mllm.recipe.schema import Recipe
 from aimv2_mllm.recipe.stages import Stage, references
-from aimv2_mllm.stages.job import Job, Place
+from aimv2_mllm.stages.job import Job
 from aimv2_mllm.towers.examined import versions
 from aimv2_mllm.towers.tower import demand_finite
 

@@ -22,13 +22,14 @@ from aimv2_mllm.engine.rehearsal import Footprint, rehearse
 from aimv2_mllm.engine.strategies import blocks
 from aimv2_mllm.errors import RunFailed, UsageError
 from aimv2_mllm.model.quantising import is_quantised, num_bytes, num_weights
+from aimv2_mllm.place import Place
 from aimv2_mllm.planning.planned import Memory, Plan, SourceUse, StagePlan
 from aimv2_mllm.planning.problems import Problem, find_problems
 from aimv2_mllm.planning.stand_ins import WORDS, grown, longest_caption, sketched
 from aimv2_mllm.planning.talks import talks_of
 from aimv2_mllm.recipe.schema import Recipe
 from aimv2_mllm.recipe.stages import LitStage, PretrainStage, Stage, references
-from aimv2_mllm.stages.job import Job, Place
+from aimv2_mllm.stages.job import Job
 from aimv2_mllm.stages.table import opened
 
 

@@ -15,11 +15,11 @@ from aimv2_mllm.model.decoder_weights import read_decoder
 from aimv2_mllm.model.hub import locate
 from aimv2_mllm.model.shapes import only_shapes
 from aimv2_mllm.model.shards import weight_files
+from aimv2_mllm.place import Place
 from aimv2_mllm.recipe.data import ConversationData
 from aimv2_mllm.recipe.stages import Stage
-from aimv2_mllm.stages.job import Place
+from aimv2_mllm.runs.run_folder import check_begun, check_folder, recall
 from aimv2_mllm.stages.llms import load_talker
-from aimv2_mllm.stages.run_folder import check_begun, check_folder, recall
 from aimv2_mllm.stages.table import check_shares, check_stage, inputs, opened
 
 

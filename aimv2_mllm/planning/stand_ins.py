@@ -9,9 +9,10 @@ import torch
 
 from aimv2_mllm.model.llms import TINY_LLM
 from aimv2_mllm.model.shapes import only_shapes
+from aimv2_mllm.place import Place
 from aimv2_mllm.recipe.data import HandwritingSource, HandwritingTalks
 from aimv2_mllm.recipe.stages import LitStage, PretrainStage, Stage, StartChoice
-from aimv2_mllm.stages.job import Job, Place
+from aimv2_mllm.stages.job import Job
 from aimv2_mllm.stages.table import STAGES
 
 MOST_SAMPLES, MOST_MICRO_BATCHES = 32, 4  # read for a plan

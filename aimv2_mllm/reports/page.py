@@ -13,11 +13,11 @@ from aimv2_mllm.engine.metrics import METRICS_FILE
 from aimv2_mllm.evaluation import answers
 from aimv2_mllm.evaluation.summary import Findings, Painting, is_of_handwriting, last_stage
 from aimv2_mllm.formats import percent, percents
+from aimv2_mllm.place import Place
 from aimv2_mllm.recipe.stages import PretrainStage
 from aimv2_mllm.reports import charts, picture_grids
 from aimv2_mllm.reports.charts import Picture
 from aimv2_mllm.reports.gallery import sheet_gallery
-from aimv2_mllm.stages.job import Place
 
 # what was looked at -> its numbers: told by neighbours, told by a linear classifier
 PROBES = {

@@ -15,11 +15,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from aimv2_mllm.disk import write_synced
 from aimv2_mllm.errors import RunFailed
 from aimv2_mllm.evaluation.summary import Findings, evaluate
-from aimv2_mllm.folders import digest_of
+from aimv2_mllm.folders import digest_of, versions
 from aimv2_mllm.narration import Narrate
+from aimv2_mllm.place import Place
 from aimv2_mllm.reports.charts import Picture
 from aimv2_mllm.reports.page import describe, pictures
-from aimv2_mllm.stages.job import Place, versions
 
 TEMPLATES = Path(__file__).parents[1] / "assets"
 SUMMARY, HTML, MARKDOWN = "summary.json", "report.html", "report.md"

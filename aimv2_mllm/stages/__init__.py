@@ -1,1 +1,1 @@
-"""What each kind of stage builds and trains, and a recipe's stages in order, in a run folder."""
+"""What each kind of stage builds, trains and saves, and the pass that keeps a tower's features."""

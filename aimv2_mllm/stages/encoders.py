@@ -23,8 +23,9 @@ from aimv2_mllm.model.preprocessing import Preprocessing
 from aimv2_mllm.model.pretrainer import AIMv2ForPreTraining, DecoderConfig
 from aimv2_mllm.model.weights import load_encoder, read_encoder, save_encoder
 from aimv2_mllm.objective import ContrastiveObjective, PreTrainingObjective
+from aimv2_mllm.place import Place
 from aimv2_mllm.recipe.stages import LitStage, PretrainStage
-from aimv2_mllm.stages.job import DataFacts, Job, Place, named_parts
+from aimv2_mllm.stages.job import DataFacts, Job, named_parts
 
 DECODER_PIECES = (
     "projection.",

@@ -1,20 +1,15 @@
-"""What a stage is, ready to be trained, and where it stands among the others of its recipe."""
+"""What a stage is, ready to be trained."""
 
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from aimv2_mllm.data.batches import EVERYTHING, Share
 from aimv2_mllm.engine.distributed import Ranks
 from aimv2_mllm.engine.optimizer import Parts
-from aimv2_mllm.folders import result_of, stage_record
 from aimv2_mllm.model.quantising import num_weights
-from aimv2_mllm.recipe.schema import Recipe
 
 # What a frozen parameter belongs to, by a piece of its name.
 FROZEN_PARTS = {
@@ -24,30 +19,6 @@ FROZEN_PARTS = {
     "language_model": "LLM",
     "lm_head": "LLM",
 }
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a stage stands: the whole recipe, the run folder with the results of the stages before
-    it, which share of its samples this process trains on, and on what."""
-
-    recipe: Recipe
-    folder: Path
-    share: Share = EVERYTHING
-    has_bf16: bool | None = None  # whether what trains has it; None: as the device here
-
-    def result(self, stage: str) -> Path:
-        """The folder with the result of the stage of that name."""
-        return result_of(self.folder, stage)
-
-    def record(self, stage: str) -> dict[str, Any]:
-        """What the record of that result says, empty where there is none."""
-        return stage_record(self.result(stage))
-
-    def source(self, name: str) -> str:
-        """Where the model called `name` lies: a stage's result, or outside of the recipe as
-        given."""
-        return str(self.result(name)) if name in self.recipe.stages else name
 
 
 @dataclass(frozen=True)
@@ -97,12 +68,6 @@ class Job:
             key = (part, id(parameter) in trained)
             counts[key] = counts.get(key, 0) + num_weights(parameter)
         return [(part, count, trainable) for (part, trainable), count in counts.items()]
-
-
-def versions() -> dict[str, str]:
-    """The versions of what computes, as records have them."""
-    packages = {name: version(name) for name in ("torch", "transformers", "aimv2-mllm")}
-    return {**packages, "python": platform.python_version()}
 
 
 def named_parts(model: nn.Module, pieces: dict[str, tuple[str, ...]]) -> Parts:

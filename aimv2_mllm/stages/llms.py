@@ -26,12 +26,13 @@ from aimv2_mllm.model.grids import Grid
 from aimv2_mllm.model.shards import PRECISIONS
 from aimv2_mllm.model.towers import load_tower
 from aimv2_mllm.objective import AnswerObjective
+from aimv2_mllm.place import Place
 from aimv2_mllm.recipe.connectors import MlpChoice
 from aimv2_mllm.recipe.data import ConversationData
 from aimv2_mllm.recipe.stages import PATCH, AlignStage, LanguageStage, PretrainStage
 from aimv2_mllm.recipe.tune import TuneStage
 from aimv2_mllm.stages.feature_pass import keep_features
-from aimv2_mllm.stages.job import DataFacts, Job, Place, named_parts
+from aimv2_mllm.stages.job import DataFacts, Job, named_parts
 
 TOKENIZER_TEXTS = 3000  # conversations from which a tokenizer is learned
 SHORT_TALK = 16  # tokens of a question with a short answer, and of what a template puts around them

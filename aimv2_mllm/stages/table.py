@@ -11,6 +11,7 @@ from typing import Any
 from aimv2_mllm.data.sources import open_sources
 from aimv2_mllm.data.talk_sources import open_talk_sources
 from aimv2_mllm.errors import UsageError
+from aimv2_mllm.place import Place
 from aimv2_mllm.recipe.stages import (
     AlignStage,
     LanguageStage,
@@ -21,7 +22,7 @@ from aimv2_mllm.recipe.stages import (
 )
 from aimv2_mllm.recipe.tune import TuneStage
 from aimv2_mllm.stages.encoders import build_lit, build_pretrain, check_lit, check_pretrain
-from aimv2_mllm.stages.job import Job, Place
+from aimv2_mllm.stages.job import Job
 from aimv2_mllm.stages.llms import build_align, build_language, check_align
 from aimv2_mllm.stages.tuning import build_tune, check_tune
 

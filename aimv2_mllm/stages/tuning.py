@@ -13,8 +13,9 @@ from aimv2_mllm.folders import talking_source
 from aimv2_mllm.model import adapting, llms, mllm
 from aimv2_mllm.model.quantising import quantise, require_bitsandbytes
 from aimv2_mllm.model.shards import PRECISIONS
+from aimv2_mllm.place import Place
 from aimv2_mllm.recipe.tune import LoraChoice, TuneStage
-from aimv2_mllm.stages.job import Job, Place
+from aimv2_mllm.stages.job import Job
 from aimv2_mllm.stages.llms import (
     assembled,
     check_aspect,

@@ -22,8 +22,8 @@ def evaluate(args: argparse.Namespace) -> None:
 
     if not os.path.exists(args.model) or not os.path.exists(args.data):
         stay_offline_unless_reached()
-    from aimv2_mllm.evaluation.evaluate import as_table
-    from aimv2_mllm.evaluation.evaluate import evaluate as judge
+    from aimv2_mllm.comparison.evaluate import as_table
+    from aimv2_mllm.comparison.evaluate import evaluate as judge
     from aimv2_mllm.evaluation.questions import Questions, columns_of
 
     questions = _settings(Questions, args, columns=columns_of(args.column))

@@ -21,7 +21,7 @@ def probe(args: argparse.Namespace) -> None:
         files.demand_place(Path(args.out), "results.json")
     if args.pca:
         files.demand_picture_place(Path(args.pca))
-    from aimv2_mllm.evaluation.seeing import as_table
+    from aimv2_mllm.verbs.seeing import as_table
 
     found = _zero_shot(args) if args.kind == "zeroshot" else _probed(args)
     results = {"encoder": args.encoder, "source": args.data} | found
@@ -36,9 +36,9 @@ def _probed(args: argparse.Namespace) -> dict[str, Any]:
     from aimv2_mllm.data.labelled import load_labelled
     from aimv2_mllm.evaluation.probes import KINDS
     from aimv2_mllm.evaluation.probes import probe as probe_tower
-    from aimv2_mllm.evaluation.seeing import features_picture
     from aimv2_mllm.files import write_picture
     from aimv2_mllm.model.towers import load_tower
+    from aimv2_mllm.verbs.seeing import features_picture
 
     data = load_labelled(args.data, seed=args.seed, limit=args.limit)
     tower = load_tower(args.encoder, image_size=args.image_size).float()
@@ -76,9 +76,9 @@ def dream(args: argparse.Namespace) -> None:
 
     from aimv2_mllm.data import scenes
     from aimv2_mllm.evaluation.painter import Painter
-    from aimv2_mllm.evaluation.seeing import UNPAINTED
-    from aimv2_mllm.evaluation.seeing import dream as dream_of
     from aimv2_mllm.folders import pretrained_folder
+    from aimv2_mllm.verbs.seeing import UNPAINTED
+    from aimv2_mllm.verbs.seeing import dream as dream_of
 
     painter = Painter(pretrained_folder(Path(args.model)))
     if picture is None:

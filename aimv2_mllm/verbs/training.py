@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
         raise UsageError("\n".join(f"--{key} only works with --dry-run" for key in given))
     # After the recipe is known to be right: it takes seconds.
     from aimv2_mllm.folders import TALKING
-    from aimv2_mllm.stages.run import run as run_stages
+    from aimv2_mllm.runs.run import run as run_stages
 
     folder = run_stages(recipe, note)
     if folder is None:

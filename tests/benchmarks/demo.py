@@ -23,9 +23,9 @@ import httpx
 import psutil
 from gradio_client import Client, handle_file
 
-from aimv2_mllm.chat import visit
-from aimv2_mllm.chat.showroom import Showroom, sheet
 from aimv2_mllm.data import scenes
+from aimv2_mllm.visitors import visit
+from aimv2_mllm.visitors.showroom import Showroom, sheet
 
 SETTLED = 3  # seconds until the server has noticed that a visitor left
 SETTINGS = ["", 0, 1, 96, None]  # system prompt, temperature, top-p, longest answer, seed

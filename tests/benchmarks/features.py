@@ -26,8 +26,8 @@ from PIL import Image
 from aimv2_mllm.data.feature_store import FeatureStore
 from aimv2_mllm.engine.distributed import Ranks
 from aimv2_mllm.engine.training import Run, Training
+from aimv2_mllm.place import Place
 from aimv2_mllm.recipe.schema import Recipe
-from aimv2_mllm.stages.job import Place
 from aimv2_mllm.stages.llms import build_align
 
 WORDS = ("a", "photo", "of", "something", "that", "nobody", "has", "seen", "where", "there", "is")

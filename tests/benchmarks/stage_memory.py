@@ -28,10 +28,10 @@ from aimv2_mllm.engine.distributed import Ranks
 from aimv2_mllm.engine.optimizer import build_optimizer
 from aimv2_mllm.engine.strategies import keep_inputs
 from aimv2_mllm.model.quantising import num_bytes
+from aimv2_mllm.place import Place
 from aimv2_mllm.planning.plan import plan
 from aimv2_mllm.recipe.schema import Recipe
-from aimv2_mllm.stages.job import Place
-from aimv2_mllm.stages.run import run
+from aimv2_mllm.runs.run import run
 from aimv2_mllm.stages.table import STAGES
 
 GIB = 2**30

@@ -45,9 +45,9 @@ from aimv2_mllm.engine.distributed import Ranks
 from aimv2_mllm.engine.loop import train
 from aimv2_mllm.engine.metrics import METRICS_FILE
 from aimv2_mllm.model.foreign import best_device
+from aimv2_mllm.place import Place
 from aimv2_mllm.recipe.data import ConversationData
 from aimv2_mllm.recipe.schema import Recipe
-from aimv2_mllm.stages.job import Place
 from aimv2_mllm.stages.table import STAGES
 
 MODES = ("tune", "align-second-epoch")

@@ -37,7 +37,7 @@ from aimv2_mllm.recipe.schema import (
     dump_recipe,
     made_from,
 )
-from aimv2_mllm.stages.job import Place
+from aimv2_mllm.place import Place
 from aimv2_mllm.stages.table import inputs
 
 LICENCE = "Apache-2.0"

@@ -15,12 +15,12 @@ from aimv2_mllm.evaluation.controls import MAJORITY, SHOWN
 from aimv2_mllm.evaluation.judging import Judged, judge, notes, summary
 from aimv2_mllm.evaluation.metrics import METRICS
 from aimv2_mllm.evaluation.questions import Questions
+from aimv2_mllm.folders import versions
 from aimv2_mllm.formats import percent, percents
 from aimv2_mllm.narration import warn
 from aimv2_mllm.reports.evaluation_page import MORE, NOT_ALL, describe, pictures
 from aimv2_mllm.reports.report import files_of, write_files
-from aimv2_mllm.stages.job import versions
-from aimv2_mllm.stages.run_folder import locked
+from aimv2_mllm.runs.run_folder import locked
 
 RESULTS = "results.jsonl"
 

@@ -27,8 +27,10 @@ from aimv2_mllm.formats import part_row
 from aimv2_mllm.narration import Narrate
 from aimv2_mllm.recipe.schema import Recipe, made_from
 from aimv2_mllm.recipe.stages import Stage
-from aimv2_mllm.stages.job import Job, Place, versions
-from aimv2_mllm.stages.run_folder import claim, lineage, locked, recall, to_train
+from aimv2_mllm.stages.job import Job
+from aimv2_mllm.place import Place
+from aimv2_mllm.folders import versions
+from aimv2_mllm.runs.run_folder import claim, lineage, locked, recall, to_train
 from aimv2_mllm.stages.table import STAGES, check_inputs, check_shares, inputs
 
 
