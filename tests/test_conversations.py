@@ -94,7 +94,7 @@ def test_conversations_lie_one_after_the_other_and_each_begins_anew(tokenizer: A
 def test_the_first_token_of_a_conversation_is_never_learned() -> None:
     ids = np.array([5, 6, 7])
     batch = pack([Encoded(ids, ids), Encoded(ids, ids)])
-    assert batch["labels"].tolist() == [[6, 7, 6, 7]]
+    assert batch["labels"].tolist() == [[UNSUPERVISED, 6, 7, UNSUPERVISED, 6, 7]]
 
 
 def test_the_first_question_alone_carries_the_picture_or_the_words() -> None:

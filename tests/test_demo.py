@@ -549,9 +549,17 @@ def test_a_comparison_sends_each_picture_once(served: Served, drawn: Path) -> No
         assert len(sent) == 1, sent
 
 
-def test_a_comparison_that_ends_early_keeps_nothing(served: Served, drawn: Path) -> None:
-    words = (client.handle_file(drawn), "What?", served.room.names[0], "nobody")
-    with pytest.raises(client.exceptions.AppError, match="there is no model nobody"):
+def test_a_comparison_that_ends_early_keeps_nothing(
+    served: Served, drawn: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask, words = served.room.ask, (client.handle_file(drawn), "What?", *served.room.names)
+
+    def refusing(*given: Any, **more: Any) -> None:
+        ask(*given, **more)
+        raise UsageError("ask in fewer words")
+
+    monkeypatch.setattr(served.room, "ask", refusing)
+    with pytest.raises(client.exceptions.AppError, match="ask in fewer words"):
         visitor(served).predict(*words, api_name="/compare")
     assert not [name for name, _ in served.room._sessions if name.endswith(" 0")]
 

@@ -79,7 +79,8 @@ def test_whoever_asks_writes_what_training_put_before_every_answer(
         assert given(processor, messages[:end], {}) == prompt
         assert stock(processor, messages[:end]) == prompt
         assert prompt == ids[: len(prompt)].tolist(), tokenizer.decode(ids)
-        assert (labels[len(prompt) - 1], labels[len(prompt)]) == (ids[len(prompt)])
+        expected = (UNSUPERVISED, ids[len(prompt)])
+        assert (labels[len(prompt) - 1], labels[len(prompt)]) == expected
 
 
 @pytest.mark.parametrize("name", published.NAMES)
