@@ -109,6 +109,13 @@ def test_the_other_benchmarks_run() -> None:
     assert abs(ours / clip - 1) < 0.01
 
 
+@pytest.mark.slow
+def test_two_processes_tell_what_loading_took() -> None:
+    printed = run("loading.py", "--tiny").splitlines()
+    assert printed[0].startswith("llm: the model as it is held while it loads, ")
+    assert [line.split()[0] for line in printed[1:]] == ["rank", "0", "1"]
+
+
 def test_the_chat_benchmark_gets_the_same_tokens_both_ways() -> None:
     sizes = ["--tower", "nano", "--llm", "tiny", "--image-size", "56"]
     printed = run("chat.py", *sizes, "--tokens", "4", "--rounds", "2")

@@ -21,7 +21,7 @@ from aimv2_mllm.engine import checkpoint, metrics
 from aimv2_mllm.engine.distributed import Ranks, joined
 from aimv2_mllm.engine.loop import train
 from aimv2_mllm.engine.pieces import Stored
-from aimv2_mllm.engine.strategies import give_back, place
+from aimv2_mllm.engine.strategies import give_back, place, whole
 from aimv2_mllm.errors import RunFailed, UsageError
 from aimv2_mllm.recipe.train import TrainConfig
 
@@ -29,7 +29,8 @@ ROWS = 8  # of a step's batch
 
 
 class Stack(nn.Module):
-    """Blocks, a vector, a frozen layer and a bias of fewer rows than ranks: (N, 4) to (N, 1)."""
+    """Blocks, a vector, a frozen layer, a buffer that no file has, and a bias of fewer rows than
+    ranks: (N, 4) to (N, 1)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,9 +40,11 @@ class Stack(nn.Module):
             nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 6)) for _ in range(3)
         )
         self.head = nn.Linear(6, 1)
+        self.register_buffer("scale", torch.rand(6), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.frozen(x) + self.start
+        x = self.frozen(x)
+        x = x * self.scale.to(x.dtype) + self.start
         for block in self.blocks:
             x = x + block(x)
         return self.head(x)
@@ -261,20 +264,30 @@ def test_bf16_keeps_weights_of_fp32_also_where_they_are_sharded(
     assert {stored.kind(name)[1] for name in stored} == {torch.float32}
 
 
-def placing(folder: Path, ranks: Ranks, tied: bool) -> None:
-    """Shard a model, and give it back; every rank says how many bytes its model keeps then."""
+def placing(folder: Path, ranks: Ranks, tied: bool, once: bool) -> None:
+    """Shard a model, of which with `once` the first rank alone has numbers, and give it back; every
+    rank says how many bytes its model keeps then."""
 
     def says_bytes() -> None:
-        sizes = {p.untyped_storage().data_ptr(): p.untyped_storage() for p in model.parameters()}
+        sizes = {p.untyped_storage()._cdata: p.untyped_storage() for p in model.parameters()}
         say(folder, ranks.rank, str(sum(storage.nbytes() for storage in sizes.values())))
 
     model = new_model()
+    expected = {n: t.clone() for n, t in [*model.named_parameters(), *model.named_buffers()]}
+    if once and not ranks.is_first:
+        model = model.to("meta")
     if tied:
         model.frozen.bias = model.start
-    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        expected["frozen.bias"] = expected["start"]
     own = dict(model.named_parameters())
     placed = place(model, settings(strategy="fsdp2"), ranks)
     says_bytes()
+    there = dict(placed.module.named_parameters())
+    if tied:
+        assert placed.module.frozen.bias is placed.module.start
+    for name, tensor in [*there.items(), *placed.module.named_buffers()]:
+        assert torch.equal(whole(tensor.detach()), expected[name]), name
+        assert tensor.requires_grad == (name in own and own[name].requires_grad), name
     assert {name: p.shape for name, p in own.items()} == {
         name: expected[name].shape for name in own
     }
@@ -286,11 +299,12 @@ def placing(folder: Path, ranks: Ranks, tied: bool) -> None:
         assert all(same.values()), same
 
 
+@pytest.mark.parametrize("once", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_sharded_model_is_whole_on_no_rank_and_given_back_to_the_first(
-    tmp_path: Path, tied: bool
+    tmp_path: Path, tied: bool, once: bool
 ) -> None:
-    assert ended(started(2, tmp_path, placing, tied=tied)) == [0, 0]
+    assert ended(started(2, tmp_path, placing, tied=tied, once=once)) == [0, 0]
     counts = [[int(line) for line in said(tmp_path, rank).splitlines()] for rank in (0, 1)]
     whole = sum(p.nbytes for p in new_model().parameters()) - tied * new_model().start.nbytes
     number = len([*new_model().parameters()]) - tied

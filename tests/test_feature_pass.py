@@ -270,21 +270,23 @@ def test_ranks_share_what_they_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert len(set().union(*keys[-size:])) == 4 + 1
 
 
-def align_on_ranks(folder: Path, ranks: Ranks, cache: str) -> None:
+def align_on_ranks(folder: Path, ranks: Ranks, strategy: str) -> None:
     """The align stage as one of several ranks."""
-    words = [f"output={folder / 'ranks'}", f"stages.align.data.features.folder={folder / cache}"]
+    kept = f"stages.align.data.features.folder={folder / 'cache-of'}-{strategy}"
+    words = [f"output={folder / strategy}", kept, f"stages.align.train.strategy={strategy}"]
     recipe = load_recipe(folder / "recipe.yaml", words)
     place = runs.Place(recipe, recipe.output, runs.Share(ranks.rank, ranks.size))
     runs.run_stage("align", recipe.stages["align"], place, lambda text: None, ranks)
 
 
-def test_two_ranks_share_the_pass_and_learn_what_one_does(world: Path) -> None:
-    launched = started(2, world, align_on_ranks, cache="cache-of-ranks")
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_ranks_share_the_pass_and_learn_what_one_does(world: Path, strategy: str) -> None:
+    launched = started(2, world, align_on_ranks, strategy=strategy)
     assert ended(launched) == [0, 0]
-    two, one = (results(world / name, ("align",))["align"][0] for name in ("ranks", "run"))
+    two, one = (results(world / name, ("align",))["align"][0] for name in (strategy, "run"))
     for line, other in zip(two, one, strict=True):
         assert line == pytest.approx(other, rel=1e-5)
-    told = record(world / "ranks", "align")["features"]
+    told = record(world / strategy, "align")["features"]
     assert told["pictures"] == told["kept"] == PICTURES + 1
     assert told["read"] == 24
 

@@ -167,7 +167,7 @@ def test_sharding_divides_what_is_kept_and_copies_keep_all(tmp_path: Path) -> No
     assert sharded.optimiser == alone.optimiser // 4
 
 
-def test_the_whole_model_that_each_process_loads_is_told_also_where_it_is_quantised(
+def test_what_is_loaded_is_told_of_the_first_process_or_where_it_is_quantised_of_each(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("bitsandbytes")
@@ -185,8 +185,12 @@ def test_the_whole_model_that_each_process_loads_is_told_also_where_it_is_quanti
     recipe, output = str(RECIPES / "quickstart.yaml"), f"output={tmp_path / 'run'}"
     code, out, err = dry_run(capsys, recipe, output, *words, "--devices", "4")
     assert (code, err) == (0, "")
-    sizes = f"{loaded() / 2**20:.1f} MiB of its machine's memory for each process, "
-    assert f"while it loads, {sizes}{loaded() / 2**18:.1f} MiB for 4\n" in out
+    said = f"while it loads, {loaded() / 2**20:.1f} MiB of its machine's memory for "
+    assert f"{said}the first process alone\n" in out
+    words = (*words, "stages.tune.quantise=nf4")
+    code, out, err = dry_run(capsys, recipe, output, *words, "--devices", "4")
+    assert (code, err) == (0, "")
+    assert f"{said}each process, {loaded() / 2**18:.1f} MiB for 4\n" in out
 
 
 def test_half_precision_and_checkpointing_take_less(tmp_path: Path) -> None:

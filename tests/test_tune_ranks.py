@@ -1,13 +1,18 @@
 """Two processes tune as one does: adapters, quantised LLMs, whole ones, blocks of the tower."""
 
+import shutil
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
-from test_distributed import ended, started
+from test_distributed import ended, said, say, started
 from test_tune_stage import MODES, lines, recipe_of, run, start  # noqa: F401 (a fixture)
+from torch import nn
 
 from aimv2_mllm.data.batches import Share
 from aimv2_mllm.engine.distributed import Ranks
+from aimv2_mllm.engine.loop import train
 from aimv2_mllm.place import Place
 from aimv2_mllm.runs.run import run_stage
 
@@ -50,3 +55,44 @@ def test_two_ranks_tune_as_one_does(
     half = [line["text"] for line in lines(tmp_path / "bf16")]
     assert half != exact
     assert half == pytest.approx(exact, rel=0.05)
+
+
+def loading(folder: Path, ranks: Ranks, *, base: Path, runs: dict[str, list[str]]) -> None:
+    """As `tuning`; every rank says of how many weights it has numbers before they are sharded."""
+
+    def saying(model: nn.Module, *args: Any, **words: Any) -> Any:
+        say(folder, ranks.rank, str(sum(p.numel() for p in model.parameters() if not p.is_meta)))
+        return train(model, *args, **words)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("aimv2_mllm.stages.run.train", saying)
+        tuning(folder, ranks, base=base, runs=runs)
+
+
+@pytest.mark.slow
+def test_what_is_sharded_is_loaded_by_the_first_rank_alone(
+    tmp_path: Path,
+    start: Path,  # noqa: F811
+) -> None:
+    how = [*FEW, "train.strategy=fsdp2"]
+    ways = {mode: [*MODES[mode], *how] for mode in ("llm", "nf4")}
+    assert ended(started(2, tmp_path, loading, base=start, runs=ways)) == [0, 0]
+    first, second = ([int(line) for line in said(tmp_path, rank).splitlines()] for rank in (0, 1))
+    assert min(first) > 1_000_000
+    assert second == [0, first[1]]  # what is quantised is not sharded
+
+
+@pytest.mark.slow
+def test_weights_that_the_first_rank_cannot_load_end_the_others(
+    tmp_path: Path,
+    start: Path,  # noqa: F811
+) -> None:
+    shutil.copytree(start, tmp_path / "broken")
+    weights = tmp_path / "broken" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    ways = {"llm": [*MODES["llm"], *FEW, "train.strategy=fsdp2"]}
+    begun = time.monotonic()
+    assert ended(started(2, tmp_path, loading, base=tmp_path / "broken", runs=ways)) == [2, 1]
+    assert time.monotonic() - begun < 60
+    assert "its weights are damaged or cut off" in said(tmp_path, 0)
+    assert "another of the 2 ranks ended" in said(tmp_path, 1)

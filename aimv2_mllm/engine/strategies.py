@@ -52,18 +52,19 @@ class Placed:
 def place(model: nn.Module, config: TrainConfig, ranks: Ranks) -> Placed:
     """`model` where and how `config` says; `give_back` ends it."""
     name = "ddp" if config.strategy == "auto" else config.strategy
-    strategy = STRATEGIES[name if ranks.size > 1 else "single"]
-    return strategy(model, config, ranks.device(config.device))
+    return STRATEGIES[name if ranks.size > 1 else "single"](model, config, ranks)
 
 
-def single(model: nn.Module, config: TrainConfig, device: torch.device) -> Placed:
+def single(model: nn.Module, config: TrainConfig, ranks: Ranks) -> Placed:
     """The model itself on one device."""
+    device = ranks.device(config.device)
     _lighten(model.to(device), config)
     return Placed(model, model, device, config.precision, nullcontext)
 
 
-def ddp(model: nn.Module, config: TrainConfig, device: torch.device) -> Placed:
+def ddp(model: nn.Module, config: TrainConfig, ranks: Ranks) -> Placed:
     """The model itself, equal on every rank; gradients are added while backward runs."""
+    device = ranks.device(config.device)
     _lighten(model.to(device), config)
     call = DistributedDataParallel(
         model,
@@ -79,33 +80,37 @@ def _added(bucket: Any) -> Any:
     return work.get_future().then(lambda future: future.value()[0])
 
 
-def fsdp2(model: nn.Module, config: TrainConfig, device: torch.device) -> Placed:
-    """A copy of the model of which every rank has some rows of each parameter.
+def fsdp2(model: nn.Module, config: TrainConfig, ranks: Ranks) -> Placed:
+    """A copy of the model of which every rank has some rows of each parameter, as it is on rank 0;
+    the model of the others may be on the meta device.
 
-    What is quantised is whole on every rank. The model itself, which must not change its class as
-    what is sharded does, keeps the shapes of the rest alone, until rank 0 is given it back: as many
-    whole models as ranks would lie in the memory of the machine.
+    What is quantised is whole on every rank, and its own. The model itself, which must not change
+    its class as what is sharded does, keeps the shapes of the rest alone, until rank 0 is given it
+    back: as many whole models as ranks would lie in the memory of the machine.
     """
-    # The copy begins with the same memory, so that there are never two models. What is quantised is
-    # of a class of its own, with its scales beside it, and stays itself.
+    device = ranks.device(config.device)
+    # The copy takes over the memory, so that there are never two models. What is quantised is of a
+    # class of its own, with its scales beside it, and stays itself.
     kept = {p for p in model.parameters() if type(p) is not nn.Parameter}
-    shared = {
+    taken: dict[int, Any] = {
         id(p): p if p in kept else nn.Parameter(p.detach(), p.requires_grad)
         for p in model.parameters()
     }
-    module: Any = copy.deepcopy(model, dict[int, Any](shared))
+    module: Any = copy.deepcopy(model, taken)
+    del taken  # else nothing would be freed when it is sharded
+    for parameter in model.parameters():
+        if type(parameter) is nn.Parameter:
+            parameter.data = parameter.new_empty(()).expand(parameter.shape)
     for owner in [m for m in module.modules() if kept.intersection(m.parameters(recurse=False))]:
         owner.to(device)
     kept = {p for p in module.parameters() if type(p) is not nn.Parameter}
     _lighten(module, config)
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    mesh = init_device_mesh(device.type, (ranks.size,))
     bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     policy = bf16 if config.precision == "bf16" and has_bf16(device) else MixedPrecisionPolicy()
     for part in (*blocks(module), module):
+        share_out(part, ranks, device)
         fully_shard(part, mesh=mesh, mp_policy=policy, ignored_params=kept)
-    for parameter in model.parameters():
-        if type(parameter) is nn.Parameter:
-            parameter.data = parameter.new_empty(()).expand(parameter.shape)
     for part in module.modules():
         if isinstance(part, FSDPModule):
             # In place of the mean; without `force` it asks for an operation that gloo has not.
@@ -123,7 +128,32 @@ def fsdp2(model: nn.Module, config: TrainConfig, device: torch.device) -> Placed
     return Placed(module, module, device, "fp32", hold_back)
 
 
-STRATEGIES: dict[str, Callable[[nn.Module, TrainConfig, torch.device], Placed]] = {
+def share_out(module: nn.Module, ranks: Ranks, device: torch.device) -> None:
+    """Put the parameters and buffers of `module` that are neither sharded nor quantised onto
+    `device`, on every rank those of rank 0."""
+    own = {n: t for n, t in _tensors(module) if type(t) in (Tensor, nn.Parameter)}
+    kinds = ranks.gather({name: (tensor.shape, tensor.dtype) for name, tensor in own.items()})[0]
+    assert list(kinds) == list(own), f"not the same on rank 0: {kinds.keys() ^ own.keys()}"
+    for name, tensor in own.items():
+        if ranks.is_first:
+            there = tensor.detach().to(device).contiguous()
+        else:
+            shape, dtype = kinds[name]
+            there = torch.empty(shape, dtype=dtype, device=device)
+        dist.broadcast(there, src=0)
+        # Another object, for the group may hold the one that was sent a moment longer.
+        new = there.detach()
+        if isinstance(tensor, nn.Parameter):
+            new = nn.Parameter(new, tensor.requires_grad)
+        # In place, so that whoever shares it has the new one.
+        torch.utils.swap_tensors(tensor, new)  # type: ignore[no-untyped-call]
+
+
+def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*module.named_buffers(), *module.named_parameters()]
+
+
+STRATEGIES: dict[str, Callable[[nn.Module, TrainConfig, Ranks], Placed]] = {
     "single": single,
     "ddp": ddp,
     "fsdp2": fsdp2,
@@ -137,8 +167,8 @@ def give_back(placed: Placed, model: nn.Module, ranks: Ranks) -> None:
     if placed.module is model:
         model.to("cpu")
         return
-    there = {**dict(placed.module.named_buffers()), **dict(placed.module.named_parameters())}
-    for name, own in [*model.named_buffers(), *model.named_parameters()]:
+    there = dict(_tensors(placed.module))
+    for name, own in _tensors(model):
         if type(own) in (Tensor, nn.Parameter):  # and not quantised
             tensor = whole(there[name].detach())
             if ranks.is_first:

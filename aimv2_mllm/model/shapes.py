@@ -1,4 +1,5 @@
-"""Models by their shapes alone, for plans: no weight is read, drawn, downloaded or written."""
+"""Models by their shapes alone, for plans and for ranks that another gives the weights: none is
+read, drawn, downloaded or written."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager

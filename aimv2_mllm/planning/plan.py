@@ -29,7 +29,7 @@ from aimv2_mllm.planning.stand_ins import WORDS, grown, longest_caption, sketche
 from aimv2_mllm.planning.talks import talks_of
 from aimv2_mllm.recipe.schema import Recipe
 from aimv2_mllm.recipe.stages import LitStage, PretrainStage, Stage, references
-from aimv2_mllm.stages.job import Job
+from aimv2_mllm.stages.job import Job, is_loaded_once
 from aimv2_mllm.stages.table import opened
 
 
@@ -120,6 +120,7 @@ def _planned(
         flops=flops,
         checkpoint=3 * trained,
         loaded=loaded,
+        num_loading=1 if is_loaded_once(stage, num_devices) else num_devices,
         notes=notes,
     ), ""
 

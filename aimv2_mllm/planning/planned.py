@@ -49,6 +49,7 @@ class StagePlan:
     flops: float = 0.0  # of one sample, forward and backward
     checkpoint: int = 0  # bytes
     loaded: int = 0  # bytes that a process holds of the model before any of it is on its device
+    num_loading: int = 1  # processes that do so
     notes: Sequence[str] = ()
 
     @property

@@ -107,10 +107,12 @@ def _stage(
     how += ["activation checkpointing"] * train.activation_checkpointing
     lines.append(f"              {', '.join(how)}; a checkpoint {_size(stage.checkpoint)}")
     if num_devices > 1:
-        lines.append(
-            f"              while it loads, {_size(stage.loaded)} of its machine's memory for each"
-            f" process, {_size(num_devices * stage.loaded)} for {num_devices}"
-        )
+        loading = stage.num_loading
+        whose = "the first process alone"
+        if loading > 1:
+            whose = f"each process, {_size(loading * stage.loaded)} for {loading}"
+        of = f"{_size(stage.loaded)} of its machine's memory for"
+        lines.append(f"              while it loads, {of} {whose}")
     step = stage.flops * train.batch_size
     lines.append(
         f"  FLOPs       {stage.flops:.3e} a sample, {step:.3e} a step,"

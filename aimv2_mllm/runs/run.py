@@ -7,7 +7,7 @@ by `run_folder`.
 
 import hashlib
 import json
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,14 @@ from aimv2_mllm.errors import RunFailed
 from aimv2_mllm.files import sha256
 from aimv2_mllm.folders import STAGE_FILE
 from aimv2_mllm.formats import part_row
+from aimv2_mllm.model.shapes import only_shapes
 from aimv2_mllm.narration import Narrate
 from aimv2_mllm.recipe.schema import Recipe, made_from
 from aimv2_mllm.recipe.stages import Stage
-from aimv2_mllm.stages.job import Job
-from aimv2_mllm.place import Place
 from aimv2_mllm.folders import versions
+from aimv2_mllm.place import Place
 from aimv2_mllm.runs.run_folder import claim, lineage, locked, recall, to_train
+from aimv2_mllm.stages.job import Job, is_loaded_once
 from aimv2_mllm.stages.table import STAGES, check_inputs, check_shares, inputs
 
 
@@ -78,7 +79,10 @@ def run_stage(
         heap.map_large()
     # By kind: encoders that are compared begin with equal weights, and each kind with its own.
     torch.manual_seed(_number(place.recipe.seed, stage.kind))
-    job = kind.build(stage, place)
+    is_spared = is_loaded_once(stage, ranks.size) and not ranks.is_first
+    with only_shapes() if is_spared else nullcontext():
+        job = kind.build(stage, place)
+    ranks.gather(None)  # however long one of them loads
     table = job.table()
     narrate("\n".join(f"  {part_row(*row)}" for row in table))
     for note in job.data.notes:

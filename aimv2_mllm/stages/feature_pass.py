@@ -26,6 +26,7 @@ from aimv2_mllm.engine.distributed import Ranks
 from aimv2_mllm.engine.flops import FlopCounter
 from aimv2_mllm.engine.metrics import ProgressBar
 from aimv2_mllm.engine.precision import has_bf16
+from aimv2_mllm.engine.strategies import share_out
 from aimv2_mllm.engine.upcoming import upcoming_steps
 from aimv2_mllm.model.frozen_tower import FrozenTower, digest_of
 from aimv2_mllm.narration import Narrate, note
@@ -106,6 +107,8 @@ def keep_features(
     assert batches.preprocessing is not None
     assert data.features is not None
     device = ranks.device(train.device)
+    if ranks.size > 1 and train.strategy == "fsdp2":  # only rank 0 may have loaded it
+        share_out(llava.model.vision_tower, ranks, torch.device("cpu"))
     half = train.precision == "bf16" and has_bf16(device)
     tower = FrozenTower(llava.model, torch.bfloat16 if half else torch.float32)
     about = tower.about(batches.preprocessing)

@@ -10,6 +10,7 @@ from torch import nn
 from aimv2_mllm.engine.distributed import Ranks
 from aimv2_mllm.engine.optimizer import Parts
 from aimv2_mllm.model.quantising import num_weights
+from aimv2_mllm.recipe.stages import Stage
 
 # What a frozen parameter belongs to, by a piece of its name.
 FROZEN_PARTS = {
@@ -68,6 +69,13 @@ class Job:
             key = (part, id(parameter) in trained)
             counts[key] = counts.get(key, 0) + num_weights(parameter)
         return [(part, count, trainable) for (part, trainable), count in counts.items()]
+
+
+def is_loaded_once(stage: Stage, num_ranks: int) -> bool:
+    """Whether of so many ranks the first alone has weights before they are sharded, and the others
+    shapes; what is quantised is not sharded."""
+    is_quantised = getattr(stage, "quantise", None) is not None
+    return num_ranks > 1 and stage.train.strategy == "fsdp2" and not is_quantised
 
 
 def named_parts(model: nn.Module, pieces: dict[str, tuple[str, ...]]) -> Parts:
