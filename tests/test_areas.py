@@ -73,6 +73,11 @@ def test_every_picture_fits_its_area() -> None:
         assert 4 <= rows * columns <= area, (height, width, area)
 
 
+def test_of_the_smallest_area_that_a_recipe_may_name_a_patch_is_left_to_predict() -> None:
+    assert min(math.prod(grid(height, 1000, 6)) for height in range(20, 5000)) == 2
+    assert math.prod(grid(1300, 1000, 5)) == 1
+
+
 def test_the_aspect_ratio_is_kept_as_far_as_whole_patches_allow() -> None:
     generator, areas = np.random.default_rng(2), paper()
     for number in range(3_000):
