@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from aimv2_mllm.data.areas import BLOCK, Areas, grid
+from aimv2_mllm.stages.table import STAGES
 
 LEAST, MOST = 128, 4096
 
@@ -62,6 +63,18 @@ def test_the_number_of_patches_in_a_mini_batch_is_constant_but_for_a_rest() -> N
     for number in range(500):
         area, _, size = areas.mini_batch(number)
         assert 0 <= 4096 - size * area < area
+
+
+def test_micro_batches_of_all_areas_are_of_a_size_so_that_their_stage_is_even() -> None:
+    random, areas = np.random.default_rng(3), paper(16_384)  # 64 squares of 224 px
+    shares = []
+    for number in range(300):
+        area, _, size = areas.mini_batch(number)
+        ratios = 2 ** random.uniform(-1, 1, size)
+        patches = sum(math.prod(grid(round(1000 * ratio), 1000, area)) for ratio in ratios)
+        shares.append(patches / 16_384)
+    assert 0.7 < min(shares) < max(shares) <= 1
+    assert STAGES["pretrain"].is_even
 
 
 def test_every_picture_fits_its_area() -> None:
