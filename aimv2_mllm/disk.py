@@ -4,28 +4,51 @@ What is unfinished has a name of its own, which ends in `.part`.
 """
 
 import errno
+import glob
 import os
+import platform
 import shutil
+import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Literal
 from uuid import uuid4
 
 from aimv2_mllm.errors import UsageError
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_HERE = f"{zlib.crc32(platform.node().encode()):08x}"  # this machine, in names of files
+_Holder = Literal["we", "another", "unknown"]  # of a file that is being written
 
 
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
     """Another file to write, which takes the place of `path` when all is well: a reader sees the
-    old or the new. Raises `OSError`."""
-    unfinished = path.with_name(f"{path.name}.{uuid4().hex[:8]}.part")  # ranks may write it at once
-    try:
-        yield unfinished
-        put(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    old or the new. What killed processes left of it is removed. Raises `OSError`."""
+    _remove_leftovers(path)
+    while True:
+        unfinished = path.with_name(f"{path.name}.{_HERE}-{uuid4().hex[:8]}.part")
+        with _held(unfinished, os.O_RDWR | os.O_CREAT | os.O_EXCL) as holder:
+            if holder == "another":  # who removes leftovers came before it was locked
+                continue
+            try:
+                yield unfinished
+                put(unfinished, path)
+            finally:
+                unfinished.unlink(missing_ok=True)
+            return
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove what processes of this machine that are no more have left unfinished of `path`.
+
+    Another machine's stay, for the lock of one that lives may not be seen here.
+    """
+    for left in path.parent.glob(f"{glob.escape(path.name)}.{_HERE}-*.part"):
+        with suppress(OSError), _held(left) as holder:
+            if holder == "we":
+                left.unlink()
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -42,7 +65,11 @@ def new_folder(destination: Path) -> Iterator[Path]:
     """
     unfinished = destination.with_name(f".{destination.name}.part")
     unfinished.mkdir(parents=True, exist_ok=True)
-    with _held(unfinished, destination):
+    with _held(unfinished, os.O_RDONLY) as holder:
+        if holder == "another":
+            raise UsageError(
+                f"{destination}: another process is writing it; wait for that, or give a new folder"
+            )
         try:
             for left in unfinished.iterdir():  # by a process that was killed
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
@@ -56,23 +83,27 @@ def new_folder(destination: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _held(unfinished: Path, destination: Path) -> Iterator[None]:
-    """Hold the folder `unfinished` against a second process, as long as this one lives."""
-    import fcntl  # late: whoever only saves weights may have a system without it
-
-    handle = os.open(unfinished, os.O_RDONLY)
+def _held(path: Path, flags: int = os.O_RDWR) -> Iterator[_Holder]:
+    """Open the file or folder `path` with `flags` and hold it, as long as this process lives; who
+    holds it."""
+    handle = os.open(path, flags, 0o666)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(
-                f"{destination}: another process is writing it; wait for that, or give a new folder"
-            ) from None
-        except OSError:  # a network drive locks files and no folders
-            pass
-        yield
+        yield _holder(handle, path)
     finally:
         os.close(handle)
+
+
+def _holder(handle: int, path: Path) -> _Holder:
+    import fcntl  # late: whoever only loads weights may have a system without it
+
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Whoever held it until now may have renamed or removed it.
+        return "we" if os.path.samestat(os.fstat(handle), path.stat()) else "another"
+    except (BlockingIOError, FileNotFoundError):
+        return "another"
+    except OSError:  # some network drives lock files and no folders, some nothing
+        return "unknown"
 
 
 def put(unfinished: Path, path: Path) -> None:

@@ -29,7 +29,8 @@ def keep_freed() -> bool:
 
     By default glibc gives every large tensor back to the system when it is freed, and the system
     clears each of its pages anew for the next step. Measured on a pre-training step on two cores:
-    8 to 10 % of its time, against 1 % more memory.
+    8 to 10 % of its time, against 1 % more memory. In native pre-training (nano with 4,096 patches
+    a micro-batch, base with 1,024) a process takes as much at most as with `map_large`, to 1 %.
     """
     return _thresholds(LARGE, NEVER)
 

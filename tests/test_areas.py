@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from aimv2_mllm.data.areas import BLOCK, Areas, grid
+from aimv2_mllm.stages.table import STAGES
 
 LEAST, MOST = 128, 4096
 
@@ -64,6 +65,18 @@ def test_the_number_of_patches_in_a_mini_batch_is_constant_but_for_a_rest() -> N
         assert 0 <= 4096 - size * area < area
 
 
+def test_micro_batches_of_all_areas_are_of_a_size_so_that_their_stage_is_even() -> None:
+    random, areas = np.random.default_rng(3), paper(16_384)  # 64 squares of 224 px
+    shares = []
+    for number in range(300):
+        area, _, size = areas.mini_batch(number)
+        ratios = 2 ** random.uniform(-1, 1, size)
+        patches = sum(math.prod(grid(round(1000 * ratio), 1000, area)) for ratio in ratios)
+        shares.append(patches / 16_384)
+    assert 0.7 < min(shares) < max(shares) <= 1
+    assert STAGES["pretrain"].is_even
+
+
 def test_every_picture_fits_its_area() -> None:
     generator, areas = np.random.default_rng(1), paper()
     for number in range(3_000):
@@ -71,6 +84,11 @@ def test_every_picture_fits_its_area() -> None:
         area = areas.mini_batch(number).area
         rows, columns = grid(height, width, area)
         assert 4 <= rows * columns <= area, (height, width, area)
+
+
+def test_of_the_smallest_area_that_a_recipe_may_name_a_patch_is_left_to_predict() -> None:
+    assert min(math.prod(grid(height, 1000, 6)) for height in range(20, 5000)) == 2
+    assert math.prod(grid(1300, 1000, 5)) == 1
 
 
 def test_the_aspect_ratio_is_kept_as_far_as_whole_patches_allow() -> None:

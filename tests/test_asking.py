@@ -1,6 +1,7 @@
 """A model asked everything: what the controls see, and answers that survive a kill."""
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -184,6 +185,20 @@ def test_a_folder_keeps_to_one_evaluation(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="cannot be used"):
         demand_same(tmp_path / "file", {"model": "a"})
+
+
+def test_a_folder_whose_evaluation_was_killed_as_it_began_is_taken_up(tmp_path: Path) -> None:
+    def killed(_: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", killed)
+        patch.setattr(Path, "unlink", lambda *_, **__: None)  # nothing of ours runs after a kill
+        with pytest.raises(KeyboardInterrupt):
+            demand_same(tmp_path, {"model": "a"})
+    assert [path.suffix for path in tmp_path.iterdir()] == [".part"]
+    demand_same(tmp_path, {"model": "a"})
+    assert [path.name for path in tmp_path.iterdir()] == ["asked.json"]
 
 
 def test_the_numbers_of_a_hand_made_case(tmp_path: Path) -> None:

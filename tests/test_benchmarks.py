@@ -117,7 +117,7 @@ def test_two_processes_tell_what_loading_took() -> None:
 
 
 def test_the_chat_benchmark_gets_the_same_tokens_both_ways() -> None:
-    sizes = ["--tower", "nano", "--llm", "tiny", "--image-size", "56"]
+    sizes = ["--tower", "nano", "--llm", "nano", "--image-size", "56"]
     printed = run("chat.py", *sizes, "--tokens", "4", "--rounds", "2")
     assert printed.count("ratio ") == 4
     assert printed.endswith("answers with the same tokens: 4 of 4\n")

@@ -252,7 +252,7 @@ def test_the_size_of_a_mini_batch_is_part_of_a_native_run() -> None:
         ("train.micro_batch_size=5", "5 does not divide 12"),
         ("train.micro_batch_size=2", "must have a micro_batch_size of at least 3 where"),
         ("encoder.areas=[36, 9]", "must be the least and then the most patches"),
-        ("encoder.areas=[1, 9]", "greater than or equal to 4"),
+        ("encoder.areas=[5, 9]", "greater than or equal to 6"),
         ("encoder.native=false", "must be left out where native is false"),
     ],
 )

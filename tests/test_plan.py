@@ -139,7 +139,7 @@ def test_a_micro_batch_by_tokens_is_planned_full(tiny_run: Path, tmp_path: Path,
 def test_every_other_kind_of_stage_is_planned_too(tiny_run: Path, tmp_path: Path) -> None:
     from test_encoder_stages import lit, pretrain
 
-    native = {"size": "aimv2_nano", "image_size": 56, "native": True, "areas": [4, 16]}
+    native = {"size": "aimv2_nano", "image_size": 56, "native": True, "areas": [6, 16]}
     train = {"steps": 2, "batch_size": 8, "micro_batch_size": 4, "lr": 1e-3}
     language = load_recipe(RECIPES / "tiny_llm.yaml", [f"output={tmp_path / 'llm'}"])
     for recipe in (

@@ -41,7 +41,8 @@ def demand_same(folder: Path, identity: Mapping[str, Any]) -> None:
                     f"{', '.join(other)}; give another --out, or remove it"
                 )
             return
-        if any(path.name != LOCK for path in folder.iterdir()):
+        left = f"{IDENTITY}."  # of a process that was killed while it wrote that file
+        if any(path.name != LOCK and not path.name.startswith(left) for path in folder.iterdir()):
             raise UsageError(f"{folder}: is not empty, and holds no evaluation; give another --out")
         replace_file(path, f"{json.dumps(identity, indent=2)}\n".encode())
     except (OSError, ValueError, AttributeError) as error:

@@ -13,7 +13,8 @@ from aimv2_mllm.recipe.types import Count, Number, Section, Switch, Text
 
 RELEASED_AREAS = (128, 4096)  # of the released native encoder, patches
 PATCH = 14  # side of a patch, pixels, of every AIMv2 encoder
-_Area = Annotated[int, Field(ge=4, le=65_536)]
+# Of 4 or 5 patches a picture that is nearly square gets one, and none is left to predict.
+_Area = Annotated[int, Field(ge=6, le=65_536)]
 
 
 class EncoderChoice(Section):

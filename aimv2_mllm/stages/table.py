@@ -39,6 +39,7 @@ class StageKind:
     is_even: bool = False
 
 
+# Native pre-training is even too: areas differ, and micro-batches have as many patches.
 STAGES: dict[str, StageKind] = {
     "pretrain": StageKind(build_pretrain, "encoder and decoder", check_pretrain, is_even=True),
     "lit": StageKind(build_lit, "pooling head and text tower", check_lit, is_even=True),

@@ -19,26 +19,15 @@ from typing import Any
 
 import torch
 import transformers
+from llava_shaped import LLMS, random_models
 from measure import work_clock
 from PIL import Image
 
 from aimv2_mllm.chat.chatbot import Chatbot
 from aimv2_mllm.chat.session import ChatSession
 from aimv2_mllm.data.conversations import Message, said
-from aimv2_mllm.model import llms, mllm
-from aimv2_mllm.model.encoder import SIZES, AIMv2Encoder, EncoderConfig
-from aimv2_mllm.model.preprocessing import Preprocessing
-from aimv2_mllm.model.towers import Tower
+from aimv2_mllm.model import mllm
 
-# As published: SmolLM-135M's and Qwen2-0.5B's; tiny is for tests.
-LLMS: dict[str, dict[str, Any]] = {
-    "135m": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-             "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49_152},
-    "0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
-             "num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151_936},
-    "tiny": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-             "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 4096},
-}  # fmt: skip
 QUESTIONS = ("What is on the sheet?", "Where is the red one, and what is beside it?", "How many?")
 ANSWER = "There is a red 7 at the top left and an orange 3 at the bottom right of the sheet."
 TURNS = (1, 3)
@@ -60,12 +49,7 @@ def parse() -> argparse.Namespace:
 
 def build(args: argparse.Namespace) -> Chatbot:
     """The model, whose answers have no end of their own."""
-    torch.manual_seed(0)
-    config = EncoderConfig(**SIZES[f"aimv2_{args.tower}"], image_size=args.image_size)
-    tower = Tower("aimv2", AIMv2Encoder(config), Preprocessing(args.image_size))
-    tokenizer = llms.load_tokenizer("tiny_llm")
-    settings = {**LLMS[args.llm], "max_position_embeddings": 4096, "tie_word_embeddings": True}
-    llm = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**settings))
+    tower, llm, tokenizer = random_models(args.tower, args.image_size, LLMS[args.llm])
     model = mllm.assemble(tower, llm, tokenizer)
     dtype = torch.float32 if args.dtype == "fp32" else torch.bfloat16
     model = model.to(device=args.device, dtype=dtype).eval()

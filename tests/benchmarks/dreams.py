@@ -2,64 +2,78 @@
 
     OMP_NUM_THREADS=1 python tests/benchmarks/dreams.py [SIZE]
 
-Random weights of an encoder (aimv2_base by default) with the authors' decoder, 224 px, half of the
-256 patches shown, one picture, float32 on the CPU. Seconds of the processor, which nobody else's
-work changes. Every step without a cache costs the same, so a few are timed and counted up; their
-outcome is held against the cached one's.
+Random weights of an encoder (base by default) with the authors' decoder, 224 px, half of the 256
+patches shown, one picture, float32 on the CPU. Seconds of the processor, which nobody else's work
+changes. Every step without a cache costs the same, so a few are timed and counted up; their outcome
+is held against the cached one's.
 """
 
 import sys
-import time
 
 import torch
+from measure import CPU, build, timed
+from torch import Tensor
 
-from aimv2_mllm.model.encoder import SIZES, AIMv2Encoder, EncoderConfig
 from aimv2_mllm.model.incremental import PatchByPatch, WordByWord
-from aimv2_mllm.model.pretrainer import AIMv2ForPreTraining, DecoderConfig
+from aimv2_mllm.model.pretrainer import AIMv2ForPreTraining, Predictions
 from aimv2_mllm.objective import patchify
 
-PREFIX, TIMED, WORDS = 128, 2, 32
+PREFIX, TIMED, WORDS, VOCAB = 128, 2, 32, 32_000
 
 
-@torch.inference_mode()
-def main(size: str) -> None:
-    """Print seconds for all patches and words with and without the cache, and the difference."""
-    torch.manual_seed(0)
-    encoder = AIMv2Encoder(EncoderConfig(**SIZES[size]))
-    model = AIMv2ForPreTraining(encoder, DecoderConfig()).eval()
-    pixels = torch.randn(1, 3, 224, 224)
-    patches, count = patchify(pixels, 14), encoder.config.num_patches
-    no_words = torch.zeros((1, 0), dtype=torch.int64)
-
-    begun = time.process_time()
+def painted(model: AIMv2ForPreTraining, pixels: Tensor) -> Tensor:
+    """What is said of each patch behind the prefix, with the cache."""
+    patches = patchify(pixels, 14)
     next_patch = PatchByPatch(model, (16, 16))
     said = [next_patch(patches[:, :PREFIX])]
-    said += [next_patch(patches[:, i : i + 1]) for i in range(PREFIX, count - 1)]
-    cached = time.process_time() - begun
-    begun = time.process_time()
-    for _ in range(TIMED):
-        whole = model(pixels, torch.tensor([PREFIX]), no_words, torch.tensor([0])).patches
-    each, steps = (time.process_time() - begun) / TIMED, count - PREFIX
-    rows = (torch.stack(said, 1), whole[:, PREFIX - 1 : -1])
-    _tell(f"{size}, {steps} patches", cached, each * steps, *rows)
+    said += [next_patch(patches[:, i : i + 1]) for i in range(PREFIX, patches.shape[1] - 1)]
+    return torch.stack(said, 1)
 
-    words = torch.randint(32_000, (1, WORDS))
-    begun = time.process_time()
+
+def spoken(model: AIMv2ForPreTraining, pixels: Tensor, words: Tensor) -> Tensor:
+    """The scores before each of `words` and behind the last, with the cache."""
     saying = WordByWord(model, pixels)
     logits = [saying.logits]
     for word in words.T:
         saying.append(word)
         logits.append(saying.logits)
-    cached = time.process_time() - begun
-    begun = time.process_time()
-    for _ in range(TIMED):
-        whole = model(pixels, torch.tensor([count]), words, torch.tensor([WORDS])).words
-    each = (time.process_time() - begun) / TIMED
-    _tell(f"{size}, {WORDS} words", cached, each * (WORDS + 1), torch.stack(logits, 1), whole)
+    return torch.stack(logits, 1)
 
 
-def _tell(what: str, cached: float, uncached: float, *rows: torch.Tensor) -> None:
-    said, whole = rows
+def at_once(
+    model: AIMv2ForPreTraining, pixels: Tensor, prefix: int, words: Tensor
+) -> tuple[float, Predictions]:
+    """The seconds of a step without a cache, and what it says of all patches and words."""
+    length = torch.tensor([words.shape[1]])
+
+    def steps() -> Predictions:
+        return [model(pixels, torch.tensor([prefix]), words, length) for _ in range(TIMED)][-1]
+
+    taken, said = timed(steps, CPU)
+    return taken / TIMED, said
+
+
+@torch.inference_mode()
+def main(size: str) -> None:
+    """Print seconds for all patches and words with and without the cache, and the difference."""
+    model = build(size, 224, VOCAB).eval()
+    pixels = torch.randn(1, 3, 224, 224)
+    count = model.encoder.config.num_patches
+
+    cached, ours = timed(lambda: painted(model, pixels), CPU)
+    no_words = torch.zeros((1, 0), dtype=torch.int64)
+    each, whole = at_once(model, pixels, PREFIX, no_words)
+    steps = count - PREFIX
+    tell(f"{size}, {steps} patches", cached, each * steps, ours, whole.patches[:, PREFIX - 1 : -1])
+
+    words = torch.randint(VOCAB, (1, WORDS))
+    cached, ours = timed(lambda: spoken(model, pixels, words), CPU)
+    each, whole = at_once(model, pixels, count, words)
+    tell(f"{size}, {WORDS} words", cached, each * (WORDS + 1), ours, whole.words)
+
+
+def tell(what: str, cached: float, uncached: float, said: Tensor, whole: Tensor) -> None:
+    """Print both times, and how far both outcomes differ."""
     difference = float((said - whole).abs().max() / whole.std())
     print(
         f"{what}: {cached:.1f} s with the cache, {uncached:.0f} s without, "
@@ -69,4 +83,4 @@ def _tell(what: str, cached: float, uncached: float, *rows: torch.Tensor) -> Non
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "aimv2_base")
+    main(sys.argv[1] if len(sys.argv) > 1 else "base")

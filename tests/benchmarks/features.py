@@ -9,7 +9,6 @@ seconds are those of the processor, which nobody else's work changes; on CUDA, t
 """
 
 import argparse
-import io
 import json
 import statistics
 import tempfile
@@ -19,9 +18,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from llava_shaped import write_models
-from measure import seconds
-from PIL import Image
+from llava_shaped import write_models, write_picture
+from measure import CPU, seconds
 
 from aimv2_mllm.data.feature_store import FeatureStore
 from aimv2_mllm.engine.distributed import Ranks
@@ -57,10 +55,7 @@ def written(folder: Path, args: argparse.Namespace) -> Recipe:
     write_models(folder, args.tower, args.image_size, sizes)
     random, rows = np.random.default_rng(0), []
     for number in range(args.samples):
-        small = random.integers(0, 256, (30, 40, 3), dtype=np.uint8)
-        buffer = io.BytesIO()
-        Image.fromarray(small).resize((640, 480)).save(buffer, "JPEG", quality=90)
-        (folder / f"{number}.jpg").write_bytes(buffer.getvalue())
+        write_picture(folder / f"{number}.jpg", random)
         said = " ".join(random.choice(WORDS, 20))
         talk = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": said}]
         rows.append({"image": f"{number}.jpg", "conversations": talk})
@@ -130,7 +125,7 @@ def per_picture(batches: Any, nothing: Any, args: argparse.Namespace) -> None:
     """Print what a sample takes to be made, with its features read or its pixels decoded."""
     counts = {"read": batches, "decoded": nothing}
     for word, of in counts.items():
-        taken = [seconds(lambda of=of: of(1), torch.device("cpu")) / args.samples for _ in range(5)]
+        taken = [seconds(lambda of=of: of(1), CPU) / args.samples for _ in range(5)]
         print(f"{word:9} {1000 * statistics.median(taken):8.2f} ms a sample to make it")
 
 

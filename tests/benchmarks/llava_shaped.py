@@ -4,19 +4,18 @@ Nothing can be downloaded, so pictures are noise in JPEG, words are those of the
 and weights are drawn; none of that changes what a step costs.
 """
 
-import io
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from measure import build_encoder
 from PIL import Image
 
 from aimv2_mllm.model import llms, mllm
-from aimv2_mllm.model.encoder import SIZES, AIMv2Encoder, EncoderConfig
 from aimv2_mllm.model.preprocessing import Preprocessing
-from aimv2_mllm.model.towers import load_tower
+from aimv2_mllm.model.towers import Tower, load_tower
 from aimv2_mllm.model.weights import save_encoder
 
 # Each is one token of the shipped tokenizer when a blank stands before it.
@@ -31,10 +30,11 @@ SHAPES: tuple[tuple[float, tuple[int, int], tuple[int, int], tuple[int, int], bo
     (0.27, (1, 3), (10, 30), (60, 350), True),
     (0.06, (2, 4), (30, 100), (400, 700), False),
 )
-# name -> (width, inner width, blocks, heads, key and value heads, words); that of 0.5b is
-# Qwen2.5-0.5B, as its config.json has it, the others are smaller ones of the same kind.
+# name -> (width, inner width, blocks, heads, key and value heads, words); 0.5b is Qwen2.5-0.5B and
+# 135m SmolLM-135M, as their config.json has them, the others are smaller ones of the same kind.
 LLMS = {
     "0.5b": (896, 4864, 24, 14, 2, 151_936),
+    "135m": (576, 1536, 30, 9, 3, 49_152),
     "0.1b": (512, 1408, 12, 8, 2, 151_936),
     "nano": (64, 128, 2, 4, 2, 512),
 }
@@ -55,14 +55,17 @@ def write_rows(folder: Path, count: int, seed: int = 0) -> Path:
         if seen:
             row["image"] = f"{number}.jpg"
             talk[0]["value"] = f"<image>\n{talk[0]['value']}"
-            noise = random.integers(0, 256, (30, 40, 3), dtype=np.uint8)
-            stream = io.BytesIO()
-            Image.fromarray(noise).resize((640, 480)).save(stream, "JPEG", quality=90)
-            (folder / row["image"]).write_bytes(stream.getvalue())
+            write_picture(folder / row["image"], random)
         rows.append(row)
     file = folder / "rows.json"
     file.write_text(json.dumps(rows))
     return file
+
+
+def write_picture(file: Path, random: np.random.Generator) -> None:
+    """A JPEG of noise, 640 x 480."""
+    noise = random.integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    Image.fromarray(noise).resize((640, 480)).save(file, "JPEG", quality=90)
 
 
 def _talk(
@@ -84,18 +87,14 @@ def _talk(
     return talk
 
 
-def write_models(folder: Path, tower: str, image_size: int, sizes: tuple[int, ...]) -> None:
-    """Folders `tower` and `llm` with random weights; the LLM has `sizes` as in LLMS, and the
-    shipped tokenizer."""
+def random_models(tower: str, image_size: int, sizes: tuple[int, ...]) -> tuple[Tower, Any, Any]:
+    """A tower, an LLM of `sizes` as in LLMS, both with random weights, and the shipped
+    tokenizer."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    torch.manual_seed(0)
-    config = EncoderConfig(**SIZES[f"aimv2_{tower}"], image_size=image_size)
-    save_encoder(AIMv2Encoder(config), folder / "tower")
-    Preprocessing(image_size).save(folder / "tower")
+    made = Tower("aimv2", build_encoder(tower, image_size), Preprocessing(image_size))
     width, inner, blocks, heads, kv_heads, words = sizes
     tokenizer = llms.load_tokenizer("tiny_llm")
-    tokenizer.save_pretrained(folder / "llm")
     shape = Qwen2Config(
         hidden_size=width,
         intermediate_size=inner,
@@ -109,7 +108,16 @@ def write_models(folder: Path, tower: str, image_size: int, sizes: tuple[int, ..
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    Qwen2ForCausalLM(shape).save_pretrained(folder / "llm")
+    return made, Qwen2ForCausalLM(shape), tokenizer
+
+
+def write_models(folder: Path, tower: str, image_size: int, sizes: tuple[int, ...]) -> None:
+    """The same as folders `tower` and `llm`."""
+    made, llm, tokenizer = random_models(tower, image_size, sizes)
+    save_encoder(made.module, folder / "tower")
+    made.preprocessing.save(folder / "tower")
+    for one in (llm, tokenizer):
+        one.save_pretrained(folder / "llm")
 
 
 def assembled(folder: Path) -> tuple[Any, Any]:

@@ -19,11 +19,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from measure import seconds
+from measure import build_encoder, seconds
 from safetensors.torch import save_file
 
-from aimv2_mllm import aimv2_base, save_encoder
 from aimv2_mllm.engine.flops import FlopCounter
+from aimv2_mllm.model.weights import save_encoder
 from aimv2_mllm.towers.llava import install
 
 PIXELS = {
@@ -38,8 +38,7 @@ def towers(folder: Path) -> dict[str, Any]:
     """Both towers, as LLaVA builds them."""
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
-    torch.manual_seed(0)
-    save_encoder(aimv2_base(), folder / "aimv2")
+    save_encoder(build_encoder("base"), folder / "aimv2")
     clip = CLIPVisionModel(CLIPVisionConfig(patch_size=14))  # 768 wide, 12 blocks, 224 px
     clip.config.save_pretrained(folder / "clip")
     save_file(clip.state_dict(), folder / "clip/model.safetensors", metadata={"format": "pt"})

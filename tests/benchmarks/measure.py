@@ -1,31 +1,39 @@
-"""What the benchmarks share: a batch, children with clock and memory of their own, a floor."""
+"""What the benchmarks share: random models, a batch, children with clock and memory of their own, a
+floor."""
 
 import json
-import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from aimv2_mllm.formats import GIB
 from aimv2_mllm.model.encoder import SIZES, AIMv2Encoder, EncoderConfig
 from aimv2_mllm.model.pretrainer import AIMv2ForPreTraining, DecoderConfig
 
 END = 1  # the end token
 SMALL_DECODER = {"hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 2}
-HERE = Path(__file__).parent
+HERE, CPU = Path(__file__).parent, torch.device("cpu")
+T = TypeVar("T")
 
 
-def build(size: str, image_size: int, vocab_size: int, native: bool = False) -> AIMv2ForPreTraining:
-    """A pre-training model; nano has the quickstart's decoder, the others the paper's."""
-    encoder = EncoderConfig(**SIZES[f"aimv2_{size}"], image_size=image_size, native=native)
-    small = {**SMALL_DECODER, "num_attention_heads": 2} if size == "nano" else {}
+def build_encoder(size: str, image_size: int = 224, native: bool = False) -> AIMv2Encoder:
+    """An encoder with random weights; from seed 0 on, as what is drawn after it."""
     torch.manual_seed(0)
-    return AIMv2ForPreTraining(AIMv2Encoder(encoder), DecoderConfig(**small, vocab_size=vocab_size))
+    config = EncoderConfig(**SIZES[f"aimv2_{size}"], image_size=image_size, native=native)
+    return AIMv2Encoder(config)
+
+
+def build(size: str, image_size: int, vocab_size: int) -> AIMv2ForPreTraining:
+    """A pre-training model; nano has the quickstart's decoder, the others the paper's."""
+    small = {**SMALL_DECODER, "num_attention_heads": 2} if size == "nano" else {}
+    decoder = DecoderConfig(**small, vocab_size=vocab_size)
+    return AIMv2ForPreTraining(build_encoder(size, image_size), decoder)
 
 
 def caption_batch(
@@ -64,11 +72,16 @@ def work_clock(device: torch.device) -> float:
     return clock(device) if device.type == "cuda" else time.process_time()
 
 
+def timed(task: Callable[[], T], device: torch.device) -> tuple[float, T]:
+    """How long `task` takes, by the `work_clock`, and what it gives."""
+    start = work_clock(device)
+    outcome = task()
+    return work_clock(device) - start, outcome
+
+
 def seconds(task: Callable[[], object], device: torch.device) -> float:
     """How long `task` takes, by the `work_clock`."""
-    start = work_clock(device)
-    task()
-    return work_clock(device) - start
+    return timed(task, device)[0]
 
 
 def most_allocated(task: Callable[[], object]) -> int:
@@ -93,9 +106,16 @@ def of_this_process(what: str) -> float:
 
 def peak_gib(device: torch.device) -> float:
     """The most memory that this process has held: the accelerator's, or its own (GiB)."""
+    # Not by getrusage, whose ru_maxrss begins with what the parent had.
+    is_cuda = device.type == "cuda"
+    return torch.cuda.max_memory_allocated() / GIB if is_cuda else of_this_process("VmHWM")
+
+
+def forget_peak(device: torch.device) -> None:
+    """Let `peak_gib` count from here."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        torch.cuda.reset_peak_memory_stats()
+    Path("/proc/self/clear_refs").write_text("5")  # proc(5)
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:

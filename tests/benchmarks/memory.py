@@ -21,9 +21,10 @@ from aimv2_mllm.engine.optimizer import build_optimizer
 from aimv2_mllm.engine.precision import autocast, has_bf16
 from aimv2_mllm.engine.rehearsal import rehearse
 from aimv2_mllm.engine.strategies import keep_inputs
+from aimv2_mllm.formats import GIB
 from aimv2_mllm.objective import PreTrainingObjective
 
-GIB, WORDS, CAPTION = 2**30, 32000, 40
+WORDS, CAPTION = 32000, 40
 
 
 def parse(words: list[str]) -> argparse.Namespace:

@@ -14,12 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from measure import clock
+from measure import build_encoder, clock
 from torch import Tensor
 
 from aimv2_mllm.data.areas import grid
 from aimv2_mllm.engine.precision import autocast
-from aimv2_mllm.model.encoder import SIZES, AIMv2Encoder, EncoderConfig
 
 
 def parse() -> argparse.Namespace:
@@ -48,8 +47,7 @@ def pictures(count: int, area: int, device: torch.device) -> list[Tensor]:
 def main() -> None:
     args = parse()
     device = torch.device(args.device)
-    encoder = AIMv2Encoder(EncoderConfig(**SIZES[f"aimv2_{args.size}"], native=True))
-    encoder = encoder.to(device).eval()
+    encoder = build_encoder(args.size, native=True).to(device).eval()
     images = pictures(args.images, args.area, device)
     ways: dict[str, Any] = {
         "one by one": lambda: [encoder(image[None])[0] for image in images],

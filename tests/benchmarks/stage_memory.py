@@ -20,13 +20,14 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from llava_shaped import LLMS, write_models, write_rows
-from measure import in_a_child, most_allocated, of_this_process
+from measure import CPU, forget_peak, in_a_child, most_allocated, of_this_process, peak_gib
 
 from aimv2_mllm import heap
 from aimv2_mllm.engine.accelerators import accelerator
 from aimv2_mllm.engine.distributed import Ranks
 from aimv2_mllm.engine.optimizer import build_optimizer
 from aimv2_mllm.engine.strategies import keep_inputs
+from aimv2_mllm.formats import GIB
 from aimv2_mllm.model.quantising import num_bytes
 from aimv2_mllm.place import Place
 from aimv2_mllm.planning.plan import plan
@@ -34,7 +35,6 @@ from aimv2_mllm.recipe.schema import Recipe
 from aimv2_mllm.runs.run import run
 from aimv2_mllm.stages.table import STAGES
 
-GIB = 2**30
 # name -> what the stage says besides its models, its samples and how it is optimised
 CASES: dict[str, dict[str, Any]] = {
     "align": {"kind": "align"},
@@ -117,10 +117,10 @@ def process(args: argparse.Namespace, case: str, checkpointing: bool, folder: Pa
     gc.collect()
     heap.give_back()
     before = of_this_process("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the most so far is forgotten
+    forget_peak(CPU)
     run(recipe, lambda line: None)
     shutil.rmtree(recipe.output)
-    return {"libraries": before, "process": of_this_process("VmHWM") - before}
+    return {"libraries": before, "process": peak_gib(CPU) - before}
 
 
 def main() -> None:

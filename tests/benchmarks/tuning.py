@@ -35,7 +35,7 @@ from typing import Any
 
 import torch
 from llava_shaped import LLMS, assembled, write_models, write_rows
-from measure import clock, in_a_child, of_this_process
+from measure import clock, forget_peak, in_a_child, peak_gib
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from aimv2_mllm import heap
@@ -94,10 +94,7 @@ class Meter:
     def start(self) -> None:
         """Count from here, the first time it is called."""
         if self._first is None:
-            if torch.cuda.is_available():
-                torch.cuda.reset_peak_memory_stats()
-            # The kernel's record of the most memory begins anew (proc(5)).
-            Path("/proc/self/clear_refs").write_text("5")
+            forget_peak(best_device())
             self._first = self._now()
 
     def _now(self) -> tuple[float, float]:
@@ -110,10 +107,7 @@ class Meter:
         """What was measured."""
         assert self._first is not None
         seconds, processor = (b - a for a, b in zip(self._first, self._last, strict=True))
-        gib = of_this_process("VmHWM")
-        if torch.cuda.is_available():
-            gib = torch.cuda.max_memory_allocated() / 2**30
-        return {"seconds": seconds, "processor": processor, "gib": gib}
+        return {"seconds": seconds, "processor": processor, "gib": peak_gib(best_device())}
 
 
 def recipe_of(args: argparse.Namespace, folder: Path, steps: int) -> Recipe:
