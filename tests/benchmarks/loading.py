@@ -22,7 +22,6 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from aimv2_mllm.stages.run import run_stage
 from llava_shaped import write_models, write_rows
 from measure import of_this_process
 from stage_memory import CASES
@@ -33,9 +32,10 @@ from aimv2_mllm.engine.accelerators import accelerator
 from aimv2_mllm.engine.distributed import Ranks, joined
 from aimv2_mllm.engine.strategies import place
 from aimv2_mllm.model import llms
+from aimv2_mllm.place import Place
 from aimv2_mllm.planning.plan import plan
 from aimv2_mllm.recipe.schema import Recipe
-from aimv2_mllm.stages.job import Place
+from aimv2_mllm.runs.run import run_stage
 
 LLM = (2048, 5632, 5, 16, 8, 8_000)  # as in `llava_shaped.LLMS`; each tensor of 8 MiB or more
 MIB = 2**20
