@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from aimv2_mllm.model.shapes import only_shapes
+from aimv2_mllm.place import Place
 from aimv2_mllm.recipe.file import load_recipe
 from aimv2_mllm.recipe.schema import Recipe
-from aimv2_mllm.stages.job import Job, Place
+from aimv2_mllm.stages.job import Job
 from aimv2_mllm.stages.table import STAGES
 
 NATIVE = {"size": "aimv2_nano", "image_size": 56, "native": True, "areas": [9, 36]}
