@@ -54,6 +54,8 @@ def load_decoder(model: AIMv2ForPreTraining, folder: Path) -> None:
         raise UsageError(f"{folder / DECODER_FILE} is another decoder: it has {odd}")
     own = {k: v for k, v in model.state_dict().items() if k.startswith(ENCODER)}
     is_sketch = model.start.is_meta
+    if is_sketch:
+        weights = {name: weight.to("meta") for name, weight in weights.items()}
     try:
         model.load_state_dict({**weights, **own}, strict=True, assign=is_sketch)
     except RuntimeError as error:
