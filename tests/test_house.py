@@ -101,6 +101,7 @@ TABLE = (
     "planning.stand_ins",
     "planning.talks",
     "planning.planned",
+    "planning.processes",
     "planning.plan",
     "planning.text",
     "evaluation.seeing",
