@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from aimv2_mllm import heap
 from aimv2_mllm.engine.flops import COSTS, FlopCounter
-from aimv2_mllm.engine.strategies import keep_inputs
+from aimv2_mllm.engine.strategies import blocks, keep_inputs
 
 if TYPE_CHECKING:
     from aimv2_mllm.engine.training import Objective
@@ -244,6 +244,8 @@ def rehearse(
             hook.remove()
         for parameter in trained:
             parameter.grad = None
+        for block in blocks(model) if checkpointing else ():
+            del block.forward
     alive, logits, gradients = shapes.peak
     most_small = shapes.most_small - small
     return Footprint(alive - weights - gradients, logits, gradients, counter.flops, most_small)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from aimv2_mllm.data.talk_batches import TalkBatches
 from aimv2_mllm.engine.accelerators import Accelerator
 from aimv2_mllm.engine.precision import held_dtype
-from aimv2_mllm.engine.rehearsal import rehearse
+from aimv2_mllm.engine.rehearsal import Footprint, rehearse
 from aimv2_mllm.engine.strategies import blocks
 from aimv2_mllm.errors import RunFailed, UsageError
 from aimv2_mllm.model.answering import CHUNKS, Answering
@@ -170,25 +170,27 @@ def _cost(
     if is_sharded and half:
         model = model.to(torch.bfloat16)
     words = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
-    planned = [*batches, fullest] if fullest else batches
-    prints = [
-        rehearse(
+
+    def rehearsed(batch: dict[str, Any], *, checkpointing: bool) -> Footprint:
+        return rehearse(
             model,
             job.objective,
             batch,
             half=half and not is_sharded,
-            checkpointing=train.activation_checkpointing,
+            checkpointing=checkpointing,
             words=max(words, default=0),
             gradients_before=num_devices > 1 or outline.num_micro_batches > 1,
         )
-        for batch in planned
-    ]
+
+    planned = [*batches, fullest] if fullest else batches
+    prints = [rehearsed(one, checkpointing=train.activation_checkpointing) for one in planned]
     samples = sum(len(next(iter(batch.values()))) for batch in batches)
     flops = sum(footprint.flops for footprint in prints[: len(batches)]) / samples
     most = prints[-1] if fullest else max(prints, key=lambda one: one.activations + one.gradients)
-    chosen = planned[prints.index(most)]
-    aside = outline.loaded - weights
-    more = beside(job, outline, chosen, most, aside) if device.is_shared else Beside()
+    chosen, more = planned[prints.index(most)], Beside()
+    if device.is_shared:
+        small = rehearsed(chosen, checkpointing=False).small
+        more = beside(job, outline, chosen, small, outline.loaded - weights)
     sizes = (weights, most.gradients, 2 * trained, most.activations)
     if is_sharded:
         share = num_devices

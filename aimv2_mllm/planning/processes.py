@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from aimv2_mllm import heap
-from aimv2_mllm.engine.rehearsal import Footprint
 from aimv2_mllm.engine.upcoming import worth_a_thread
 from aimv2_mllm.engine.workers import STEPS_AHEAD
 from aimv2_mllm.planning.planned import Beside, StagePlan
@@ -24,16 +23,17 @@ from aimv2_mllm.stages.table import STAGES
 KERNELS = 40 * 2**20
 # What lies unused between small tensors when micro-batches differ in size, in units of the most
 # that these take. Adapters' gradients, which live until the step is taken, are made in the midst of
-# what backward frees, and what is free between them fits few tensors of the next micro-batch. Both
-# measured by tests/benchmarks/stage_memory.py, with glibc 2.36.
+# what backward frees, and what is free between them fits few tensors of the next micro-batch, or of
+# the next block that is computed again. Both measured by tests/benchmarks/stage_memory.py, with
+# glibc 2.36.
 AMONG_ADAPTERS, ELSEWHERE = 1.0, 0.4
 
 
 def beside(
-    job: Job, outline: StagePlan, batch: Mapping[str, Any], most: Footprint, aside: int
+    job: Job, outline: StagePlan, batch: Mapping[str, Any], small: int, aside: int
 ) -> Beside:
-    """What the process of a stage holds beside its tensors, which are at `most` with `batch`, and
-    `aside` of those."""
+    """What the process of a stage holds beside its tensors and `aside`, where small tensors take
+    `small` in a micro-batch like `batch`, of which nothing is computed again."""
     gc.collect()
     heap.give_back()
     # What a stage imports its plan has imported.
@@ -45,4 +45,4 @@ def beside(
     unused = AMONG_ADAPTERS if "lora" in job.parts else ELSEWHERE
     if STAGES[outline.kind].is_even:
         unused = 0.0
-    return Beside(libraries, number * size, aside, int(unused * most.small))
+    return Beside(libraries, number * size, aside, int(unused * small))
