@@ -181,7 +181,9 @@ def test_a_plan_without_the_rows_counts_long_ones_and_kept_features_spare_the_to
     assert "features 4x4x" in kept
     assert "pixel_values" not in kept
     assert "features of all pictures are counted as kept" in kept
+    assert "weights aside 0.0 MiB" not in kept  # the tower stays with the process
     (folder / "rows.jsonl").unlink()
     long = planned()
     assert "input_ids 1x1200" in long
+    assert "weights aside 0.0 MiB" in long
     assert "no conversations at hand: all are counted with 300 tokens" in long

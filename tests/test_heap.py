@@ -29,6 +29,14 @@ def test_what_was_freed_below_something_that_lives_goes_back() -> None:
     assert len(last) == 60_000
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone tells")
+def test_what_a_process_has_in_memory_is_told() -> None:
+    before = heap.resident()
+    more = bytearray(b"x") * 2**26
+    assert 2**25 < heap.resident() - before < 2**27
+    assert len(more) == 2**26
+
+
 @of_glibc
 def test_glibc_takes_all_settings() -> None:
     assert heap.keep_freed() is True

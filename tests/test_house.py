@@ -110,6 +110,7 @@ TABLE = (
     "planning.stand_ins",
     "planning.talks",
     "planning.planned",
+    "planning.processes",
     "planning.plan",
     "planning.text",
     "verbs.seeing",

@@ -1,6 +1,7 @@
 """A plan says what training would do: the same parts, operations and memory, and every problem."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,19 @@ from aimv2_mllm.engine.flops import FlopCounter
 from aimv2_mllm.engine.rehearsal import rehearse
 from aimv2_mllm.engine.strategies import keep_inputs
 from aimv2_mllm.errors import UsageError
+from aimv2_mllm.model.answering import CHUNKS, UNSUPERVISED, Answering
 from aimv2_mllm.model.shapes import only_shapes
+from aimv2_mllm.objective import AnswerObjective
 from aimv2_mllm.place import Place
 from aimv2_mllm.planning.plan import plan
 from aimv2_mllm.planning.planned import Memory, StagePlan
 from aimv2_mllm.planning.stand_ins import grown
+from aimv2_mllm.planning.text import limits, written
 from aimv2_mllm.recipe.file import load_recipe
 from aimv2_mllm.stages.table import STAGES
 
 LARGE = Accelerator("large", 10**12, True, 1e15, 1e14)
+PROCESSOR = replace(LARGE, name="a processor", has_bf16=False, is_shared=True)
 
 
 def memory_of(folder: Path, *overrides: str, devices: int = 1) -> Memory:
@@ -104,6 +109,30 @@ def test_memory_is_what_is_allocated(
     measured = most_bytes(model, job.objective, batch) + pixels
     assert footprint.activations + footprint.gradients == pytest.approx(measured, rel=0.15)
     assert 0 <= footprint.logits < footprint.activations
+
+
+def test_scores_that_torch_computes_out_of_sight_are_counted() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def answering() -> Answering:
+        sizes: Any = {"vocab_size": 20_000, "hidden_size": 16, "intermediate_size": 32}
+        sizes |= {"num_hidden_layers": 1, "num_attention_heads": 2}
+        made = Answering(LlamaForCausalLM(LlamaConfig(**sizes)))
+        made.requires_grad_(False).llava.model.norm.requires_grad_(True)
+        return made
+
+    places = torch.arange(200)[None]
+    batch = {"lengths": torch.tensor([200]), "input_ids": places, "position_ids": places}
+    batch["labels"] = places.where(places > 0, UNSUPERVISED)
+    with torch.device("meta"):
+        shapes = answering()
+    shapes.chunk = CHUNKS["cpu"]
+    words: Any = {"half": False, "checkpointing": False, "gradients_before": False}
+    footprint = rehearse(shapes, AnswerObjective(), batch, words=20_000, **words)
+    found = most_bytes(answering(), AnswerObjective(), batch)
+    assert footprint.activations + footprint.gradients == pytest.approx(found, rel=0.1)
+    assert footprint.logits >= 128 * 20_000 * 4
+    assert footprint.small < footprint.logits  # they have pages of their own
 
 
 @pytest.mark.parametrize("name", ["align", "tune"])
@@ -303,6 +332,62 @@ def test_what_does_not_fit_is_a_problem(tmp_path: Path, capsys: pytest.CaptureFi
     assert code == 2
     assert "stages.both.train: needs" in err
     assert "DOES NOT FIT" in out
+
+
+def test_on_a_processor_the_whole_process_is_foretold(tmp_path: Path) -> None:
+    def stages(*words: str) -> dict[str, Memory]:
+        found = plan(tiny_recipe(tmp_path, *words), PROCESSOR, 1)
+        assert not found.problems
+        return {stage.name: stage.memory for stage in found.stages if stage.memory}
+
+    plain = stages()
+    for memory in plain.values():
+        beside = memory.beside
+        parts = (beside.libraries, beside.batches, beside.aside, beside.unused)
+        assert memory.total == memory.tensors + sum(parts)
+        assert beside.libraries > 100 * 2**20
+        assert beside.aside == 0
+    # Steps of pre-training are all of a size, and each uses what the one before it freed.
+    assert plain["pretrain"].beside.unused == 0
+    assert plain["align"].beside.unused > 0
+    assert plain["tune"].beside.unused > 2 * plain["align"].beside.unused
+    # Two steps ahead for each of two workers.
+    batches = stages("stages.align.data.workers=2")["align"].beside.batches
+    pixels = 4 * 3 * 56 * 56 * 4
+    assert 4 * pixels < batches < 5 * pixels
+
+
+def test_a_plan_and_its_problems_have_the_same_memory(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path)
+    found = plan(recipe, PROCESSOR, 2)
+    most = 2 * max(stage.memory.total for stage in found.stages if stage.memory)
+    fits, small = (replace(PROCESSOR, memory=most - less) for less in (0, 1))
+    text = written(found, fits, 2, 0.4)
+    for words in (" in a process, fits: weights ", "and libraries ", ", freed and kept "):
+        assert text.count(words) == len(found.stages)
+    assert not limits(recipe, found, fits, 2)
+    assert written(found, small, 2, 0.4).count("in a process, DOES NOT FIT") == 1
+    [problem] = limits(recipe, found, small, 2)
+    assert f"needs {most / 2**30:.1f} GiB" in str(problem)
+
+
+def test_the_micro_batch_that_takes_most_is_planned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[Any] = []
+
+    def rehearsed(model: Any, objective: Any, batch: Any, **words: Any) -> Any:
+        found.append(batch)
+        footprint = rehearse(model, objective, batch, **words)
+        return replace(footprint, activations=10**9 - len(found))  # the shortest takes most
+
+    monkeypatch.setattr("aimv2_mllm.planning.plan.rehearse", rehearsed)
+    words = ("stages.tune.train.batch_size=8", "stages.tune.train.micro_batch_size=2")
+    stage = plan(tiny_recipe(tmp_path, *words), LARGE, 1).stages[-1]
+    first, *_, last = (tuple(batch["input_ids"].shape) for batch in found[-4:])
+    assert stage.shapes["input_ids"] == first != last
+    assert stage.memory
+    assert stage.memory.activations > 9 * 10**8
 
 
 def test_flags_of_a_dry_run_need_it(capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,8 +20,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from aimv2_mllm import heap
 from aimv2_mllm.engine.flops import COSTS, FlopCounter
-from aimv2_mllm.engine.strategies import keep_inputs
+from aimv2_mllm.engine.strategies import blocks, keep_inputs
 
 if TYPE_CHECKING:
     from aimv2_mllm.engine.training import Objective
@@ -31,6 +32,8 @@ INDEXINGS = (
     torch.ops.aten.index_put.default,
     torch.ops.aten.index_put_.default,
 )
+# Torch's scoring of some tokens at a time, whose own tensors no mode sees: see `_scores`.
+SCORING = "torch_nn::_linear_cross_entropy_batch_chunked"
 META = torch.device("meta")
 CPU = torch.device("cpu")
 
@@ -41,8 +44,9 @@ class _Shapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self, words: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.alive = self.logits = self.gradients = 0
+        self.alive = self.small = self.logits = self.gradients = 0
         self.peak = (0, 0, 0)  # bytes of everything, of logits and of gradients, at one moment
+        self.most_small = 0  # at a moment of its own
         self._words = words
         self._sizes: weakref.WeakKeyDictionary[Any, list[int]] = weakref.WeakKeyDictionary()
 
@@ -64,7 +68,8 @@ class _Shapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if on_meta and any(not tensor.is_meta for tensor in given):
             args, kwargs = tree_map(_as_meta, _with_places(func, args)), tree_map(_as_meta, kwargs)
         result = func(*args, **kwargs)
-        for tensor in tree_leaves(result):
+        inside = _scores(*args) if func.name() == SCORING else None
+        for tensor in [*tree_leaves(result), inside]:
             if isinstance(tensor, Tensor) and tensor.is_meta:
                 self.note(tensor)
         return result
@@ -83,11 +88,19 @@ class _Shapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             sizes[2] = sizes[0]
             self.gradients += sizes[2]
         self.peak = max(self.peak, (self.alive, self.logits, self.gradients))
+        self.most_small = max(self.most_small, self.small)
 
     def _add(self, sizes: list[int], sign: int) -> None:
         self.alive += sign * sizes[0]
+        self.small += sign * sizes[0] * (sizes[0] < heap.MAPPED)
         self.logits += sign * sizes[1]
         self.gradients += sign * sizes[2]
+
+
+def _scores(hidden: Tensor, weight: Tensor, *words: Any) -> Tensor:
+    """What SCORING holds while it computes: the scores of a chunk of tokens."""
+    chunk = words[6]
+    return torch.empty(min(chunk, len(hidden)), len(weight), dtype=torch.float32, device=META)
 
 
 def _is_floating(given: list[Tensor], kwargs: dict[str, Any]) -> bool:
@@ -178,6 +191,7 @@ class Footprint:
     logits: int  # of these, scores of words and what is computed from them
     gradients: int
     flops: int
+    small: int  # in tensors of less than heap.MAPPED bytes, gradients too, when these hold most
 
 
 def rehearse(
@@ -203,12 +217,12 @@ def rehearse(
     batch = {name: _floats_on_meta(value, dtype) for name, value in batch.items()}
     totals = objective.targets(batch)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    counter, shapes, weights = FlopCounter(), _Shapes(words), 0
+    counter, shapes = FlopCounter(), _Shapes(words)
     hooks = []
     try:
         for parameter in model.parameters():
             shapes.note(parameter)
-        weights = shapes.alive
+        weights, small = shapes.alive, shapes.small
         for parameter in trained:
             parameter.grad = torch.empty_like(parameter) if gradients_before else None
             if parameter.grad is not None:
@@ -230,8 +244,11 @@ def rehearse(
             hook.remove()
         for parameter in trained:
             parameter.grad = None
+        for block in blocks(model) if checkpointing else ():
+            del block.forward
     alive, logits, gradients = shapes.peak
-    return Footprint(alive - weights - gradients, logits, gradients, counter.flops)
+    most_small = shapes.most_small - small
+    return Footprint(alive - weights - gradients, logits, gradients, counter.flops, most_small)
 
 
 def _floats_on_meta(value: Any, dtype: torch.dtype) -> Any:

@@ -32,6 +32,8 @@ class Answering(nn.Module):
     def __init__(self, llava: nn.Module) -> None:
         super().__init__()
         self.llava: Any = llava
+        # Tokens scored at once; None: as many as where it computes. A plan says for which device.
+        self.chunk: int | None = None
         llm: Any = getattr(self.llava.base_model, "language_model", self.llava.base_model)
         self.is_packed = rows.understands(llm.config)
         if self.is_packed:
@@ -56,7 +58,7 @@ class Answering(nn.Module):
         # Token t is predicted from the one before it; the first of a conversation never is.
         scored = (labels[0] != UNSUPERVISED).nonzero()[:, 0]  # (S,)
         before, targets = hidden.index_select(0, scored - 1), labels[0].index_select(0, scored)
-        return cross_entropy(before, self.llava.lm_head, targets)
+        return cross_entropy(before, self.llava.lm_head, targets, self.chunk)
 
     def hidden(
         self, lengths: Tensor, input_ids: Tensor, position_ids: Tensor, **pictures: Tensor
@@ -89,11 +91,14 @@ class Answering(nn.Module):
         return hidden.flatten(0, 1).index_select(0, at)
 
 
-def cross_entropy(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
+def cross_entropy(
+    hidden: Tensor, head: nn.Linear, targets: Tensor, chunk: int | None = None
+) -> Tensor:
     """The cross-entropy of `targets` (S,) under the scores that `head` gives of `hidden` (S, E),
-    summed in float32, with the scores of a few tokens at a time."""
+    summed in float32, with the scores of a few tokens at a time: `chunk`, or as many as suit the
+    device."""
     weight, bias = head.weight, head.bias
-    size = CHUNKS.get(hidden.device.type, CHUNK)
+    size = chunk or CHUNKS.get(hidden.device.type, CHUNK)
     if _is_fused(hidden, weight):
         options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=size, chunking_method=None)
         return F.linear_cross_entropy(

@@ -21,10 +21,12 @@ from aimv2_mllm.engine.precision import held_dtype
 from aimv2_mllm.engine.rehearsal import Footprint, rehearse
 from aimv2_mllm.engine.strategies import blocks
 from aimv2_mllm.errors import RunFailed, UsageError
+from aimv2_mllm.model.answering import CHUNKS, Answering
 from aimv2_mllm.model.quantising import is_quantised, num_bytes, num_weights
 from aimv2_mllm.place import Place
-from aimv2_mllm.planning.planned import Memory, Plan, SourceUse, StagePlan
+from aimv2_mllm.planning.planned import Beside, Memory, Plan, SourceUse, StagePlan
 from aimv2_mllm.planning.problems import Problem, find_problems
+from aimv2_mllm.planning.processes import beside
 from aimv2_mllm.planning.stand_ins import WORDS, grown, longest_caption, sketched
 from aimv2_mllm.planning.talks import talks_of
 from aimv2_mllm.recipe.schema import Recipe
@@ -92,7 +94,8 @@ def _planned(
     longest = longest_caption(stage) if is_missing else None
     by_tokens = stage.train.micro_batch_tokens
     full = [grown(dict(batch), 1 if by_tokens else micro, longest) for batch in batches]
-    fullest, number = None, outline.num_micro_batches
+    fullest: dict[str, Any] | None = None
+    number = outline.num_micro_batches
     notes: list[str] = []
     if longest:
         notes.append(f"no captions at hand: all are counted with {longest} tokens")
@@ -110,8 +113,9 @@ def _planned(
         notes += more
     if by_tokens:
         number = math.ceil(micro * len(full) / sum(len(batch["lengths"]) for batch in full))
-    outline, fullest = replace(outline, num_micro_batches=number), fullest or _largest(full)
-    memory, flops = _cost(job, outline, full, fullest, device, num_devices)
+    num_loading = 1 if is_loaded_once(stage, num_devices) else num_devices
+    outline = replace(outline, num_micro_batches=number, loaded=loaded, num_loading=num_loading)
+    memory, flops, fullest = _cost(job, outline, full, fullest, device, num_devices)
     return replace(
         outline,
         table=table,
@@ -119,8 +123,6 @@ def _planned(
         memory=memory,
         flops=flops,
         checkpoint=3 * trained,
-        loaded=loaded,
-        num_loading=1 if is_loaded_once(stage, num_devices) else num_devices,
         notes=notes,
     ), ""
 
@@ -147,23 +149,22 @@ def _shape(value: Any) -> tuple[int, ...]:
     return (len(value), *value[0].shape) if isinstance(value, list) else ()
 
 
-def _largest(batches: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    return max(batches, key=lambda batch: sum(math.prod(_shape(v)) for v in batch.values()))
-
-
 def _cost(
     job: Job,
     outline: StagePlan,
     batches: Sequence[dict[str, Any]],
-    fullest: dict[str, Any],
+    fullest: dict[str, Any] | None,
     device: Accelerator,
     num_devices: int,
-) -> tuple[Memory, float]:
-    """Memory of the `fullest` micro-batch, and operations of a mean sample of `batches`."""
+) -> tuple[Memory, float, dict[str, Any]]:
+    """Memory of the `fullest` micro-batch (None: of those that are planned with the one that takes
+    most), operations of a mean sample of `batches`, and that micro-batch."""
     train = outline.train
     half = train.precision == "bf16" and device.has_bf16
     is_sharded = num_devices > 1 and train.strategy == "fsdp2"
     model = job.model.train()
+    if device.is_shared and isinstance(model, Answering):
+        model.chunk = CHUNKS["cpu"]
     weights = sum(num_bytes(p) for p in model.parameters())
     kept = sum(num_bytes(p) for p in model.parameters() if is_quantised(p))  # whole everywhere
     trained = sum(p.nbytes for named in job.parts.values() for _, p in named)
@@ -172,31 +173,32 @@ def _cost(
         model = model.to(torch.bfloat16)
     words = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
 
-    def rehearsed(batch: dict[str, Any]) -> Footprint:
+    def rehearsed(batch: dict[str, Any], *, checkpointing: bool) -> Footprint:
         return rehearse(
             model,
             job.objective,
             batch,
             half=half and not is_sharded,
-            checkpointing=train.activation_checkpointing,
+            checkpointing=checkpointing,
             words=max(words, default=0),
             gradients_before=num_devices > 1 or outline.num_micro_batches > 1,
         )
 
-    prints = {id(batch): rehearsed(batch) for batch in [*batches, fullest]}
+    planned = [*batches, fullest] if fullest else batches
+    prints = [rehearsed(one, checkpointing=train.activation_checkpointing) for one in planned]
     samples = sum(len(next(iter(batch.values()))) for batch in batches)
-    flops = sum(prints[id(batch)].flops for batch in batches) / samples
-    most = prints[id(fullest)]
-    if not is_sharded:
-        return Memory(weights, most.gradients, 2 * trained, most.activations, most.logits), flops
-    share = num_devices
-    return Memory(
-        kept + (weights - kept) // share,
-        trained // share,
-        2 * trained // share,
-        most.activations + gathered,
-        most.logits,
-    ), flops
+    flops = sum(footprint.flops for footprint in prints[: len(batches)]) / samples
+    most = prints[-1] if fullest else max(prints, key=lambda one: one.activations + one.gradients)
+    chosen, more = planned[prints.index(most)], Beside()
+    if device.is_shared:
+        small = rehearsed(chosen, checkpointing=False).small
+        more = beside(job, outline, chosen, small, outline.loaded - weights)
+    sizes = (weights, most.gradients, 2 * trained, most.activations)
+    if is_sharded:
+        share = num_devices
+        weights = kept + (weights - kept) // share
+        sizes = (weights, trained // share, 2 * trained // share, most.activations + gathered)
+    return Memory(*sizes, most.logits, more), flops, chosen
 
 
 def _gathered(model: nn.Module, width: int) -> int:

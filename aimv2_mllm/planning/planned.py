@@ -9,6 +9,21 @@ from aimv2_mllm.recipe.train import TrainConfig
 
 
 @dataclass(frozen=True)
+class Beside:
+    """Bytes that a process on a processor holds beside the tensors of a micro-batch."""
+
+    libraries: int = 0  # the interpreter, and the packages that are imported
+    batches: int = 0  # the others of a step, and those made ahead
+    aside: int = 0  # weights that no step needs: a tower's, whose features are kept, or quantised
+    unused: int = 0  # freed, and not given back
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.libraries + self.batches + self.aside + self.unused
+
+
+@dataclass(frozen=True)
 class Memory:
     """Bytes on one device at the moment when most are held; logits are part of activations."""
 
@@ -17,11 +32,17 @@ class Memory:
     optimiser: int
     activations: int
     logits: int
+    beside: Beside = Beside()
+
+    @property
+    def tensors(self) -> int:
+        """Those of a micro-batch, with what is kept between steps."""
+        return self.weights + self.gradients + self.optimiser + self.activations
 
     @property
     def total(self) -> int:
-        """All of it."""
-        return self.weights + self.gradients + self.optimiser + self.activations
+        """All of it: on a processor, the whole process."""
+        return self.tensors + self.beside.total
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import shutil
 
 from aimv2_mllm.engine.accelerators import Accelerator
 from aimv2_mllm.formats import GIB, part_row
-from aimv2_mllm.planning.planned import Plan, StagePlan
+from aimv2_mllm.planning.planned import Memory, Plan, StagePlan
 from aimv2_mllm.planning.problems import Problem
 from aimv2_mllm.recipe.schema import Recipe
 
@@ -27,10 +27,8 @@ def limits(recipe: Recipe, plan: Plan, device: Accelerator, num_devices: int) ->
     """What memory and disk are too small for."""
     found = []
     for stage in plan.stages:
-        # Processes on a processor share its memory.
-        sharing = num_devices if device.is_shared else 1
-        if stage.memory is not None and stage.memory.total * sharing > device.memory:
-            needed = stage.memory.total * sharing / GIB
+        if stage.memory is not None and not _fits(stage.memory, device, num_devices):
+            needed = _taken(stage.memory, device, num_devices) / GIB
             unit = "tokens" if stage.train.micro_batch_tokens else "size"
             found.append(
                 Problem(
@@ -53,6 +51,15 @@ def limits(recipe: Recipe, plan: Plan, device: Accelerator, num_devices: int) ->
             )
         )
     return found
+
+
+def _taken(memory: Memory, device: Accelerator, num_devices: int) -> int:
+    """The bytes that are taken of one device; processes on a processor share its memory."""
+    return memory.total * (num_devices if device.is_shared else 1)
+
+
+def _fits(memory: Memory, device: Accelerator, num_devices: int) -> bool:
+    return _taken(memory, device, num_devices) <= device.memory
 
 
 def _disk(plan: Plan) -> int:
@@ -91,17 +98,21 @@ def _stage(
         return [*lines, "  not planned, see the problems"]
     shapes = ", ".join(f"{k} {'x'.join(map(str, v))}" for k, v in stage.shapes.items())
     lines.append(f"  batch       {shapes}")
-    memory = stage.memory
-    fits = "fits" if memory.total <= device.memory else "DOES NOT FIT"
+    memory, beside = stage.memory, stage.memory.beside
+    fits = "fits" if _fits(memory, device, num_devices) else "DOES NOT FIT"
+    where = "in a process" if device.is_shared else "on a device"
     lines.append(
-        f"  memory      {_size(memory.total)} on a device, {fits}: weights"
+        f"  memory      {_size(memory.total)} {where}, {fits}: weights"
         f" {_size(memory.weights)}, gradients {_size(memory.gradients)}, optimiser"
         f" {_size(memory.optimiser)}, activations {_size(memory.activations)} (logits"
         f" {_size(memory.logits)})"
     )
     if device.is_shared:
-        # glibc keeps much of what was freed (tests/benchmarks/stage_memory.py).
-        lines.append("              tensors only; CPU processes took up to 1.7 times this")
+        lines.append(
+            f"              and libraries {_size(beside.libraries)}, other batches"
+            f" {_size(beside.batches)}, weights aside {_size(beside.aside)}, freed and kept"
+            f" {_size(beside.unused)}"
+        )
     strategy = "ddp" if train.strategy == "auto" else train.strategy
     how = [train.precision, strategy if num_devices > 1 else "one process"]
     how += ["activation checkpointing"] * train.activation_checkpointing
