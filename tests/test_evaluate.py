@@ -252,7 +252,7 @@ def test_batches_of_another_model_are_answered_as_one_by_one(other: Path) -> Non
 
 
 def test_another_model_draws_as_it_is_told(other: Path) -> None:
-    model, talk = load_answerer(str(other)), answerers._talk(WORDS[0], None)
+    model, talk = load_answerer(str(other)), answerers.talk_of(WORDS[0], None)
 
     def said(**words: Any) -> str:
         [text] = model.reply([talk], 12, Sampling(**words))

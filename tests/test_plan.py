@@ -331,6 +331,7 @@ def test_what_does_not_fit_is_a_problem(tmp_path: Path, capsys: pytest.CaptureFi
     )  # fmt: skip
     assert code == 2
     assert "stages.both.train: needs" in err
+    assert "try a lower micro_batch_size, activation_checkpointing, strategy fsdp2 or more" in err
     assert "DOES NOT FIT" in out
 
 
@@ -369,6 +370,10 @@ def test_a_plan_and_its_problems_have_the_same_memory(tmp_path: Path) -> None:
     assert written(found, small, 2, 0.4).count("in a process, DOES NOT FIT") == 1
     [problem] = limits(recipe, found, small, 2)
     assert f"needs {most / 2**30:.1f} GiB" in str(problem)
+    advice = "a lower micro_batch_size or activation_checkpointing or fewer processes"
+    assert str(problem).endswith(advice)
+    none = limits(recipe, found, replace(PROCESSOR, memory=1), 2)  # not for weights alone either
+    assert all(str(problem).endswith("try a smaller model or fewer processes") for problem in none)
 
 
 def test_the_micro_batch_that_takes_most_is_planned(

@@ -1,6 +1,7 @@
 """A plan in words: a block for each stage, and the list of problems."""
 
 import shutil
+from dataclasses import replace
 
 from aimv2_mllm.engine.accelerators import Accelerator
 from aimv2_mllm.formats import GIB, part_row
@@ -29,13 +30,11 @@ def limits(recipe: Recipe, plan: Plan, device: Accelerator, num_devices: int) ->
     for stage in plan.stages:
         if stage.memory is not None and not _fits(stage.memory, device, num_devices):
             needed = _taken(stage.memory, device, num_devices) / GIB
-            unit = "tokens" if stage.train.micro_batch_tokens else "size"
             found.append(
                 Problem(
                     f"stages.{stage.name}.train",
-                    f"needs {needed:.1f} GiB where there are {device.memory / GIB:.1f}: try a lower"
-                    f" micro_batch_{unit}, activation_checkpointing, strategy fsdp2 or more"
-                    " devices",
+                    f"needs {needed:.1f} GiB where there are {device.memory / GIB:.1f}: try"
+                    f" {_remedies(stage, device, num_devices)}",
                 )
             )
     needed = _disk(plan)
@@ -62,11 +61,22 @@ def _fits(memory: Memory, device: Accelerator, num_devices: int) -> bool:
     return _taken(memory, device, num_devices) <= device.memory
 
 
+def _remedies(stage: StagePlan, device: Accelerator, num_devices: int) -> str:
+    """What makes a stage fit; a lower micro-batch alone does nothing about the rest."""
+    assert stage.memory is not None
+    rest = replace(stage.memory, activations=0, logits=0)
+    unit = "tokens" if stage.train.micro_batch_tokens else "size"
+    smaller = [f"a lower micro_batch_{unit}", "activation_checkpointing"]
+    found = smaller if _fits(rest, device, num_devices) else ["a smaller model"]
+    if device.is_shared:
+        return " or ".join([*found, *["fewer processes"] * (num_devices > 1)])
+    return f"{', '.join([*found, 'strategy fsdp2'])} or more devices"
+
+
 def _disk(plan: Plan) -> int:
     """Bytes of all results and checkpoints; one more is there while it is written."""
     return sum(
-        stage.checkpoint * (min(stage.train.keep_checkpoints, _saves(stage)) + 1)
-        + (stage.memory.weights if stage.memory else 0)
+        stage.checkpoint * (min(stage.train.keep_checkpoints, _saves(stage)) + 1) + stage.loaded
         for stage in plan.stages
     )
 
