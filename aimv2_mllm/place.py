@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aimv2_mllm.data.batches import EVERYTHING, Share
+from aimv2_mllm.data.pairs.batches import EVERYTHING, Share
 from aimv2_mllm.folders import result_of, stage_record
 from aimv2_mllm.recipe.schema import Recipe
 

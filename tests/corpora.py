@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from aimv2_mllm.data import scenes
+from aimv2_mllm.data.handwriting import scenes
 
 
 def jpeg(picture: Image.Image, **options: Any) -> bytes:

@@ -13,8 +13,8 @@ import transformers
 from test_mllm import LLMS, SIZES, TOKENIZER, assembled, llm, tower
 from torch import Tensor, nn
 
-from aimv2_mllm.data.talk_batches import pack
-from aimv2_mllm.data.templates import Encoded
+from aimv2_mllm.data.talks.batches import pack
+from aimv2_mllm.data.talks.templates import Encoded
 from aimv2_mllm.engine.strategies import keep_inputs
 from aimv2_mllm.model import answering as answering_module
 from aimv2_mllm.model.answering import Answering, cross_entropy

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from aimv2_mllm.data import held_out, scenes
-from aimv2_mllm.data.held_out import Asked
+from aimv2_mllm.data.handwriting import held_out, scenes
+from aimv2_mllm.data.handwriting.held_out import Asked
 from aimv2_mllm.evaluation import answers
 
 SEED = 3

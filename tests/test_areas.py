@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from aimv2_mllm.data.areas import BLOCK, Areas, grid
+from aimv2_mllm.data.pairs.areas import BLOCK, Areas, grid
 from aimv2_mllm.stages.table import STAGES
 
 LEAST, MOST = 128, 4096

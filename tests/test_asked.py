@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from aimv2_mllm.data.asked import Asked, Question, load_asked, question_identity
 from aimv2_mllm.data.files import Unusable
+from aimv2_mllm.data.questions.asked import Asked, Question, load_asked, question_identity
 from aimv2_mllm.errors import UsageError
 
 ROW = {"image": "0.png", "question": "What is it?", "answers": ["red", "a red one"]}

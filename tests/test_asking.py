@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from aimv2_mllm.data.asked import Asked, Question
 from aimv2_mllm.data.files import Unusable
+from aimv2_mllm.data.questions.asked import Asked, Question
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.evaluation.asking import Answers, ask_all, demand_same
 from aimv2_mllm.evaluation.intervals import interval

@@ -18,7 +18,7 @@ from test_session import (
 from aimv2_mllm.chat.chat import answer, answer_all
 from aimv2_mllm.chat.chatbot import Chatbot
 from aimv2_mllm.chat.session import ChatSession
-from aimv2_mllm.data.conversations import Message, said
+from aimv2_mllm.data.talks.conversations import Message, said
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.model.sampling import Sampling
 

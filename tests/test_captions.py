@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from aimv2_mllm.data.asked import Question
+from aimv2_mllm.data.questions.asked import Question
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.evaluation import captions
 from aimv2_mllm.evaluation.metrics import METRICS

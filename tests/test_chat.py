@@ -16,9 +16,9 @@ from aimv2_mllm.__main__ import main
 from aimv2_mllm.chat import chat, prompts, session
 from aimv2_mllm.chat.chat import answer, load_model, stream
 from aimv2_mllm.chat.chatbot import Chatbot, prompt_of
-from aimv2_mllm.data.conversations import turn
-from aimv2_mllm.data.images import square
-from aimv2_mllm.data.tokenizer import train_tokenizer
+from aimv2_mllm.data.pictures.images import square
+from aimv2_mllm.data.talks.conversations import turn
+from aimv2_mllm.data.talks.tokenizer import train_tokenizer
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.folders import stages_of, talking_folder
 from aimv2_mllm.model import mllm

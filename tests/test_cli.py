@@ -15,7 +15,7 @@ from test_images import cut_jpeg, cut_png, png_header
 
 import aimv2_mllm
 from aimv2_mllm import __main__ as cli
-from aimv2_mllm.data import scenes
+from aimv2_mllm.data.handwriting import scenes
 from aimv2_mllm.errors import RunFailed
 from aimv2_mllm.flags.parser import parse
 

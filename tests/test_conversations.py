@@ -10,16 +10,11 @@ import pytest
 import torch
 from conftest import RECIPES
 
-from aimv2_mllm.data import scenes
-from aimv2_mllm.data.batches import (
-    Share,
-    caption_batches,
-    encode_captions,
-    micro_batches,
-)
-from aimv2_mllm.data.conversations import conversation, turn
-from aimv2_mllm.data.talk_batches import conversation_batches, pack
-from aimv2_mllm.data.templates import Encoded, Writer
+from aimv2_mllm.data.handwriting import scenes
+from aimv2_mllm.data.pairs.batches import Share, caption_batches, encode_captions, micro_batches
+from aimv2_mllm.data.talks.batches import conversation_batches, pack
+from aimv2_mllm.data.talks.conversations import conversation, turn
+from aimv2_mllm.data.talks.templates import Encoded, Writer
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.marks import UNSUPERVISED
 from aimv2_mllm.model.llms import load_tokenizer

@@ -14,8 +14,9 @@ from corpora import jpeg, sheet, write_shard, write_tar
 from PIL import Image
 from torch import Tensor
 
-from aimv2_mllm.data import scenes
-from aimv2_mllm.data.batches import (
+from aimv2_mllm.data.drawing import MOST_TRIES, Skipped
+from aimv2_mllm.data.handwriting import scenes
+from aimv2_mllm.data.pairs.batches import (
     EVERYTHING,
     CaptionBatch,
     CaptionBatches,
@@ -23,8 +24,7 @@ from aimv2_mllm.data.batches import (
     caption_batches,
     world_seed,
 )
-from aimv2_mllm.data.corpus import CHARACTERS_PER_TOKEN, Corpus
-from aimv2_mllm.data.drawing import MOST_TRIES, Skipped
+from aimv2_mllm.data.pairs.corpus import CHARACTERS_PER_TOKEN, Corpus
 from aimv2_mllm.errors import RunFailed, UsageError
 from aimv2_mllm.model.llms import load_tokenizer
 from aimv2_mllm.model.preprocessing import Preprocessing

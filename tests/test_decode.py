@@ -11,9 +11,9 @@ from PIL import Image, ImageOps
 from test_images import png_header
 from transformers import CLIPImageProcessorPil
 
-from aimv2_mllm.data.decode import ASPECT, Box, decode, middle_square, random_crop
 from aimv2_mllm.data.files import Unusable
-from aimv2_mllm.data.scenes import generator
+from aimv2_mllm.data.handwriting.scenes import generator
+from aimv2_mllm.data.pictures.decode import ASPECT, Box, decode, middle_square, random_crop
 
 
 def landscape(width: int = 640, height: int = 480) -> Image.Image:
@@ -75,7 +75,7 @@ def test_another_format_has_exactly_the_pixels_of_the_whole(box: Box) -> None:
 def test_a_jpeg_is_decoded_no_larger_than_it_must_be(
     monkeypatch: pytest.MonkeyPatch, side: int, scale: int
 ) -> None:
-    from aimv2_mllm.data import decode as module
+    from aimv2_mllm.data.pictures import decode as module
 
     sizes = []
 
@@ -92,7 +92,7 @@ def test_a_jpeg_is_decoded_no_larger_than_it_must_be(
 def test_a_jpeg_on_its_side_is_decoded_as_large_as_an_upright_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from aimv2_mllm.data import decode as module
+    from aimv2_mllm.data.pictures import decode as module
 
     sizes = []
 

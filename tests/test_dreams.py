@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from aimv2_mllm.data.tokenizer import train_tokenizer
+from aimv2_mllm.data.talks.tokenizer import train_tokenizer
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.evaluation import dreams
 from aimv2_mllm.evaluation.dreams import (

@@ -16,8 +16,8 @@ from test_chat import run_folder
 
 from aimv2_mllm import __main__ as cli
 from aimv2_mllm.comparison.evaluate import evaluate as judged
-from aimv2_mllm.data.asked import Question
-from aimv2_mllm.data.tokenizer import train_tokenizer
+from aimv2_mllm.data.questions.asked import Question
+from aimv2_mllm.data.talks.tokenizer import train_tokenizer
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.evaluation import answerers
 from aimv2_mllm.evaluation.answerers import Foreign, Ours, load_answerer

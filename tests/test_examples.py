@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from aimv2_mllm.data.labelled import Pictures
+from aimv2_mllm.data.questions.labelled import Pictures
 from aimv2_mllm.errors import RunFailed, UsageError
 from aimv2_mllm.evaluation import examples
 from aimv2_mllm.model.encoder import AIMv2Encoder, EncoderConfig

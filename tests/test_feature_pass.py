@@ -16,8 +16,8 @@ from test_distributed import ended, started
 from test_talks import batches_of, llava_row, sheet, written
 
 from aimv2_mllm.data import files
-from aimv2_mllm.data.batches import Share
-from aimv2_mllm.data.feature_store import GIB, FeatureStore
+from aimv2_mllm.data.features.store import GIB, FeatureStore
+from aimv2_mllm.data.pairs.batches import Share
 from aimv2_mllm.engine import metrics
 from aimv2_mllm.engine.distributed import Ranks
 from aimv2_mllm.engine.flops import FlopCounter

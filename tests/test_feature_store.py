@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from aimv2_mllm.data.feature_shards import picture_key
-from aimv2_mllm.data.feature_store import GIB, FeatureStore, Took
+from aimv2_mllm.data.features.shards import picture_key
+from aimv2_mllm.data.features.store import GIB, FeatureStore, Took
 from aimv2_mllm.errors import RunFailed, UsageError
 
 ROW = 5 * 8 * 4  # bytes of a row of `rows` in float32

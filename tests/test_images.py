@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 
-from aimv2_mllm.data import images
-from aimv2_mllm.data.images import open_image, square
+from aimv2_mllm.data.pictures import images
+from aimv2_mllm.data.pictures.images import open_image, square
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.model.preprocessing import PREPROCESSOR_FILE, Preprocessing
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText
 from aimv2_mllm.chat.chat import load_model, stream
 from aimv2_mllm.chat.chatbot import Chatbot
 from aimv2_mllm.chat.prompts import pixels_of
-from aimv2_mllm.data.conversations import said
+from aimv2_mllm.data.talks.conversations import said
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.evaluation import dreams, painter
 from aimv2_mllm.evaluation.painter import Painter

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from aimv2_mllm.data import json_index
 from aimv2_mllm.data.files import Unusable
-from aimv2_mllm.data.json_index import open_rows
+from aimv2_mllm.data.rows import json_index
+from aimv2_mllm.data.rows.json_index import open_rows
 from aimv2_mllm.errors import RunFailed, UsageError
 
 ROWS = [

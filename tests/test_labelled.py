@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from aimv2_mllm.data.labelled import load_labelled
+from aimv2_mllm.data.questions.labelled import load_labelled
 from aimv2_mllm.errors import UsageError
 
 

@@ -8,7 +8,7 @@ import torch
 from test_encoder_stages import lit
 
 from aimv2_mllm import __main__ as command
-from aimv2_mllm.data import scenes
+from aimv2_mllm.data.handwriting import scenes
 from aimv2_mllm.evaluation.zeroshot import handwriting_templates, load_lit_tower
 from aimv2_mllm.recipe.schema import Recipe
 from aimv2_mllm.runs.run import run

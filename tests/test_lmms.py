@@ -15,7 +15,7 @@ from test_chat import llava as llava_of_chat
 
 from aimv2_mllm.chat.chatbot import Chatbot
 from aimv2_mllm.chat.scoring import likelihood
-from aimv2_mllm.data.conversations import said, turn
+from aimv2_mllm.data.talks.conversations import said, turn
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.evaluation.answerers import Ours
 from aimv2_mllm.lmms.reading import MOST_NEW_TOKENS, settings_of, talk_of_messages, talk_of_text

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from aimv2_mllm.data import scenes
-from aimv2_mllm.data.tokenizer import train_tokenizer
+from aimv2_mllm.data.handwriting import scenes
+from aimv2_mllm.data.talks.tokenizer import train_tokenizer
 from aimv2_mllm.evaluation import losses
 from aimv2_mllm.model.encoder import AIMv2Encoder, EncoderConfig
 from aimv2_mllm.model.preprocessing import Preprocessing

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import pytest
 
-from aimv2_mllm.data.asked import Question
+from aimv2_mllm.data.questions.asked import Question
 from aimv2_mllm.evaluation import metrics, vqa
 from aimv2_mllm.evaluation.controls import majority_answers, other_picture
 from aimv2_mllm.evaluation.intervals import bootstrap_interval, interval, wilson_interval

@@ -16,8 +16,8 @@ from test_distributed import ended, started
 from test_encoder_stages import built, pretrain
 
 from aimv2_mllm import __main__ as command
-from aimv2_mllm.data.batches import EVERYTHING, CaptionBatches, Share, caption_batches
-from aimv2_mllm.data.corpus import Corpus, Skipped
+from aimv2_mllm.data.pairs.batches import EVERYTHING, CaptionBatches, Share, caption_batches
+from aimv2_mllm.data.pairs.corpus import Corpus, Skipped
 from aimv2_mllm.engine.distributed import Ranks
 from aimv2_mllm.engine.workers import prepared_by_workers
 from aimv2_mllm.errors import UsageError

@@ -13,7 +13,7 @@ from tiny_towers import saved
 
 from aimv2_mllm.chat.chat import answer, load_model
 from aimv2_mllm.chat.prompts import pixels_of
-from aimv2_mllm.data.own_shapes import OwnShapes
+from aimv2_mllm.data.pictures.own_shapes import OwnShapes
 from aimv2_mllm.engine.accelerators import accelerator
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.model import mllm

@@ -11,7 +11,7 @@ from test_talks import llava_row, written
 from test_tune_ranks import FEW, tuning
 from test_tune_stage import MODES, built, lines, run, start  # noqa: F401 (a fixture)
 
-from aimv2_mllm.data.batches import Share
+from aimv2_mllm.data.pairs.batches import Share
 
 WAYS = ("lora", "dora", "nf4", "int8", "llm")
 TOKENS = ["train.micro_batch_size=null", "train.micro_batch_tokens=120"]

@@ -9,9 +9,9 @@ import torch
 from corpora import sheet
 from test_talks import IMAGE, batches_of, llava_row, save_table, written
 
-from aimv2_mllm.data import tables
-from aimv2_mllm.data.batches import Share
-from aimv2_mllm.data.talks import TalkCorpus
+from aimv2_mllm.data.pairs.batches import Share
+from aimv2_mllm.data.rows import tables
+from aimv2_mllm.data.talks.corpus import TalkCorpus
 
 BLANK = 4  # tokens of a picture here
 Said = Counter[tuple[int, ...]]
@@ -162,7 +162,7 @@ def test_pictures_in_a_table_are_left_there_until_they_are_looked_at(
 
 
 def test_a_language_stage_is_packed_without_blank_pictures() -> None:
-    from aimv2_mllm.data.talk_batches import conversation_batches
+    from aimv2_mllm.data.talks.batches import conversation_batches
     from aimv2_mllm.model.llms import load_tokenizer
     from aimv2_mllm.recipe.data import ConversationData
     from aimv2_mllm.recipe.train import TrainConfig

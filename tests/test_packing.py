@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from aimv2_mllm.data.packing import TalkSize, plan
+from aimv2_mllm.data.talks.packing import TalkSize, plan
 
 Drawn = Callable[[np.random.Generator, int], list[TalkSize]]
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from aimv2_mllm.data import scenes
-from aimv2_mllm.data.labelled import Labelled, Pictures, handwriting
+from aimv2_mllm.data.handwriting import scenes
+from aimv2_mllm.data.questions.labelled import Labelled, Pictures, handwriting
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.evaluation import probes
 from aimv2_mllm.evaluation.intervals import wilson_interval

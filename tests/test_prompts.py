@@ -17,9 +17,9 @@ from transformers import CLIPImageProcessorPil, LlavaProcessor
 
 from aimv2_mllm.chat.chat import load_model
 from aimv2_mllm.chat.prompts import Prompter, num_tokens, pixels_of
-from aimv2_mllm.data.conversations import messages_of, said
-from aimv2_mllm.data.talks import TalkCorpus
-from aimv2_mllm.data.templates import V1_CHAT_TEMPLATE, Asker, Writer
+from aimv2_mllm.data.talks.conversations import messages_of, said
+from aimv2_mllm.data.talks.corpus import TalkCorpus
+from aimv2_mllm.data.talks.templates import V1_CHAT_TEMPLATE, Asker, Writer
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.marks import UNSUPERVISED
 from aimv2_mllm.model import llms, mllm

@@ -18,7 +18,7 @@ from test_session import tower_counted
 from aimv2_mllm.chat.chat import load_model
 from aimv2_mllm.chat.chatbot import Chatbot, prompt_of
 from aimv2_mllm.chat.prompts import said
-from aimv2_mllm.data import held_out, scenes
+from aimv2_mllm.data.handwriting import held_out, scenes
 from aimv2_mllm.errors import RunFailed
 from aimv2_mllm.evaluation import answers, summary
 from aimv2_mllm.evaluation.answerers import Ours

@@ -5,8 +5,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from aimv2_mllm.data import scenes
-from aimv2_mllm.data.scenes import INKS, PLACES, QUESTIONS, Scene
+from aimv2_mllm.data.handwriting import scenes
+from aimv2_mllm.data.handwriting.scenes import INKS, PLACES, QUESTIONS, Scene
 
 
 def many(split: scenes.Split = "train", count: int = 400) -> list[Scene]:

@@ -10,8 +10,8 @@ from PIL import Image
 from test_dreams import result_folder
 
 from aimv2_mllm import __main__ as cli
-from aimv2_mllm.data import scenes
-from aimv2_mllm.data.tokenizer import train_tokenizer
+from aimv2_mllm.data.handwriting import scenes
+from aimv2_mllm.data.talks.tokenizer import train_tokenizer
 from aimv2_mllm.model.encoder import AIMv2Encoder, EncoderConfig
 from aimv2_mllm.model.pretrainer import AIMv2ForPreTraining, DecoderConfig
 from aimv2_mllm.model.shards import weights_sha256

@@ -15,7 +15,7 @@ from tiny_towers import picture
 from aimv2_mllm.chat.chat import answer
 from aimv2_mllm.chat.chatbot import Chatbot, prompt_of
 from aimv2_mllm.chat.session import ChatSession
-from aimv2_mllm.data.conversations import Message, said
+from aimv2_mllm.data.talks.conversations import Message, said
 from aimv2_mllm.model.sampling import Sampling
 
 ROOM = 12

@@ -17,11 +17,11 @@ from transformers import AutoProcessor, GenerationConfig, LlamaConfig, LlamaForC
 from aimv2_mllm.chat.chat import load_model
 from aimv2_mllm.chat.chatbot import prompt_of
 from aimv2_mllm.chat.prompts import Prompter
-from aimv2_mllm.data.chat_template import PARTS, as_text
-from aimv2_mllm.data.conversations import messages_of
 from aimv2_mllm.data.files import Unusable
-from aimv2_mllm.data.settled import settled
-from aimv2_mllm.data.templates import V1_CHAT_TEMPLATE, Asker, Writer
+from aimv2_mllm.data.talks.chat_template import PARTS, as_text
+from aimv2_mllm.data.talks.conversations import messages_of
+from aimv2_mllm.data.talks.settled import settled
+from aimv2_mllm.data.talks.templates import V1_CHAT_TEMPLATE, Asker, Writer
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.marks import UNSUPERVISED
 from aimv2_mllm.model.decoding import ends_of

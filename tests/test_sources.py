@@ -9,9 +9,9 @@ import pytest
 from corpora import jpeg, sheet
 from PIL import Image
 
-from aimv2_mllm.data import json_index
 from aimv2_mllm.data.files import Unusable
-from aimv2_mllm.data.sources import SOURCES, PairSource, open_sources
+from aimv2_mllm.data.pairs.sources import SOURCES, PairSource, open_sources
+from aimv2_mllm.data.rows import json_index
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.recipe.data import SOURCE_SECTIONS, CaptionData
 
@@ -142,7 +142,7 @@ def test_what_leads_out_of_the_root_is_not_read(tmp_path: Path) -> None:
 def test_a_picture_file_above_the_limit_is_not_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from aimv2_mllm.data import sources
+    from aimv2_mllm.data.pairs import sources
 
     written(tmp_path)
     monkeypatch.setattr(sources, "MAX_PICTURE_BYTES", 100)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import RECIPES, tiny_recipe
 
-from aimv2_mllm.data import scenes
+from aimv2_mllm.data.handwriting import scenes
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.model.answering import Answering
 from aimv2_mllm.model.preprocessing import Preprocessing

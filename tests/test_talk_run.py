@@ -11,7 +11,7 @@ from test_corpus_run import Killed, die_in_step_5
 from test_talks import llava_row, save_table, table, written
 
 from aimv2_mllm import __main__ as command
-from aimv2_mllm.data import scenes
+from aimv2_mllm.data.handwriting import scenes
 from aimv2_mllm.engine import metrics
 from aimv2_mllm.errors import RunFailed
 from aimv2_mllm.model.hub import locate

@@ -17,10 +17,10 @@ import torch
 from corpora import jpeg, sheet, write_shard
 from PIL import Image
 
-from aimv2_mllm.data.batches import EVERYTHING, Share
-from aimv2_mllm.data.decode import decode, decode_padded, middle_square
 from aimv2_mllm.data.drawing import Skipped
-from aimv2_mllm.data.talk_batches import TalkBatches, conversation_batches
+from aimv2_mllm.data.pairs.batches import EVERYTHING, Share
+from aimv2_mllm.data.pictures.decode import decode, decode_padded, middle_square
+from aimv2_mllm.data.talks.batches import TalkBatches, conversation_batches
 from aimv2_mllm.errors import RunFailed, UsageError
 from aimv2_mllm.model.llms import load_tokenizer
 from aimv2_mllm.model.preprocessing import Preprocessing

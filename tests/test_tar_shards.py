@@ -13,11 +13,11 @@ import fsspec
 import pytest
 from corpora import sheet, write_shard, write_tar
 
-from aimv2_mllm.data import local_copies, tar_index, tars
-from aimv2_mllm.data.columns import INDEX_ENDING
 from aimv2_mllm.data.files import Unusable, expanded
-from aimv2_mllm.data.local_copies import COPY, GIB
-from aimv2_mllm.data.tars import Shards
+from aimv2_mllm.data.rows import local_copies, tar_index, tars
+from aimv2_mllm.data.rows.columns import INDEX_ENDING
+from aimv2_mllm.data.rows.local_copies import COPY, GIB
+from aimv2_mllm.data.rows.tars import Shards
 from aimv2_mllm.errors import RunFailed, UsageError
 from aimv2_mllm.recipe.data import ShardsSource
 

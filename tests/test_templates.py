@@ -8,9 +8,9 @@ import llava_facts
 import numpy as np
 import pytest
 
-from aimv2_mllm.data.conversations import messages_of, turn
 from aimv2_mllm.data.files import Unusable
-from aimv2_mllm.data.templates import V1_CHAT_TEMPLATE, Writer
+from aimv2_mllm.data.talks.conversations import messages_of, turn
+from aimv2_mllm.data.talks.templates import V1_CHAT_TEMPLATE, Writer
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.marks import UNSUPERVISED
 from aimv2_mllm.model.llms import load_tokenizer

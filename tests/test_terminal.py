@@ -15,7 +15,7 @@ from aimv2_mllm.chat.chat import answer
 from aimv2_mllm.chat.chatbot import Chatbot
 from aimv2_mllm.chat.terminal import COMMANDS
 from aimv2_mllm.chat.transcript import from_json
-from aimv2_mllm.data.conversations import Message, said, turn
+from aimv2_mllm.data.talks.conversations import Message, said, turn
 from aimv2_mllm.model.sampling import Sampling
 
 pytestmark = pytest.mark.usefixtures("at_hand")

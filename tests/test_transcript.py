@@ -11,7 +11,7 @@ from test_images import png_header
 from tiny_towers import picture
 
 from aimv2_mllm.chat.transcript import as_json, from_json
-from aimv2_mllm.data.conversations import Message, said
+from aimv2_mllm.data.talks.conversations import Message, said
 from aimv2_mllm.errors import UsageError
 
 PICTURES = [picture(60, 40), picture(30, 30)]

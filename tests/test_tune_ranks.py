@@ -10,7 +10,7 @@ from test_distributed import ended, said, say, started
 from test_tune_stage import MODES, lines, recipe_of, run, start  # noqa: F401 (a fixture)
 from torch import nn
 
-from aimv2_mllm.data.batches import Share
+from aimv2_mllm.data.pairs.batches import Share
 from aimv2_mllm.engine.distributed import Ranks
 from aimv2_mllm.engine.loop import train
 from aimv2_mllm.place import Place

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from aimv2_mllm.chat.transcript import as_json
-from aimv2_mllm.data.conversations import said
+from aimv2_mllm.data.talks.conversations import said
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.visitors import visit
 

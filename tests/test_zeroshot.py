@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from aimv2_mllm.data.labelled import Labelled, Pictures
+from aimv2_mllm.data.questions.labelled import Labelled, Pictures
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.evaluation.zeroshot import LitTower, class_vectors, read_templates, zero_shot
 from aimv2_mllm.model.preprocessing import Preprocessing

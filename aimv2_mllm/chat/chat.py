@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from aimv2_mllm.chat.chatbot import Chatbot, look, prompt_of
 from aimv2_mllm.chat.session import ChatSession, Reply
-from aimv2_mllm.data.conversations import Message
+from aimv2_mllm.data.talks.conversations import Message
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.folders import (
     CONFIG_FILE,

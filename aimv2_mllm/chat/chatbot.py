@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from aimv2_mllm.chat.prompts import Prompter, num_tokens, pixels_of
-from aimv2_mllm.data.conversations import Message
+from aimv2_mllm.data.talks.conversations import Message
 
 if TYPE_CHECKING:
     from PIL import Image

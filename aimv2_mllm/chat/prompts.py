@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 
-from aimv2_mllm.data.conversations import Message, said
-from aimv2_mllm.data.decode import cropped, padded, rim_of
-from aimv2_mllm.data.images import square
-from aimv2_mllm.data.templates import Asker
+from aimv2_mllm.data.pictures.decode import cropped, padded, rim_of
+from aimv2_mllm.data.pictures.images import square
+from aimv2_mllm.data.talks.conversations import Message, said
+from aimv2_mllm.data.talks.templates import Asker
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.narration import warn
 

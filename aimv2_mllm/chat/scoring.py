@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from aimv2_mllm.chat.chatbot import Chatbot, look, prompt_of
-from aimv2_mllm.data.conversations import Message
+from aimv2_mllm.data.talks.conversations import Message
 from aimv2_mllm.errors import UsageError
 
 if TYPE_CHECKING:

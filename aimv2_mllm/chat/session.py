@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from aimv2_mllm.chat.chatbot import Chatbot, Prompt, look, prompt_of
-from aimv2_mllm.data.conversations import Message
+from aimv2_mllm.data.talks.conversations import Message
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.model.sampling import GREEDY, Sampling
 

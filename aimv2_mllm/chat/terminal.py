@@ -16,8 +16,8 @@ from PIL import Image
 from aimv2_mllm.chat.chatbot import Chatbot
 from aimv2_mllm.chat.session import ChatSession, Counts, Reply
 from aimv2_mllm.chat.transcript import as_json, from_json
-from aimv2_mllm.data.conversations import Message, said
-from aimv2_mllm.data.images import open_image
+from aimv2_mllm.data.pictures.images import open_image
+from aimv2_mllm.data.talks.conversations import Message, said
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.files import demand_place, write
 from aimv2_mllm.model.sampling import GREEDY, Sampling

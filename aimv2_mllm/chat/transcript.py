@@ -11,9 +11,9 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from aimv2_mllm.data.conversations import Message
 from aimv2_mllm.data.files import Unusable
-from aimv2_mllm.data.images import decoded
+from aimv2_mllm.data.pictures.images import decoded
+from aimv2_mllm.data.talks.conversations import Message
 from aimv2_mllm.errors import UsageError, show
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ from aimv2_mllm.comparison.page import describe
 from aimv2_mllm.comparison.running import do_all
 from aimv2_mllm.comparison.speed import measure
 from aimv2_mllm.comparison.tasks import PROGRAM, Task, tasks_of, undone
-from aimv2_mllm.data.asked import Asked, question_identity
-from aimv2_mllm.data.asked_sources import HANDWRITING
+from aimv2_mllm.data.questions.asked import Asked, question_identity
+from aimv2_mllm.data.questions.sources import HANDWRITING
 from aimv2_mllm.errors import RunFailed, UsageError
 from aimv2_mllm.evaluation.metrics import METRICS
 from aimv2_mllm.evaluation.questions import Questions

@@ -8,7 +8,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from aimv2_mllm.data.asked import question_identity
+from aimv2_mllm.data.questions.asked import question_identity
 from aimv2_mllm.evaluation.answerers import Ours, load_answerer
 from aimv2_mllm.evaluation.asking import Answers, ask_all, demand_same
 from aimv2_mllm.evaluation.controls import MAJORITY, SHOWN

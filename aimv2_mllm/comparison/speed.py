@@ -11,9 +11,9 @@ from tqdm import tqdm
 from aimv2_mllm.chat.chat import load_model, stream
 from aimv2_mllm.comparison.grid import Cell
 from aimv2_mllm.comparison.tasks import DONE
-from aimv2_mllm.data.asked import Asked
-from aimv2_mllm.data.conversations import said
 from aimv2_mllm.data.files import Unusable
+from aimv2_mllm.data.questions.asked import Asked
+from aimv2_mllm.data.talks.conversations import said
 from aimv2_mllm.disk import replace_file
 
 SPEED = "speed.json"

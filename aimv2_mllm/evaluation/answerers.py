@@ -20,7 +20,7 @@ from aimv2_mllm.model.sampling import GREEDY, Sampling
 if TYPE_CHECKING:
     from PIL import Image
 
-    from aimv2_mllm.data.conversations import Message
+    from aimv2_mllm.data.talks.conversations import Message
 
 SMALL = 2**20  # bytes; a larger file is known by its size and time
 GIVE = (
@@ -189,7 +189,7 @@ class Foreign(_Asked):
 
 def talk_of(text: str, picture: "Image.Image | None") -> Conversation:
     """The conversation that begins with one question, about a picture or none."""
-    from aimv2_mllm.data.conversations import said
+    from aimv2_mllm.data.talks.conversations import said
 
     pictures = [] if picture is None else [picture]
     return [said("user", text, pictures=len(pictures))], pictures

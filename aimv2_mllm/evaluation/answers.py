@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 from aimv2_mllm.chat.chat import answer_all
 from aimv2_mllm.chat.chatbot import Chatbot
-from aimv2_mllm.data import scenes
-from aimv2_mllm.data.held_out import Asked
+from aimv2_mllm.data.handwriting import scenes
+from aimv2_mllm.data.handwriting.held_out import Asked
 from aimv2_mllm.evaluation.answerers import Asking, talk_of
 
 BATCH_SIZE = 100

@@ -15,8 +15,8 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from aimv2_mllm.data.asked import MOST_LEFT_OUT, Asked
 from aimv2_mllm.data.files import Unusable
+from aimv2_mllm.data.questions.asked import MOST_LEFT_OUT, Asked
 from aimv2_mllm.disk import replace_file
 from aimv2_mllm.errors import RunFailed, UsageError
 from aimv2_mllm.evaluation.controls import SHOWN, other_picture

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from aimv2_mllm.data.asked import Question
+from aimv2_mllm.data.questions.asked import Question
 from aimv2_mllm.errors import UsageError
 
 INSTALL = "pip install 'aimv2-mllm[evaluate]'"

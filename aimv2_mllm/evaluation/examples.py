@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from aimv2_mllm.data.labelled import Pictures
+from aimv2_mllm.data.questions.labelled import Pictures
 from aimv2_mllm.errors import RunFailed, UsageError
 from aimv2_mllm.evaluation.vision import Seeing
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from aimv2_mllm.data.asked import Asked, Question
+from aimv2_mllm.data.questions.asked import Asked, Question
 from aimv2_mllm.evaluation.asking import SEEN, Answers
 from aimv2_mllm.evaluation.controls import MAJORITY, SHOWN, majority_answers
 from aimv2_mllm.evaluation.intervals import bootstrap_interval, interval

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from aimv2_mllm.data import scenes
-from aimv2_mllm.data.batches import encode_captions, picture_batch
+from aimv2_mllm.data.handwriting import scenes
+from aimv2_mllm.data.pairs.batches import encode_captions, picture_batch
 from aimv2_mllm.model.preprocessing import Preprocessing
 from aimv2_mllm.model.pretrainer import AIMv2ForPreTraining
 from aimv2_mllm.objective import PreTrainingBatch, PreTrainingObjective, patchify, standardise

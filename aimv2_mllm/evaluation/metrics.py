@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from aimv2_mllm.data.asked import Question
+from aimv2_mllm.data.questions.asked import Question
 from aimv2_mllm.evaluation import captions
 from aimv2_mllm.evaluation.vqa import ENOUGH, vqa_accuracy
 

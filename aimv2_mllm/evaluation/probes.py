@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aimv2_mllm.data.labelled import Labelled
+from aimv2_mllm.data.questions.labelled import Labelled
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.evaluation import attentive
 from aimv2_mllm.evaluation.examples import BATCH_SIZE, Examples, centred, look

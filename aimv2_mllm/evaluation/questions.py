@@ -7,7 +7,7 @@ Owns the words of the command line that say the same again. Refuses what the met
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
-from aimv2_mllm.data.asked import FIELDS, Asked, Question, load_asked
+from aimv2_mllm.data.questions.asked import FIELDS, Asked, Question, load_asked
 from aimv2_mllm.errors import UsageError, nearest
 from aimv2_mllm.evaluation.metrics import METRICS
 

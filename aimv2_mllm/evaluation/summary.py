@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from aimv2_mllm.chat.chat import load_model
 from aimv2_mllm.chat.chatbot import Chatbot
-from aimv2_mllm.data import held_out, labelled, scenes
-from aimv2_mllm.data.batches import picture_batch
-from aimv2_mllm.data.conversations import DESCRIBE
-from aimv2_mllm.data.held_out import Asked
+from aimv2_mllm.data.handwriting import held_out, scenes
+from aimv2_mllm.data.handwriting.held_out import Asked
+from aimv2_mllm.data.pairs.batches import picture_batch
+from aimv2_mllm.data.questions import labelled
+from aimv2_mllm.data.talks.conversations import DESCRIBE
 from aimv2_mllm.evaluation import answers, dreams, zeroshot
 from aimv2_mllm.evaluation.controls import majority_answers, other_picture
 from aimv2_mllm.evaluation.features import see

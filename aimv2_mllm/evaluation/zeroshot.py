@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from aimv2_mllm.data import scenes
-from aimv2_mllm.data.batches import encode_captions
-from aimv2_mllm.data.labelled import Labelled
+from aimv2_mllm.data.handwriting import scenes
+from aimv2_mllm.data.pairs.batches import encode_captions
+from aimv2_mllm.data.questions.labelled import Labelled
 from aimv2_mllm.errors import UsageError, first_line
 from aimv2_mllm.evaluation.examples import look
 from aimv2_mllm.evaluation.probes import describe, majority, score

@@ -135,7 +135,7 @@ def base_of(told: Mapping[str, Any], run: str | None, made: Path) -> tuple[str, 
 
 def assemble_base(tower: str, llm: str, folder: Path) -> None:
     """Write the Llava of a tower and an LLM, its connector not trained, to `folder`."""
-    from aimv2_mllm.data.templates import V1_CHAT_TEMPLATE
+    from aimv2_mllm.data.talks.templates import V1_CHAT_TEMPLATE
     from aimv2_mllm.model import llms, mllm
     from aimv2_mllm.model.towers import load_tower
 

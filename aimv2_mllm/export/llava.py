@@ -113,7 +113,7 @@ def as_trained(bot: Any) -> Any:
     import torch
 
     from aimv2_mllm.chat.chatbot import prompt_of
-    from aimv2_mllm.data.conversations import said
+    from aimv2_mllm.data.talks.conversations import said
     from aimv2_mllm.export.answers import QUESTION, asked
 
     prompt = prompt_of(bot, [said("user", QUESTION, pictures=1)], [asked(bot.processor)[1]], 1, {})

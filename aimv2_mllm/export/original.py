@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aimv2_mllm.data.templates import V1_CHAT_TEMPLATE
+from aimv2_mllm.data.talks.templates import V1_CHAT_TEMPLATE
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.export.encoder import write_tower
 from aimv2_mllm.export.llava import as_trained, demand_stock, feature_norm

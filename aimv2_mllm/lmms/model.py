@@ -15,7 +15,7 @@ from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
 from aimv2_mllm.chat.scoring import likelihood
-from aimv2_mllm.data.asked import MOST_LEFT_OUT
+from aimv2_mllm.data.questions.asked import MOST_LEFT_OUT
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.evaluation.answerers import Conversation, Ours, load_answerer
 from aimv2_mllm.lmms.reading import KNOWN, Settings, settings_of, talk_of_messages, talk_of_text

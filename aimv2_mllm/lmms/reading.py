@@ -7,7 +7,7 @@ picture, and beams.
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from aimv2_mllm.data.images import as_rgb, open_image, upright
+from aimv2_mllm.data.pictures.images import as_rgb, open_image, upright
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.evaluation.answerers import Conversation
 from aimv2_mllm.marks import IMAGE_TOKEN

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from aimv2_mllm.data.batches import CaptionBatches
-from aimv2_mllm.data.talk_batches import TalkBatches
+from aimv2_mllm.data.pairs.batches import CaptionBatches
+from aimv2_mllm.data.talks.batches import TalkBatches
 from aimv2_mllm.errors import RunFailed, UsageError
 from aimv2_mllm.files import sha256
 from aimv2_mllm.folders import TALKING, pretrained_folder

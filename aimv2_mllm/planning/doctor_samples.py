@@ -7,11 +7,11 @@ from typing import TypeVar
 
 import numpy as np
 
-from aimv2_mllm.data.batches import CaptionBatches, encode_captions
-from aimv2_mllm.data.corpus import Sample
 from aimv2_mllm.data.drawing import Skipped
-from aimv2_mllm.data.talk_batches import TalkBatches
-from aimv2_mllm.data.talks import TalkSample
+from aimv2_mllm.data.pairs.batches import CaptionBatches, encode_captions
+from aimv2_mllm.data.pairs.corpus import Sample
+from aimv2_mllm.data.talks.batches import TalkBatches
+from aimv2_mllm.data.talks.corpus import TalkSample
 from aimv2_mllm.errors import RunFailed, UsageError
 from aimv2_mllm.marks import TURNS, UNSUPERVISED
 from aimv2_mllm.objective import ContrastiveObjective

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aimv2_mllm.data.talk_batches import TalkBatches
+from aimv2_mllm.data.talks.batches import TalkBatches
 from aimv2_mllm.engine.accelerators import Accelerator
 from aimv2_mllm.engine.precision import held_dtype
 from aimv2_mllm.engine.rehearsal import Footprint, rehearse

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from aimv2_mllm.data.talk_batches import TalkBatches
+from aimv2_mllm.data.talks.batches import TalkBatches
 from aimv2_mllm.engine.precision import held_dtype
 from aimv2_mllm.model.frozen_tower import FrozenTower
 from aimv2_mllm.model.mllm import connector_inputs

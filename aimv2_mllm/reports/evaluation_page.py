@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from aimv2_mllm.data.asked import Asked, Question
+from aimv2_mllm.data.questions.asked import Asked, Question
 from aimv2_mllm.evaluation.asking import SEEN
 from aimv2_mllm.evaluation.controls import MAJORITY
 from aimv2_mllm.evaluation.judging import Judged

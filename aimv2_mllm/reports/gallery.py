@@ -6,7 +6,7 @@ Refuses to choose by anything but order, kind and picture.
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
-from aimv2_mllm.data import held_out, scenes
+from aimv2_mllm.data.handwriting import held_out, scenes
 from aimv2_mllm.evaluation import answers
 from aimv2_mllm.evaluation.summary import Findings
 from aimv2_mllm.reports import charts

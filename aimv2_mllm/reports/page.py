@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Iterable
 from typing import Any
 
-from aimv2_mllm.data import scenes
+from aimv2_mllm.data.handwriting import scenes
 from aimv2_mllm.engine.metrics import METRICS_FILE
 from aimv2_mllm.evaluation import answers
 from aimv2_mllm.evaluation.summary import Findings, Painting, is_of_handwriting, last_stage

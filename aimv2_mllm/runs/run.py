@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 from aimv2_mllm import heap
-from aimv2_mllm.data.batches import Share
+from aimv2_mllm.data.pairs.batches import Share
 from aimv2_mllm.disk import new_folder
 from aimv2_mllm.engine.distributed import ALONE, Ranks, joined
 from aimv2_mllm.engine.loop import train

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from aimv2_mllm.data.batches import CaptionBatches, caption_batches
+from aimv2_mllm.data.pairs.batches import CaptionBatches, caption_batches
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.model import llms
 from aimv2_mllm.model.decoder_weights import load_decoder, read_decoder, save_decoder

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aimv2_mllm.data.feature_shards import picture_key
-from aimv2_mllm.data.feature_store import SHARD_BYTES, FeatureStore, Took
+from aimv2_mllm.data.features.shards import picture_key
+from aimv2_mllm.data.features.store import SHARD_BYTES, FeatureStore, Took
 from aimv2_mllm.data.files import Unusable
-from aimv2_mllm.data.talk_batches import BLANK, TalkBatches
+from aimv2_mllm.data.talks.batches import BLANK, TalkBatches
 from aimv2_mllm.engine.distributed import Ranks
 from aimv2_mllm.engine.flops import FlopCounter
 from aimv2_mllm.engine.metrics import ProgressBar

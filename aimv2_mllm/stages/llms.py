@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from aimv2_mllm.data.batches import world_seed
 from aimv2_mllm.data.drawing import Skipped
-from aimv2_mllm.data.own_shapes import OwnShapes, demand_native
-from aimv2_mllm.data.settled import settled
-from aimv2_mllm.data.talk_batches import TalkBatches, conversation_batches
-from aimv2_mllm.data.talks import TalkCorpus
-from aimv2_mllm.data.templates import V1_CHAT_TEMPLATE, Writer
-from aimv2_mllm.data.tokenizer import train_tokenizer
+from aimv2_mllm.data.pairs.batches import world_seed
+from aimv2_mllm.data.pictures.own_shapes import OwnShapes, demand_native
+from aimv2_mllm.data.talks.batches import TalkBatches, conversation_batches
+from aimv2_mllm.data.talks.corpus import TalkCorpus
+from aimv2_mllm.data.talks.settled import settled
+from aimv2_mllm.data.talks.templates import V1_CHAT_TEMPLATE, Writer
+from aimv2_mllm.data.talks.tokenizer import train_tokenizer
 from aimv2_mllm.engine.optimizer import Parts
 from aimv2_mllm.engine.precision import held_dtype
 from aimv2_mllm.errors import UsageError

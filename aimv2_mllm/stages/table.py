@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from aimv2_mllm.data.sources import open_sources
-from aimv2_mllm.data.talk_sources import open_talk_sources
+from aimv2_mllm.data.pairs.sources import open_sources
+from aimv2_mllm.data.talks.sources import open_talk_sources
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.place import Place
 from aimv2_mllm.recipe.stages import (

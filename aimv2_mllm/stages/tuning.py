@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from aimv2_mllm.data.templates import Writer
+from aimv2_mllm.data.talks.templates import Writer
 from aimv2_mllm.engine.optimizer import Parts
 from aimv2_mllm.engine.precision import held_dtype
 from aimv2_mllm.errors import UsageError, nearest

@@ -33,7 +33,7 @@ def probe(args: argparse.Namespace) -> None:
 
 def _probed(args: argparse.Namespace) -> dict[str, Any]:
     """What the probe of that kind (or `all`) tells of the tower; its features are drawn."""
-    from aimv2_mllm.data.labelled import load_labelled
+    from aimv2_mllm.data.questions.labelled import load_labelled
     from aimv2_mllm.evaluation.probes import KINDS
     from aimv2_mllm.evaluation.probes import probe as probe_tower
     from aimv2_mllm.files import write_picture
@@ -51,7 +51,7 @@ def _probed(args: argparse.Namespace) -> dict[str, Any]:
 
 def _zero_shot(args: argparse.Namespace) -> dict[str, Any]:
     """What a LiT model tells by the names of the classes in its prompts."""
-    from aimv2_mllm.data.labelled import load_labelled
+    from aimv2_mllm.data.questions.labelled import load_labelled
     from aimv2_mllm.evaluation import zeroshot
 
     templates = zeroshot.read_templates(Path(args.templates))
@@ -67,14 +67,14 @@ def dream(args: argparse.Namespace) -> None:
     if (args.image is None) == (not args.sheet):
         raise UsageError("dream needs one picture: --image FILE, or --sheet for a held-out sheet")
     files.demand_picture_place(Path(args.out))
-    from aimv2_mllm.data.images import open_image
+    from aimv2_mllm.data.pictures.images import open_image
 
     if args.sheet:
         demand_handwriting(Path(args.model))
     picture = None if args.sheet else open_image(args.image)
     from PIL import Image
 
-    from aimv2_mllm.data import scenes
+    from aimv2_mllm.data.handwriting import scenes
     from aimv2_mllm.evaluation.painter import Painter
     from aimv2_mllm.folders import pretrained_folder
     from aimv2_mllm.verbs.seeing import UNPAINTED

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from aimv2_mllm.data.labelled import Labelled
+from aimv2_mllm.data.questions.labelled import Labelled
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.evaluation import dreams
 from aimv2_mllm.evaluation.features import see

@@ -17,7 +17,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 def chat(args: argparse.Namespace) -> None:
     """Answer one question about a picture, or as many as are asked."""
-    from aimv2_mllm.data.images import open_image
+    from aimv2_mllm.data.pictures.images import open_image
     from aimv2_mllm.folders import talking_folder
     from aimv2_mllm.model.sampling import Sampling
 
@@ -41,7 +41,7 @@ def chat(args: argparse.Namespace) -> None:
     talking_folder(Path(args.model))  # seconds before torch is there to load it
     from aimv2_mllm.chat.chat import answer, load_model
     from aimv2_mllm.chat.terminal import talk
-    from aimv2_mllm.data.conversations import said
+    from aimv2_mllm.data.talks.conversations import said
 
     bot = load_model(args.model)
     if args.prompt is None:
@@ -95,7 +95,7 @@ def sample(args: argparse.Namespace) -> None:
     seed = secrets.randbelow(2**31) if args.seed is None else args.seed
     from PIL import Image
 
-    from aimv2_mllm.data import scenes
+    from aimv2_mllm.data.handwriting import scenes
 
     scene = scenes.scene(seed, "heldout", 0)
     write_picture(Path(args.out), Image.fromarray(scenes.render(scene, args.size)))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from aimv2_mllm.chat.chatbot import Chatbot, look, prompt_of
 from aimv2_mllm.chat.prompts import pixels_of
-from aimv2_mllm.data.conversations import Message
+from aimv2_mllm.data.talks.conversations import Message
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.evaluation.features import as_colours, enlarged
 from aimv2_mllm.evaluation.painter import Painter

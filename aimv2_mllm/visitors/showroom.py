@@ -14,7 +14,7 @@ from aimv2_mllm import heap
 from aimv2_mllm.chat.chat import load_model
 from aimv2_mllm.chat.chatbot import Chatbot
 from aimv2_mllm.chat.session import ChatSession, Reply
-from aimv2_mllm.data import scenes
+from aimv2_mllm.data.handwriting import scenes
 from aimv2_mllm.errors import UsageError, nearest
 from aimv2_mllm.folders import RECIPE_FILE, pretrained_folder, stages_of, talking_folders
 from aimv2_mllm.model.sampling import GREEDY, Sampling

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aimv2_mllm.chat.transcript import as_json, from_json
-from aimv2_mllm.data.conversations import Message, said
 from aimv2_mllm.data.files import Unusable
-from aimv2_mllm.data.images import decoded
+from aimv2_mllm.data.pictures.images import decoded
+from aimv2_mllm.data.talks.conversations import Message, said
 from aimv2_mllm.errors import UsageError
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from PIL import Image
 
 from aimv2_mllm.chat.chatbot import Chatbot
 from aimv2_mllm.chat.session import ChatSession
-from aimv2_mllm.data.conversations import Message, said
+from aimv2_mllm.data.talks.conversations import Message, said
 from aimv2_mllm.model import mllm
 
 QUESTIONS = ("What is on the sheet?", "Where is the red one, and what is beside it?", "How many?")

@@ -2,8 +2,8 @@
 
     python tests/benchmarks/decode.py
 
-Ours (`data.decode`, at the size needed) against the plain Pillow way (open, convert, crop, resize
-bicubically), on the same files with the same crops, in turns. Exits with 1 below `GOAL`.
+Ours (`data.pictures.decode`, at the size needed) against the plain Pillow way (open, convert, crop,
+resize bicubically), on the same files with the same crops, in turns. Exits with 1 below `GOAL`.
 """
 
 import argparse
@@ -16,8 +16,8 @@ from statistics import median
 import numpy as np
 from PIL import Image
 
-from aimv2_mllm.data.decode import Box, decode, random_crop
-from aimv2_mllm.data.scenes import generator
+from aimv2_mllm.data.handwriting.scenes import generator
+from aimv2_mllm.data.pictures.decode import Box, decode, random_crop
 
 GOAL = 1.5
 WIDTH, HEIGHT = 4000, 3000

@@ -23,7 +23,7 @@ import httpx
 import psutil
 from gradio_client import Client, handle_file
 
-from aimv2_mllm.data import scenes
+from aimv2_mllm.data.handwriting import scenes
 from aimv2_mllm.visitors import visit
 from aimv2_mllm.visitors.showroom import Showroom, sheet
 

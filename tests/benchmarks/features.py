@@ -21,7 +21,7 @@ import torch
 from llava_shaped import write_models, write_picture
 from measure import CPU, seconds
 
-from aimv2_mllm.data.feature_store import FeatureStore
+from aimv2_mllm.data.features.store import FeatureStore
 from aimv2_mllm.engine.distributed import Ranks
 from aimv2_mllm.engine.training import Run, Training
 from aimv2_mllm.place import Place

@@ -27,7 +27,7 @@ from measure import of_this_process
 from stage_memory import CASES
 
 from aimv2_mllm import heap
-from aimv2_mllm.data.batches import Share
+from aimv2_mllm.data.pairs.batches import Share
 from aimv2_mllm.engine.accelerators import accelerator
 from aimv2_mllm.engine.distributed import Ranks, joined
 from aimv2_mllm.engine.strategies import place

@@ -17,7 +17,7 @@ import torch
 from measure import build_encoder, clock
 from torch import Tensor
 
-from aimv2_mllm.data.areas import grid
+from aimv2_mllm.data.pairs.areas import grid
 from aimv2_mllm.engine.precision import autocast
 
 

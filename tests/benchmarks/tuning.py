@@ -39,8 +39,8 @@ from measure import clock, forget_peak, in_a_child, peak_gib
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from aimv2_mllm import heap
-from aimv2_mllm.data.batches import world_seed
 from aimv2_mllm.data.order import EpochOrder, mixed
+from aimv2_mllm.data.pairs.batches import world_seed
 from aimv2_mllm.engine.distributed import Ranks
 from aimv2_mllm.engine.loop import train
 from aimv2_mllm.engine.metrics import METRICS_FILE

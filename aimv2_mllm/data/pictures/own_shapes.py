@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from aimv2_mllm.data.decode import decode, whole
-from aimv2_mllm.data.images import opened, orientation
+from aimv2_mllm.data.pictures.decode import decode, whole
+from aimv2_mllm.data.pictures.images import opened, orientation
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.model.connectors import Connector, build_connector
 from aimv2_mllm.model.grids import Grid, fitting_grid

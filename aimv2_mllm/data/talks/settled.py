@@ -11,7 +11,7 @@ from typing import Any
 
 import jinja2
 
-from aimv2_mllm.data.chat_template import PARTS, PROBE, Chat
+from aimv2_mllm.data.talks.chat_template import PARTS, PROBE, Chat
 from aimv2_mllm.errors import UsageError
 
 OWN = "{#- What aimv2_mllm trained with is the LLM's own chat template, which follows. #}\n"

@@ -21,7 +21,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from aimv2_mllm.data.columns import (
+from aimv2_mllm.data.files import Unusable, read_at, regular_file
+from aimv2_mllm.data.rows.columns import (
     INDEX_ENDING,
     Columns,
     digest_of,
@@ -29,8 +30,7 @@ from aimv2_mllm.data.columns import (
     load_columns,
     save_columns,
 )
-from aimv2_mllm.data.files import Unusable, read_at, regular_file
-from aimv2_mllm.data.local_copies import user_cache
+from aimv2_mllm.data.rows.local_copies import user_cache
 from aimv2_mllm.errors import RunFailed, UsageError
 
 VERSION = "1"

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import jinja2
 import numpy as np
 
-from aimv2_mllm.data.chat_template import PROBE, Chat, Written, as_text
-from aimv2_mllm.data.conversations import Message, num_pictures, turn
 from aimv2_mllm.data.files import Unusable
+from aimv2_mllm.data.talks.chat_template import PROBE, Chat, Written, as_text
+from aimv2_mllm.data.talks.conversations import Message, num_pictures, turn
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.marks import IMAGE_TOKEN, UNSUPERVISED
 

@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aimv2_mllm.data.batches import EVERYTHING, Share, micro_batches, world_seed
 from aimv2_mllm.data.drawing import Skipped
-from aimv2_mllm.data.feature_shards import picture_key
-from aimv2_mllm.data.feature_store import FeatureStore
-from aimv2_mllm.data.own_shapes import OwnShapes
-from aimv2_mllm.data.packing import TalkSize, plan
-from aimv2_mllm.data.talks import Draft, Seen, TalkCorpus, TalkSample
-from aimv2_mllm.data.templates import Encoded, Writer
+from aimv2_mllm.data.features.shards import picture_key
+from aimv2_mllm.data.features.store import FeatureStore
+from aimv2_mllm.data.pairs.batches import EVERYTHING, Share, micro_batches, world_seed
+from aimv2_mllm.data.pictures.own_shapes import OwnShapes
+from aimv2_mllm.data.talks.corpus import Draft, Seen, TalkCorpus, TalkSample
+from aimv2_mllm.data.talks.packing import TalkSize, plan
+from aimv2_mllm.data.talks.templates import Encoded, Writer
 from aimv2_mllm.marks import UNSUPERVISED
 from aimv2_mllm.model.preprocessing import Preprocessing
 from aimv2_mllm.objective import ConversationBatch

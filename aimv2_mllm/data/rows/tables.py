@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from aimv2_mllm.data.files import MAX_PICTURE_BYTES, Later, Unusable, read_later, read_whole
-from aimv2_mllm.data.pairs import PairSource
+from aimv2_mllm.data.rows.pairs import PairSource
 from aimv2_mllm.errors import UsageError, first_line, nearest, show
 from aimv2_mllm.recipe.data import DatasetsSource
 

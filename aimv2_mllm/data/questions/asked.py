@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from aimv2_mllm.data.asked_sources import GIVE, AskedSource, open_asked
 from aimv2_mllm.data.files import Unusable
-from aimv2_mllm.data.images import decoded
+from aimv2_mllm.data.pictures.images import decoded
+from aimv2_mllm.data.questions.sources import GIVE, AskedSource, open_asked
 from aimv2_mllm.errors import UsageError, nearest, show
 from aimv2_mllm.marks import IMAGE_TOKEN
 

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
-from aimv2_mllm.data.images import MAX_SQUARE_SIDE, as_rgb, opened, orientation, upright
+from aimv2_mllm.data.pictures.images import MAX_SQUARE_SIDE, as_rgb, opened, orientation, upright
 
 # AIMv2's augmentation (section 2 of its paper's appendix): share of the area, and width / height.
 AREA = (0.4, 1.0)

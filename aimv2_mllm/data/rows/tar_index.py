@@ -17,8 +17,15 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from aimv2_mllm.data.columns import Columns, Facts, digest_of, is_of, load_columns, save_columns
 from aimv2_mllm.data.files import read_at, regular_file
+from aimv2_mllm.data.rows.columns import (
+    Columns,
+    Facts,
+    digest_of,
+    is_of,
+    load_columns,
+    save_columns,
+)
 from aimv2_mllm.errors import UsageError
 
 VERSION = "1"

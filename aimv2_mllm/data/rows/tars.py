@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from aimv2_mllm.data.columns import INDEX_ENDING
 from aimv2_mllm.data.files import (
     MAX_PICTURE_BYTES,
     MAX_TEXT_BYTES,
@@ -27,9 +26,10 @@ from aimv2_mllm.data.files import (
     read_at,
     regular_file,
 )
-from aimv2_mllm.data.local_copies import ShardCache, remote_files, user_cache
-from aimv2_mllm.data.pairs import PairSource
-from aimv2_mllm.data.tar_index import (
+from aimv2_mllm.data.rows.columns import INDEX_ENDING
+from aimv2_mllm.data.rows.local_copies import ShardCache, remote_files, user_cache
+from aimv2_mllm.data.rows.pairs import PairSource
+from aimv2_mllm.data.rows.tar_index import (
     BLOCK,
     ShardIndex,
     build_index,

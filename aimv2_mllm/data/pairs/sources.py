@@ -21,10 +21,10 @@ from aimv2_mllm.data.files import (
     read_later,
     read_whole,
 )
-from aimv2_mllm.data.json_index import LOOKED_AT, open_rows
-from aimv2_mllm.data.pairs import PairSource
-from aimv2_mllm.data.tables import Table
-from aimv2_mllm.data.tars import Shards
+from aimv2_mllm.data.rows.json_index import LOOKED_AT, open_rows
+from aimv2_mllm.data.rows.pairs import PairSource
+from aimv2_mllm.data.rows.tables import Table
+from aimv2_mllm.data.rows.tars import Shards
 from aimv2_mllm.errors import UsageError, show
 from aimv2_mllm.recipe.data import CaptionData, FolderSource, HandwritingSource, JsonlSource
 

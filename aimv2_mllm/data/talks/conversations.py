@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from aimv2_mllm.data import scenes
 from aimv2_mllm.data.files import Unusable
+from aimv2_mllm.data.handwriting import scenes
 from aimv2_mllm.marks import IMAGE_TOKEN
 
 BACKWARDS = "Read it backwards."

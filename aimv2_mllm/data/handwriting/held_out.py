@@ -5,7 +5,7 @@ Refuses to look at a training sheet.
 
 from typing import NamedTuple
 
-from aimv2_mllm.data import scenes
+from aimv2_mllm.data.handwriting import scenes
 
 
 class Asked(NamedTuple):

@@ -1,7 +1,7 @@
 """Where conversations come from: one class a kind of source, named in `TALK_SOURCES`.
 
-As with `sources`: what is wrong with the whole source is a UsageError when it is opened, what is
-wrong with a row is an `Unusable` when that row is read.
+As with `pairs.sources`: what is wrong with the whole source is a UsageError when it is opened,
+what is wrong with a row is an `Unusable` when that row is read.
 """
 
 import json
@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from aimv2_mllm.data.conversations import Message, messages_of
 from aimv2_mllm.data.files import (
     MAX_PICTURE_BYTES,
     Later,
@@ -17,11 +16,12 @@ from aimv2_mllm.data.files import (
     below,
     read_later,
 )
-from aimv2_mllm.data.json_index import open_rows
 from aimv2_mllm.data.order import mixed
-from aimv2_mllm.data.question_tables import COLUMNS, QuestionTable
-from aimv2_mllm.data.sources import open_source
-from aimv2_mllm.data.tables import Pictures, load_table, picture_later
+from aimv2_mllm.data.pairs.sources import open_source
+from aimv2_mllm.data.rows.json_index import open_rows
+from aimv2_mllm.data.rows.question_tables import COLUMNS, QuestionTable
+from aimv2_mllm.data.rows.tables import Pictures, load_table, picture_later
+from aimv2_mllm.data.talks.conversations import Message, messages_of
 from aimv2_mllm.errors import UsageError, show
 from aimv2_mllm.marks import IMAGE_TOKEN
 from aimv2_mllm.recipe.data import (

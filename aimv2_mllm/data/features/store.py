@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from aimv2_mllm.data.feature_shards import Damaged, Shard, read_shard, remove, serialised
+from aimv2_mllm.data.features.shards import Damaged, Shard, read_shard, remove, serialised
 from aimv2_mllm.disk import replace_file
 from aimv2_mllm.errors import RunFailed, UsageError
 from aimv2_mllm.formats import GIB

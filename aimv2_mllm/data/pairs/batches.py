@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aimv2_mllm.data import scenes
-from aimv2_mllm.data.areas import Areas, grid
-from aimv2_mllm.data.corpus import Corpus
-from aimv2_mllm.data.decode import Fit
 from aimv2_mllm.data.drawing import Skipped
+from aimv2_mllm.data.handwriting import scenes
 from aimv2_mllm.data.order import mixed
+from aimv2_mllm.data.pairs.areas import Areas, grid
+from aimv2_mllm.data.pairs.corpus import Corpus
+from aimv2_mllm.data.pictures.decode import Fit
 from aimv2_mllm.model.preprocessing import Preprocessing
 from aimv2_mllm.recipe.data import CaptionData, ConversationData
 from aimv2_mllm.recipe.stages import PATCH

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from aimv2_mllm.data import scenes
 from aimv2_mllm.data.files import Unusable
-from aimv2_mllm.data.images import decoded, open_image
-from aimv2_mllm.data.tables import load_dataset, picture_bytes
+from aimv2_mllm.data.handwriting import scenes
+from aimv2_mllm.data.pictures.images import decoded, open_image
+from aimv2_mllm.data.rows.tables import load_dataset, picture_bytes
 from aimv2_mllm.errors import UsageError, nearest
 
 TEST_SHARE = 0.2  # of each class, where a source has no test split of its own

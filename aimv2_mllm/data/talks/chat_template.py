@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import jinja2
 
-from aimv2_mllm.data.conversations import Message, turn
 from aimv2_mllm.data.files import Unusable
+from aimv2_mllm.data.talks.conversations import Message, turn
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.marks import IMAGE_TOKEN
 

@@ -8,14 +8,14 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from aimv2_mllm.data import scenes
-from aimv2_mllm.data.conversations import Message, conversation, num_pictures
-from aimv2_mllm.data.decode import decode, decode_padded, middle_square, rim_of
 from aimv2_mllm.data.drawing import Drawing, Skipped
 from aimv2_mllm.data.files import Later, Unusable
-from aimv2_mllm.data.own_shapes import OwnShapes
-from aimv2_mllm.data.talk_sources import Talk, open_talk_sources
-from aimv2_mllm.data.templates import Encoded, Writer
+from aimv2_mllm.data.handwriting import scenes
+from aimv2_mllm.data.pictures.decode import decode, decode_padded, middle_square, rim_of
+from aimv2_mllm.data.pictures.own_shapes import OwnShapes
+from aimv2_mllm.data.talks.conversations import Message, conversation, num_pictures
+from aimv2_mllm.data.talks.sources import Talk, open_talk_sources
+from aimv2_mllm.data.talks.templates import Encoded, Writer
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.marks import TURNS
 from aimv2_mllm.model.preprocessing import Preprocessing

@@ -9,11 +9,11 @@ from functools import partial
 
 import numpy as np
 
-from aimv2_mllm.data import scenes
-from aimv2_mllm.data.decode import Fit, decode, middle_square, random_crop, whole
 from aimv2_mllm.data.drawing import Drawing, Skipped
 from aimv2_mllm.data.files import Unusable
-from aimv2_mllm.data.sources import open_sources
+from aimv2_mllm.data.handwriting import scenes
+from aimv2_mllm.data.pairs.sources import open_sources
+from aimv2_mllm.data.pictures.decode import Fit, decode, middle_square, random_crop, whole
 from aimv2_mllm.recipe.data import CaptionData
 
 # The longest token of the usual vocabularies that is a word has about 20 characters; what comes

@@ -12,11 +12,11 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from aimv2_mllm.data import held_out, scenes
 from aimv2_mllm.data.files import MAX_PICTURE_BYTES, Unusable, below, read_whole
-from aimv2_mllm.data.json_index import open_rows
-from aimv2_mllm.data.question_tables import QuestionTable
-from aimv2_mllm.data.tables import load_table, picture_bytes
+from aimv2_mllm.data.handwriting import held_out, scenes
+from aimv2_mllm.data.rows.json_index import open_rows
+from aimv2_mllm.data.rows.question_tables import QuestionTable
+from aimv2_mllm.data.rows.tables import load_table, picture_bytes
 from aimv2_mllm.errors import UsageError, show
 from aimv2_mllm.recipe.data import DatasetsSource
 

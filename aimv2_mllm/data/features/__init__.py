@@ -1,0 +1,1 @@
+"""Features of pictures that a frozen tower computed once, on disk."""

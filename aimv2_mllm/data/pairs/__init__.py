@@ -1,0 +1,2 @@
+"""What encoders learn from: pictures with captions, from their sources to the batches of a
+step."""
