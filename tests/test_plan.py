@@ -13,7 +13,7 @@ from aimv2_mllm import __main__ as cli
 from aimv2_mllm.engine.accelerators import ACCELERATORS, Accelerator, accelerator
 from aimv2_mllm.engine.flops import FlopCounter
 from aimv2_mllm.engine.rehearsal import rehearse
-from aimv2_mllm.engine.strategies import keep_inputs
+from aimv2_mllm.engine.strategies import blocks, keep_inputs
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.model.answering import CHUNKS, UNSUPERVISED, Answering
 from aimv2_mllm.model.shapes import only_shapes
@@ -109,6 +109,7 @@ def test_memory_is_what_is_allocated(
     measured = most_bytes(model, job.objective, batch) + pixels
     assert footprint.activations + footprint.gradients == pytest.approx(measured, rel=0.15)
     assert 0 <= footprint.logits < footprint.activations
+    assert not any("forward" in vars(block) for block in blocks(shapes.model))
 
 
 def test_scores_that_torch_computes_out_of_sight_are_counted() -> None:
