@@ -65,7 +65,7 @@ def loading(folder: Path, ranks: Ranks, *, base: Path, runs: dict[str, list[str]
         return train(model, *args, **words)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("aimv2_mllm.stages.run.train", saying)
+        patch.setattr("aimv2_mllm.runs.run.train", saying)
         tuning(folder, ranks, base=base, runs=runs)
 
 

@@ -109,7 +109,7 @@ def child(args: argparse.Namespace, folder: Path) -> None:
         ranks.gather(sum(p.numel() for p in placed.module.parameters()))
         raise Sharded
 
-    with joined() as ranks, patch("aimv2_mllm.stages.run.train", sharded):
+    with joined() as ranks, patch("aimv2_mllm.runs.run.train", sharded):
         init = torch.zeros(1)
         torch.distributed.broadcast(init, 0)
         before, held = now(), of_this_process("VmRSS")
