@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from aimv2_mllm.engine import journal, loop, metrics, training, upcoming
+from aimv2_mllm.engine import flops, journal, loop, metrics, training, upcoming
 from aimv2_mllm.errors import RunFailed, UsageError
 from aimv2_mllm.recipe.train import TrainConfig
 
@@ -369,6 +369,22 @@ def test_conversations_are_counted_by_their_number_and_their_work_by_their_token
         run(tmp_path / "killed", batches=dying, batch_size=2)
     again = run(tmp_path / "killed", batches=packed, batch_size=2)
     assert again.lines[-1]["flops"] == lines[-1]["flops"]
+
+
+def test_operations_of_conversations_are_counted_now_and_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = []
+
+    class Counter(flops.FlopCounter):
+        def __init__(self) -> None:
+            counted.append(self)
+            super().__init__()
+
+    monkeypatch.setattr(training, "FlopCounter", Counter)
+    monkeypatch.setattr(training, "COUNTED_EVERY", 3)
+    run(tmp_path, batches=packed, batch_size=2)
+    assert len(counted) == -(-STEPS // 3)
 
 
 def test_what_a_row_costs_is_kept_with_the_checkpoint(

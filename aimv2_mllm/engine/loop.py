@@ -78,7 +78,7 @@ def train(
                 micro_batches = skipping.take_names(made)
                 torch.manual_seed(_step_seed(seed, step, ranks.rank))
                 rates = set_learning_rates(training.optimizer, step, config)
-                done = training.gradients(objective, micro_batches)
+                done = training.gradients(objective, micro_batches, step)
                 _demand_finite(done.values, step, run)
                 training.optimizer.step()
                 journal.note(done, rates)

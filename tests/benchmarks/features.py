@@ -102,7 +102,7 @@ def main() -> None:
         training = Training(job.model.train(), job.parts, Run(stage.train, folder, "", Ranks()))
 
         def step(of: Any) -> None:
-            training.gradients(job.objective, of(1))
+            training.gradients(job.objective, of(1), 1)
             training.optimizer.step()
 
         ways = {"kept": batches, "computed": nothing}
