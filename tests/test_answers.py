@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from aimv2_mllm.data.handwriting import held_out, scenes
-from aimv2_mllm.data.handwriting.held_out import Asked
+from aimv2_mllm.data.handwriting.held_out import HeldOut
 from aimv2_mllm.evaluation import answers
 
 SEED = 3
@@ -49,10 +49,10 @@ def test_an_answer_is_right_but_for_space_and_case() -> None:
 
 def test_scores_of_a_hand_made_case() -> None:
     asked = [
-        Asked(0, "count", "?", "2"),
-        Asked(1, "count", "?", "2"),
-        Asked(2, "count", "?", "3"),
-        Asked(0, "exists", "?", "no"),
+        HeldOut(0, "count", "?", "2"),
+        HeldOut(1, "count", "?", "2"),
+        HeldOut(2, "count", "?", "3"),
+        HeldOut(0, "exists", "?", "no"),
     ]
     given = ["2", "3", "3", "yes"]
     assert answers.accuracy(asked, given) == 0.5

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from aimv2_mllm.data.questions.labelled import Pictures
+from aimv2_mllm.data.questions.labelled import LabelledPictures
 from aimv2_mllm.errors import RunFailed, UsageError
 from aimv2_mllm.evaluation import examples
 from aimv2_mllm.model.encoder import AIMv2Encoder, EncoderConfig
@@ -22,14 +22,14 @@ def tower() -> Tower:
     )
 
 
-def pictures(count: int, broken: tuple[int, ...] = ()) -> Pictures:
+def pictures(count: int, broken: tuple[int, ...] = ()) -> LabelledPictures:
     def draw(index: int, side: int) -> Image.Image:
         if index in broken:
             raise UsageError(f"{index}.png: is not a picture")
         random = np.random.default_rng(index)
         return Image.fromarray(random.integers(0, 256, (40, 30, 3), dtype=np.uint8))
 
-    return Pictures([index % 3 for index in range(count)], draw)
+    return LabelledPictures([index % 3 for index in range(count)], draw)
 
 
 def test_features_are_the_mean_over_the_patches_of_each_picture(tower, monkeypatch) -> None:

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from aimv2_mllm.data.handwriting import scenes
-from aimv2_mllm.data.questions.labelled import Labelled, Pictures, handwriting
+from aimv2_mllm.data.questions.labelled import Labelled, LabelledPictures, handwriting
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.evaluation import probes
 from aimv2_mllm.evaluation.intervals import wilson_interval
@@ -36,9 +36,9 @@ class Oracle:
 def coloured(counts: tuple[int, int], num_classes: int = 10) -> Labelled:
     """Pictures of which each pixel is the number of the class."""
 
-    def part(count: int) -> Pictures:
+    def part(count: int) -> LabelledPictures:
         labels = [index % num_classes for index in range(count)]
-        return Pictures(labels, lambda i, _: Image.new("RGB", (9, 9), (labels[i], 0, 0)))
+        return LabelledPictures(labels, lambda i, _: Image.new("RGB", (9, 9), (labels[i], 0, 0)))
 
     train, test = map(part, counts)
     return Labelled([str(i) for i in range(num_classes)], train, test, "as counted")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from aimv2_mllm.data.questions.labelled import Labelled, Pictures
+from aimv2_mllm.data.questions.labelled import Labelled, LabelledPictures
 from aimv2_mllm.errors import UsageError
 from aimv2_mllm.evaluation.zeroshot import LitTower, class_vectors, read_templates, zero_shot
 from aimv2_mllm.model.preprocessing import Preprocessing
@@ -42,8 +42,10 @@ class Stand(torch.nn.Module):
 
 def data(labels: list[int]) -> Labelled:
     colours = [(250, 0, 0), (0, 250, 0), (0, 0, 250)]
-    part = Pictures(labels, lambda i, side: Image.new("RGB", (side, side), colours[labels[i]]))
-    return Labelled(CLASSES, Pictures([1, 1, 2], part.open), part, "as given")
+    part = LabelledPictures(
+        labels, lambda i, side: Image.new("RGB", (side, side), colours[labels[i]])
+    )
+    return Labelled(CLASSES, LabelledPictures([1, 1, 2], part.open), part, "as given")
 
 
 def test_classes_are_told_by_their_names() -> None:

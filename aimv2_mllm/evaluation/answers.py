@@ -12,7 +12,7 @@ from tqdm import tqdm
 from aimv2_mllm.chat.chat import answer_all
 from aimv2_mllm.chat.chatbot import Chatbot
 from aimv2_mllm.data.handwriting import scenes
-from aimv2_mllm.data.handwriting.held_out import Asked
+from aimv2_mllm.data.handwriting.held_out import HeldOut
 from aimv2_mllm.evaluation.answerers import Asking, talk_of
 
 BATCH_SIZE = 100
@@ -40,12 +40,12 @@ def is_right(answer: str, truth: str) -> bool:
     return answer.strip().lower() == truth.strip().lower()
 
 
-def accuracy(asked: Sequence[Asked], answers: Sequence[str]) -> float:
+def accuracy(asked: Sequence[HeldOut], answers: Sequence[str]) -> float:
     """The share of right answers, 0 to 1."""
     return sum(is_right(a, q.truth) for q, a in zip(asked, answers, strict=True)) / len(asked)
 
 
-def by_kind(asked: Sequence[Asked], answers: Sequence[str]) -> dict[str, float]:
+def by_kind(asked: Sequence[HeldOut], answers: Sequence[str]) -> dict[str, float]:
     """The share of right answers for each kind of question that was asked, in the world's order."""
     groups: dict[str, list[bool]] = {kind: [] for kind in scenes.QUESTIONS}
     for question, text in zip(asked, answers, strict=True):

@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from aimv2_mllm.data.questions.labelled import Pictures
+from aimv2_mllm.data.questions.labelled import LabelledPictures
 from aimv2_mllm.errors import RunFailed, UsageError
 from aimv2_mllm.evaluation.vision import Seeing
 
@@ -39,7 +39,9 @@ class Examples:
     skipped: list[str] = field(default_factory=list)  # why, of each picture left out
 
 
-def look(tower: Seeing, pictures: Pictures, name: str, *, keep_tokens: bool = False) -> Examples:
+def look(
+    tower: Seeing, pictures: LabelledPictures, name: str, *, keep_tokens: bool = False
+) -> Examples:
     """`pictures`, in words `name`, as `tower` sees them.
 
     With `keep_tokens` the patch tokens are kept, in a file of the temporary folder where they are

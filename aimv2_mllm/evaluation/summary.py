@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from aimv2_mllm.chat.chat import load_model
 from aimv2_mllm.chat.chatbot import Chatbot
 from aimv2_mllm.data.handwriting import held_out, scenes
-from aimv2_mllm.data.handwriting.held_out import Asked
+from aimv2_mllm.data.handwriting.held_out import HeldOut
 from aimv2_mllm.data.pairs.batches import picture_batch
 from aimv2_mllm.data.questions import labelled
 from aimv2_mllm.data.talks.conversations import DESCRIBE
@@ -55,7 +55,7 @@ class Findings:
     """The numbers of `summary.json`, the questions with the answers given, and the paintings."""
 
     numbers: dict[str, Any]
-    asked: list[Asked] = field(default_factory=list)
+    asked: list[HeldOut] = field(default_factory=list)
     given: list[str] = field(default_factory=list)
     paintings: list[Painting] = field(default_factory=list)
 
@@ -213,7 +213,7 @@ def _judge_reading(findings: Findings, bot: Chatbot, seed: int) -> None:
     findings.numbers["parameters"] = _parameters(bot)
 
 
-def _scores(name: str, asked: list[Asked], given: list[str]) -> dict[str, Any]:
+def _scores(name: str, asked: list[HeldOut], given: list[str]) -> dict[str, Any]:
     """Accuracy with its interval, by kind, and that of always giving a kind's commonest answer."""
     majority = majority_answers([q.kind for q in asked], [(q.truth,) for q in asked])
     pairs = zip(asked, given, strict=True)
@@ -228,7 +228,7 @@ def _scores(name: str, asked: list[Asked], given: list[str]) -> dict[str, Any]:
     }
 
 
-def _sheets(asked: list[Asked], seed: int) -> list[scenes.Scene]:
+def _sheets(asked: list[HeldOut], seed: int) -> list[scenes.Scene]:
     return [held_out.held_out_sheet(seed, index) for index in range(asked[-1].sheet + 1)]
 
 

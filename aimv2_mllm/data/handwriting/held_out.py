@@ -8,7 +8,7 @@ from typing import NamedTuple
 from aimv2_mllm.data.handwriting import scenes
 
 
-class Asked(NamedTuple):
+class HeldOut(NamedTuple):
     """A question: the index of its held-out sheet, its kind, its words, its one right answer."""
 
     sheet: int
@@ -17,7 +17,7 @@ class Asked(NamedTuple):
     truth: str
 
 
-def held_out_questions(seed: int, count: int) -> list[Asked]:
+def held_out_questions(seed: int, count: int) -> list[HeldOut]:
     """`count` questions, one of each kind about each held-out sheet; the last sheet may get fewer.
 
     So there are equally many of each kind, give or take one.
@@ -28,7 +28,7 @@ def held_out_questions(seed: int, count: int) -> list[Asked]:
         sheet, kind = number // len(kinds), kinds[number % len(kinds)]
         random = scenes.generator(seed, "asked", number)
         question = scenes.question(held_out_sheet(seed, sheet), random, kind)
-        asked.append(Asked(sheet, *question))
+        asked.append(HeldOut(sheet, *question))
     return asked
 
 
@@ -37,7 +37,7 @@ def held_out_sheet(seed: int, index: int) -> scenes.Scene:
     return scenes.scene(seed, "heldout", index)
 
 
-def in_words(seed: int, asked: Asked) -> str:
+def in_words(seed: int, asked: HeldOut) -> str:
     """The question with its sheet described before it, the digits in any order, as in training."""
     phrases = [scenes.phrase(digit) for digit in held_out_sheet(seed, asked.sheet).digits]
     order = scenes.generator(seed, "told", asked.sheet).permutation(len(phrases))

@@ -51,7 +51,7 @@ class Scene:
     digits: tuple[Digit, ...]
 
 
-class Question(NamedTuple):
+class SceneQuestion(NamedTuple):
     """A question about a scene, its kind (a key of `QUESTIONS`) and its one right answer."""
 
     kind: str
@@ -219,7 +219,7 @@ def several(scene: Scene, random: np.random.Generator) -> tuple[str, str]:
     return f"Which {_WORDS[value]}: {asked}?", answer
 
 
-def question(scene: Scene, random: np.random.Generator, kind: str | None = None) -> Question:
+def question(scene: Scene, random: np.random.Generator, kind: str | None = None) -> SceneQuestion:
     """A question about `scene` with its answer, drawn with `random`; `kind` is a key of `QUESTIONS`
     or None for any."""
     kind = kind or list(QUESTIONS)[int(random.integers(len(QUESTIONS)))]
@@ -245,4 +245,4 @@ def question(scene: Scene, random: np.random.Generator, kind: str | None = None)
     text = wording.format(ink=ink, value=value, place=digit.place).replace(
         " a orange", " an orange"
     )
-    return Question(kind, text, answer)
+    return SceneQuestion(kind, text, answer)

@@ -29,7 +29,7 @@ GIVE = (
 
 
 @dataclass(frozen=True)
-class Pictures:
+class LabelledPictures:
     """One split: the class of each picture, counted from 0, and how to get picture i.
 
     `open` takes its index and the side in pixels that is wanted, which a rendered picture has and
@@ -39,11 +39,11 @@ class Pictures:
     labels: Sequence[int]
     open: Callable[[int, int], Image.Image]
 
-    def subset(self, indices: Sequence[int]) -> "Pictures":
+    def subset(self, indices: Sequence[int]) -> "LabelledPictures":
         """The pictures of these indices, in this order."""
         chosen = [int(index) for index in indices]
         labels = [self.labels[index] for index in chosen]
-        return Pictures(labels, lambda index, side: self.open(chosen[index], side))
+        return LabelledPictures(labels, lambda index, side: self.open(chosen[index], side))
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class Labelled:
     was split, in words."""
 
     classes: list[str]
-    train: Pictures
-    test: Pictures
+    train: LabelledPictures
+    test: LabelledPictures
     split: str
 
 
@@ -87,11 +87,11 @@ def handwriting(seed: int) -> Labelled:
     return Labelled([str(value) for value in range(10)], train, test, "the world's own split")
 
 
-def _scans(scans: np.ndarray, seed: int) -> Pictures:
+def _scans(scans: np.ndarray, seed: int) -> LabelledPictures:
     def draw(index: int, side: int) -> Image.Image:
         return Image.fromarray(scenes.render(scenes.single_digit(int(scans[index]), seed), side))
 
-    return Pictures(scenes.scans()[1][scans].tolist(), draw)
+    return LabelledPictures(scenes.scans()[1][scans].tolist(), draw)
 
 
 def _class_folders(folder: Path, seed: int) -> Labelled:
@@ -112,10 +112,12 @@ def _class_folders(folder: Path, seed: int) -> Labelled:
         what = f"has a class {unknown[0]}, which {learned} has not" if unknown else "has no picture"
         raise UsageError(f"{test}: {what}")
     labels = [classes.index(others[label]) for label in pictures.labels]
-    return Labelled(classes, train, Pictures(labels, pictures.open), f"its {TRAIN} and {test.name}")
+    return Labelled(
+        classes, train, LabelledPictures(labels, pictures.open), f"its {TRAIN} and {test.name}"
+    )
 
 
-def _read_classes(folder: Path) -> tuple[list[str], Pictures]:
+def _read_classes(folder: Path) -> tuple[list[str], LabelledPictures]:
     """The folders in `folder` as classes, by name, and all files in them but hidden ones."""
     names = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     files = [
@@ -124,14 +126,16 @@ def _read_classes(folder: Path) -> tuple[list[str], Pictures]:
         for file in sorted((folder / name).rglob("*"))
         if file.is_file() and not file.name.startswith(".")
     ]
-    return names, Pictures([label for label, _ in files], lambda i, _: open_image(files[i][1]))
+    return names, LabelledPictures(
+        [label for label, _ in files], lambda i, _: open_image(files[i][1])
+    )
 
 
 def _too_few(classes: Sequence[str]) -> str:
     return f"has one class only, {classes[0]}" if classes else "has no classes"
 
 
-def _split(classes: list[str], pictures: Pictures, seed: int, source: str) -> Labelled:
+def _split(classes: list[str], pictures: LabelledPictures, seed: int, source: str) -> Labelled:
     """A fifth of each class for the test, at least one picture and never all, drawn by `seed`."""
     labels = np.array(pictures.labels)
     order = np.random.default_rng(seed).permutation(len(labels))
@@ -146,7 +150,7 @@ def _split(classes: list[str], pictures: Pictures, seed: int, source: str) -> La
     return Labelled(classes, pictures.subset(kept.tolist()), pictures.subset(sorted(held)), words)
 
 
-def _limited(pictures: Pictures, limit: int, seed: int) -> Pictures:
+def _limited(pictures: LabelledPictures, limit: int, seed: int) -> LabelledPictures:
     if len(pictures.labels) <= limit:
         return pictures
     drawn = np.random.default_rng(seed).permutation(len(pictures.labels))[:limit]
@@ -189,7 +193,7 @@ def _columns(rows: Any, source: str) -> tuple[str, str, list[str]]:
     return images[0], labels[0], list(rows.features[labels[0]].names)
 
 
-def _rows(rows: Any, image: str, label: str, source: str) -> Pictures:
+def _rows(rows: Any, image: str, label: str, source: str) -> LabelledPictures:
     import datasets
 
     raw = rows.cast_column(image, datasets.Image(decode=False))  # so that a bad one is ours to skip
@@ -203,4 +207,4 @@ def _rows(rows: Any, image: str, label: str, source: str) -> Pictures:
     labels = list(rows[label])
     if any(value is None or value < 0 for value in labels):
         raise UsageError(f"{source}: some rows of a split have no class in {label}: drop these")
-    return Pictures(labels, open_row)
+    return LabelledPictures(labels, open_row)

@@ -70,7 +70,7 @@ class _Files:
         return self._known[path]
 
 
-class JsonLines(_Files):
+class AskedLines(_Files):
     """A JSON mapping a line, or a list of them; pictures are named from `root`."""
 
     def __init__(self, file: Path, root: Path) -> None:
@@ -93,7 +93,7 @@ class JsonLines(_Files):
         return found
 
 
-class Table(_Files):
+class AskedTable(_Files):
     """A folder of pictures with the table questions.csv."""
 
     def __init__(self, folder: Path) -> None:
@@ -176,11 +176,11 @@ def open_asked(data: str, root: str | None, split: str, image: str) -> AskedSour
     if data == HANDWRITING and not path.exists():
         return Sheets()
     if path.is_file():
-        return JsonLines(path, Path(root).expanduser() if root else path.parent)
+        return AskedLines(path, Path(root).expanduser() if root else path.parent)
     if root is not None:
         raise UsageError(f"--root is for a file of JSON lines, and {data} is none")
     if (path / TABLE).is_file():
-        return Table(path)
+        return AskedTable(path)
     if path.is_dir() or (data.count("/") == 1 and not os.path.lexists(data)):
         return Dataset(data, split, image)
     raise UsageError(f"{data}: there is no such file or folder; {GIVE}")
