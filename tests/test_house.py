@@ -249,6 +249,14 @@ def test_the_import_reader_sees_deferred_relative_and_plain_imports() -> None:
 PACKAGES = [m for m, path in modules().items() if path.name == "__init__.py" and m != "__init__"]
 
 
+def test_every_folder_with_modules_is_a_package_that_git_keeps() -> None:
+    folders = {path.parent for path in modules().values()}
+    assert not [folder for folder in folders if not (folder / "__init__.py").is_file()]
+    said = ["git", "check-ignore", "--no-index", *map(str, modules().values())]
+    done = subprocess.run(said, cwd=HOUSE.parent, capture_output=True, text=True)
+    assert done.stdout == ""  # what git ignores a wheel leaves out
+
+
 @pytest.mark.parametrize("package", PACKAGES)
 def test_a_package_says_what_it_owns_and_does_nothing(package: str) -> None:
     [said] = ast.parse(modules()[package].read_text(encoding="utf-8")).body
