@@ -18,7 +18,7 @@ from test_talks import batches_of, llava_row, sheet, written
 from aimv2_mllm.data import files
 from aimv2_mllm.data.features.store import GIB, FeatureStore
 from aimv2_mllm.data.pairs.batches import Share
-from aimv2_mllm.engine import metrics, training
+from aimv2_mllm.engine import metrics
 from aimv2_mllm.engine.distributed import Ranks
 from aimv2_mllm.engine.flops import FlopCounter
 from aimv2_mllm.engine.training import Training
@@ -85,9 +85,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "broken.jpg").write_bytes(b"no picture")
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (folder / "recipe.yaml").write_text(RECIPE.format(folder=folder))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "COUNTED_EVERY", 1)
-        run(folder, "run")
+    run(folder, "run")
     return folder
 
 
@@ -219,7 +217,6 @@ def test_what_does_not_fit_is_computed_and_makes_no_difference(
 ) -> None:
     monkeypatch.setattr(feature_pass, "SHARD_BYTES", 1)
     monkeypatch.setattr(feature_pass, "ROWS", 1)
-    monkeypatch.setattr(training, "COUNTED_EVERY", 1)
     words = [f"stages.{stage}.data.features.max_gib={2000 / GIB}" for stage in STAGES]
     said = run(world, "small", *words, cache="small-cache")
     assert any("max_gib is full" in line for line in said)

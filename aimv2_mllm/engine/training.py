@@ -152,7 +152,8 @@ class Training:
         those of the last that were, by its work: counting takes a tenth of a small model's time."""
         if self._run.config.compile:  # into which a counter cannot see
             return False
-        if any(isinstance(value, list) for value in batch.values()):  # pictures, each of its size
+        # Pictures, each of its size, and those whose features are kept beside others.
+        if any(isinstance(v, list) or name == "is_cached" for name, v in batch.items()):
             return True
         # Those of a token differ by a few per cent.
         return "lengths" in batch and step % COUNTED_EVERY == 0

@@ -22,14 +22,13 @@ from aimv2_mllm.engine.loop import train
 from aimv2_mllm.engine.trackers import require
 from aimv2_mllm.errors import RunFailed
 from aimv2_mllm.files import sha256
-from aimv2_mllm.folders import STAGE_FILE
+from aimv2_mllm.folders import STAGE_FILE, versions
 from aimv2_mllm.formats import part_row
 from aimv2_mllm.model.shapes import only_shapes
 from aimv2_mllm.narration import Narrate
+from aimv2_mllm.place import Place
 from aimv2_mllm.recipe.schema import Recipe, made_from
 from aimv2_mllm.recipe.stages import Stage
-from aimv2_mllm.folders import versions
-from aimv2_mllm.place import Place
 from aimv2_mllm.runs.run_folder import claim, lineage, locked, recall, to_train
 from aimv2_mllm.stages.job import Job, is_loaded_once
 from aimv2_mllm.stages.table import STAGES, check_inputs, check_shares, inputs

@@ -30,6 +30,7 @@ from aimv2_mllm.folders import (
 )
 from aimv2_mllm.model.hub import COMMITS, commit_of, facts_folder, locate
 from aimv2_mllm.model.llms import llm_source
+from aimv2_mllm.place import Place
 from aimv2_mllm.recipe.schema import (
     ONCE_DECIDING,
     changed_keys,
@@ -37,7 +38,6 @@ from aimv2_mllm.recipe.schema import (
     dump_recipe,
     made_from,
 )
-from aimv2_mllm.place import Place
 from aimv2_mllm.stages.table import inputs
 
 LICENCE = "Apache-2.0"
